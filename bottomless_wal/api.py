@@ -1,0 +1,85 @@
+"""What an application calls: open a replicated database, flush it, look at it."""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+import apsw
+
+from . import vfs
+from .errors import ConfigError
+from .replica import Replica, Status, registry
+
+__all__ = ["Status", "connect", "flush", "register", "status"]
+
+_BUSY_TIMEOUT_MS: Final = 5000
+
+
+def register(**defaults: object) -> str:
+    """Registers the VFS and returns its name, `bottomless`. May be called again, from any thread; later defaults win.
+
+    `defaults` are options (see README, "Configuration") for every database that is opened through it.
+
+    Raises:
+        ConfigError: an unknown option or a bad value.
+    """
+    vfs.install(defaults)
+    return vfs.VFS_NAME
+
+
+def connect(
+    path: str | os.PathLike[str],
+    *,
+    page_size: int | None = None,
+    flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE | apsw.SQLITE_OPEN_URI,
+    **options: object,
+) -> apsw.Connection:
+    """Opens the database at `path` (or a `file:` URI): in WAL mode, replicated, ready.
+
+    `page_size` (bytes) is for a new database; an existing one keeps its own. The busy timeout is 5 s.
+
+    Raises:
+        ConfigError: an unknown option or a bad value. ConflictError: local file and remote history diverged.
+        StoreError: the bucket cannot be reached. RestoreError, CorruptionError: it holds no sound history.
+    """
+    name = register()
+    text = os.fspath(path)
+    with vfs.arguments(options):
+        connection = apsw.Connection(text, flags=flags, vfs=name)
+    try:
+        connection.set_busy_timeout(_BUSY_TIMEOUT_MS)
+        if not connection.readonly("main"):
+            if page_size is not None:
+                connection.execute(f"PRAGMA page_size={int(page_size)}")
+            if connection.execute("PRAGMA journal_mode").get != "wal":
+                connection.execute("PRAGMA journal_mode=wal").fetchall()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def flush(database: apsw.Connection | str | os.PathLike[str], timeout: float | None = None) -> None:
+    """Waits until everything committed is in the log and the page view is complete.
+
+    `database` is an open connection (its `main`), or the path of a file that is open in this process; `timeout` in seconds.
+
+    Raises:
+        ReplicationError: the store gave up, or the time is over; what is pending stays pending.
+        FencedError, ConflictError: this replica has stopped. ConfigError: not open here.
+    """
+    _replica(database).worker.flush(timeout)
+
+
+def status(database: apsw.Connection | str | os.PathLike[str]) -> Status:
+    """Where the replication of `database` (as in `flush`) stands. Sends nothing."""
+    return _replica(database).status()
+
+
+def _replica(database: apsw.Connection | str | os.PathLike[str]) -> Replica:
+    path = database.db_filename("main") if isinstance(database, apsw.Connection) else os.path.realpath(database)
+    replica = registry.get(path)
+    if replica is None:
+        raise ConfigError(f"{path or 'this connection'} is not open through vfs=bottomless in this process", hint="connect() it.")
+    return replica

@@ -1,0 +1,503 @@
+"""Opening a database: where does the local state stand in the remote history? Git's fast-forward logic.
+
+| local file | remote | relation | action |
+|---|---|---|---|
+| empty or missing | nothing | - | START: the first commit is 0 -> 1 |
+| empty or missing | page objects only | - | RESTORE_PAGES |
+| empty or missing | a history | - | RESTORE its head |
+| not empty | no history | - | INITIAL replication: 0 -> 1 is the whole database |
+| not empty | a history | HEAD: the local state is the head's | RESUME |
+| | | EARLIER: it is an earlier state of that history | FAST_FORWARD |
+| | | DESCENDS: it came from the head by local commits | CATCH_UP: the difference is the next commit |
+| | | UNKNOWN | the policy: `error` CONFLICT, `force` RESET, `skip` KEEP_LOCAL |
+
+Invariants: everything happens under the local index's lock; a bucket that cannot be reached is an error, never an empty bucket; whatever
+fails leaves local file and bucket as they were; a file is replaced only by a verified one, and only when nobody has it open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Final
+
+import apsw
+
+from . import layout, parallel
+from .crashpoints import reach
+from .errors import ConflictError, CorruptionError, StoreError
+from .history import Edge, Head
+from .local_index import Backlog, Identity, IndexHeader, boot_id
+from .pageview import UNKNOWN_SIZE
+from .replicator import IndexLost, Replicator, Standing
+from .restore import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch
+from .segment import Header, page_hash
+from .wal import Position
+
+__all__ = ["Action", "Boot", "Relation", "Remote", "aside", "decide", "nobody_else"]
+
+logger = logging.getLogger(__name__)
+
+
+class Remote(Enum):
+    """What the bucket holds of this database."""
+
+    NOTHING = auto()
+    PAGES = auto()
+    HISTORY = auto()
+
+
+class Relation(Enum):
+    """How a local state that is not empty stands to a history."""
+
+    HEAD = auto()
+    EARLIER = auto()
+    DESCENDS = auto()
+    UNKNOWN = auto()
+
+
+class Action(Enum):
+    """What opening does."""
+
+    START = auto()
+    RESTORE = auto()
+    RESTORE_PAGES = auto()
+    INITIAL = auto()
+    RESUME = auto()
+    FAST_FORWARD = auto()
+    CATCH_UP = auto()
+    CONFLICT = auto()
+    RESET = auto()
+    KEEP_LOCAL = auto()
+
+
+_POLICY: Final = {"error": Action.CONFLICT, "force": Action.RESET, "skip": Action.KEEP_LOCAL}
+
+
+def decide(empty: bool, remote: Remote, relation: Relation | None, policy: str) -> Action:
+    """The table above. `relation` is looked at only where there are two states to compare."""
+    if empty:
+        return {Remote.NOTHING: Action.START, Remote.PAGES: Action.RESTORE_PAGES, Remote.HISTORY: Action.RESTORE}[remote]
+    if remote is not Remote.HISTORY:
+        return Action.INITIAL
+    if relation is Relation.HEAD:
+        return Action.RESUME
+    if relation is Relation.EARLIER:
+        return Action.FAST_FORWARD
+    if relation is Relation.DESCENDS:
+        return Action.CATCH_UP
+    return _POLICY[policy]
+
+
+@dataclass(frozen=True, slots=True)
+class _Local:
+    """The local state, found by a scan: its hash, its end in the WAL, and what it looks like."""
+
+    state: int
+    position: Position | None
+    page_size: int
+    db_size: int
+    change_counter: int
+
+
+class Boot:
+    """Brings one local file and its history together. Every method expects the index of `replicator` to be locked."""
+
+    def __init__(self, replicator: Replicator, *, policy: str, progress: Progress | None = None) -> None:
+        self.replicator = replicator
+        self.local = replicator.local
+        self.index = replicator.index
+        self.history = replicator.history
+        self.policy = policy
+        self.progress = progress
+        self.action: Action | None = None
+
+    def run(self, *, reset: bool = False) -> IndexHeader:
+        """Carries out the table's row. `reset`: make the local file the head, whatever the relation (never an empty one).
+
+        Raises:
+            ConflictError: the policy is `error` and the local file is no state of the history; or it has to be replaced and is open.
+            StoreError, RestoreError, CorruptionError: nothing was changed.
+        """
+        path = self.local.path
+        empty = not os.path.exists(path) or os.path.getsize(path) == 0
+        if not empty:
+            self._convert()
+            self.replicator.settle()
+        known = None if empty else self._known_header()
+        if known is not None and not reset:
+            head = self._still_head(known)
+            if head:
+                self.action = Action.RESUME
+                return self._resume(known)
+        edges = self.history.edges()
+        head_state = self.history.head(edges)
+        if head_state is None:
+            # A missing bucket must not pass for an empty one.
+            remote = Remote.PAGES if empty and self._has_pages() else Remote.NOTHING
+        else:
+            remote = Remote.HISTORY
+        if reset and not empty and head_state is not None:
+            self.action = Action.RESET
+            return self._reset(head_state)
+        local: _Local | None = None
+        relation: Relation | None = None
+        if not empty and head_state is not None:
+            local = self._scan(known)
+            relation = self._relate(local, head_state, edges)
+        self.action = decide(empty, remote, relation, self.policy)
+        logger.info("%s: %s", path, self.action.name.lower().replace("_", " "))
+        if self.action is Action.START:
+            return self._start()
+        if self.action is Action.RESTORE_PAGES:
+            return self._restore_pages()
+        if self.action is Action.INITIAL:
+            return self._initial()
+        if head_state is None:
+            raise AssertionError("every other action needs a history")
+        if self.action is Action.RESTORE:
+            return self._restore(head_state, edges)
+        if local is None:
+            raise AssertionError("every other action needs a local state")
+        if self.action is Action.RESUME:
+            return self._take_over(local, head_state, edges)
+        if self.action is Action.FAST_FORWARD:
+            return self._fast_forward(head_state, edges)
+        if self.action is Action.CATCH_UP:
+            return self._catch_up(local, head_state, edges)
+        if self.action is Action.RESET:
+            return self._reset(head_state)
+        if self.action is Action.KEEP_LOCAL:
+            return self._keep_local(head_state, edges)
+        raise self._conflict(local, head_state)
+
+    # --- what is known without a scan ----------------------------------------------------------------------------------
+
+    def _known_header(self) -> IndexHeader | None:
+        """The index's header, if it can be believed without a scan."""
+        header = self.index.load()
+        if header is None or header.home != self.replicator.home or header.needs_scan or header.txid == 0:
+            return None
+        if header.identity != Identity.of(self.local.path) or not (header.clean or header.boot == boot_id()):
+            return None
+        with self.local.pinned():
+            standing = self.replicator.standing(header, self.local.tip())
+        return header if standing in (Standing.COVERED, Standing.FRAMES) else None
+
+    def _still_head(self, header: IndexHeader) -> bool:
+        """Is the index's state the head? Two small requests: the head's own commit edge is never deleted."""
+        edges = self.history.edges(since=header.txid - 1)
+        if any(edge.post > header.txid for edge in edges) or not edges:
+            return False
+        head = self.history.head(edges)
+        return head is not None and (head.txid, head.state) == (header.txid, header.state)
+
+    def _has_pages(self) -> bool:
+        name = self.history.name
+        return any(layout.parse_page_key(name, e.key) is not None for e in self.history.store.list(layout.page_prefix(name)))
+
+    def _convert(self) -> None:
+        """A rollback-journal database becomes a WAL one; a hot journal is rolled back on the way."""
+        with self._plain() as connection:
+            try:
+                if connection.execute("PRAGMA journal_mode").get == "wal":
+                    return
+                reach("before conversion")
+                if connection.execute("PRAGMA journal_mode=wal").get != "wal":
+                    raise ConflictError(
+                        f"{self.local.path} cannot be switched to WAL mode",
+                        hint="Another program has it open, or its file system has no shared memory. Close it and open again.",
+                    )
+            except apsw.NotADBError as error:
+                raise CorruptionError(
+                    f"{self.local.path} is not an SQLite database: {error}", hint="Open the right file, or move this one away."
+                ) from error
+
+    @contextlib.contextmanager
+    def _plain(self) -> Iterator[apsw.Connection]:
+        connection = self.local.connect_plain()
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+    # --- relations -----------------------------------------------------------------------------------------------------
+
+    def _scan(self, known: IndexHeader | None) -> _Local:
+        """The local state. The index already knows it when it can be believed and nothing is pending."""
+        with self.local.snapshot() as tip:
+            shape = self.local.shape(tip)
+            position = self.replicator.position_of(tip)
+            if known is not None and known.position == position:
+                return _Local(known.state, position, known.page_size, known.db_size, shape.change_counter)
+            state = 0
+            for pgno, page in self.local.pages(tip, shape):
+                state ^= page_hash(pgno, page)
+            return _Local(state, position, shape.page_size, shape.db_size, shape.change_counter)
+
+    def _relate(self, local: _Local, head: Head, edges: list[Edge]) -> Relation:
+        if local.state == head.state:
+            return Relation.HEAD
+        if self._is_earlier(local, edges):
+            return Relation.EARLIER
+        return Relation.DESCENDS if self._descends(local, head) or self._continues(head, edges) else Relation.UNKNOWN
+
+    def _is_earlier(self, local: _Local, edges: list[Edge]) -> bool:
+        """Is the local state, by its hash or by its place in a WAL, one that a segment lists? Newest first."""
+
+        def load(edge: Edge) -> Header | None:
+            try:
+                return self.history.header(edge.pre, edge.post)
+            except CorruptionError as error:
+                logger.warning("%s", error.message)
+                return None
+
+        newest_first = sorted(edges, key=lambda edge: (-edge.post, -edge.pre))
+        for header in parallel.ordered(load, newest_first, self.replicator.config.concurrency):
+            if header is None:
+                continue
+            if any(commit.post == local.state for commit in header.commits) or header.pre_hash == local.state != 0:
+                return True
+            if local.position is not None and local.position in header.positions:
+                return True
+        return False
+
+    def _descends(self, local: _Local, head: Head) -> bool:
+        """Did the index stand at the head, and did this very file go on from there?"""
+        header = self.index.load()
+        now = Identity.of(self.local.path)
+        if header is None or header.home != self.replicator.home or header.identity is None or now is None:
+            return False
+        if (header.txid, header.state) != (head.txid, head.state) or header.page_size != local.page_size:
+            return False
+        if (header.identity.device, header.identity.inode) != (now.device, now.inode):
+            return False
+        if local.change_counter < header.change_counter:
+            return False
+        known, position = header.position, local.position
+        if known is None or position is None:
+            return True
+        restarts = (position.salt1 - known.salt1) & 0xFFFFFFFF
+        if restarts:
+            return restarts < 1 << 31
+        return position.salt2 == known.salt2 and position.frame >= known.frame
+
+    def _continues(self, head: Head, edges: list[Edge]) -> bool:
+        """Does the local WAL begin with the very frames that the head's commit ended with?"""
+        last = max(edges, key=lambda edge: (edge.post, edge.pre))
+        header = self.history.header(last.pre, last.post)
+        if header is None or header.post != head.txid or not header.positions:
+            return False
+        position = header.positions[-1]
+        with self.local.pinned():
+            tip = self.local.tip()
+            return (
+                tip.header is not None
+                and self.local.wal.header() == tip.header
+                and (position.salt1, position.salt2) == (tip.header.salt1, tip.header.salt2)
+                and 0 < position.frame <= tip.frames
+                and self.local.wal.position(tip.header, position.frame) == position
+            )
+
+    # --- the actions ---------------------------------------------------------------------------------------------------
+
+    def _opened(self, header: IndexHeader) -> IndexHeader:
+        """From here on the database is in use, and only a clean close says otherwise."""
+        header.boot, header.clean = boot_id(), False
+        self.index.save(header)
+        return header
+
+    def _start(self) -> IndexHeader:
+        self._set_stale_files_aside()
+        return self._opened(self.replicator.fresh())
+
+    def _resume(self, header: IndexHeader) -> IndexHeader:
+        self._opened(header)
+        return self.replicator.batch()
+
+    def _initial(self) -> IndexHeader:
+        header = self.replicator.fresh()
+        self.replicator.scan(header)
+        return self._opened(header)
+
+    def _catch_up(self, local: _Local, head: Head, edges: list[Edge]) -> IndexHeader:
+        header = self.index.load()
+        if header is not None and header.home == self.replicator.home and (header.txid, header.state) == (head.txid, head.state):
+            header.needs_scan = True
+            self._opened(header)
+            try:
+                return self.replicator.batch()
+            except IndexLost as lost:
+                logger.warning("%s: %s", self.local.path, lost)
+        return self._take_over(local, head, edges)
+
+    def _reset(self, head: Head) -> IndexHeader:
+        header = self.replicator.fresh()
+        header.txid, header.state = head.txid, head.state
+        header.page_size, header.db_size = head.page_size, 0
+        header.needs_scan = True
+        # No identity: should this die half-way, the file must not pass for a descendant of the head.
+        self.replicator.scan(header, reset=True)
+        return self._opened(header)
+
+    def _keep_local(self, head: Head, edges: list[Edge]) -> IndexHeader:
+        """The index takes the head's hashes; the next commit then carries every page that differs."""
+        logger.warning(
+            "%s diverged from its history (txid %d): kept as it is; the next commit carries every difference (initial_replication=skip)",
+            self.local.path,
+            head.txid,
+        )
+        header = self.replicator.fresh()
+        self.replicator.learn(header, head, edges)
+        header.needs_scan = True
+        header.identity = Identity.of(self.local.path)
+        return self._opened(header)
+
+    def _take_over(self, local: _Local, head: Head, edges: list[Edge]) -> IndexHeader:
+        """The local file is, or descends from, the head, and the index was lost or stale: it is made anew."""
+        header = self.replicator.fresh()
+        self.replicator.learn(header, head, edges)
+        header.needs_scan = True  # finds the position, and the difference if there is one
+        header.change_counter = local.change_counter
+        header.identity = Identity.of(self.local.path)
+        self.replicator.scan(header)
+        return self._opened(header)
+
+    def _fast_forward(self, head: Head, edges: list[Edge]) -> IndexHeader:
+        # The main file must be whole by itself before its WAL goes: a crash in between leaves an earlier state, not a torn one.
+        self.local.close()
+        with self._plain() as connection:
+            connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
+            try:
+                connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+            except apsw.BusyError as error:
+                raise _open_elsewhere(self.local.path) from error
+        return self._restore(head, edges)
+
+    def _restore(self, head: Head, edges: list[Edge]) -> IndexHeader:
+        self.local.close()
+        with nobody_else(self.local.path), scratch(self.local.path, self.index) as into:
+            header = self.replicator.fresh()
+            rebuilt = rebuild(
+                self.history, into, head.txid, edges, width=self.replicator.config.concurrency, progress=self.progress
+            )
+            return self._put_in_place(into, rebuilt, header)
+
+    def _restore_pages(self) -> IndexHeader:
+        self.local.close()
+        with nobody_else(self.local.path), scratch(self.local.path, self.index) as into:
+            header = self.replicator.fresh()
+            rebuilt = rebuild_from_pages(
+                self.history, into, width=self.replicator.config.concurrency, progress=self.progress
+            )
+            if rebuilt is None:
+                raise StoreError(
+                    f"the page objects of {self.history.name!r} vanished while they were looked at", hint="Try again."
+                )
+            target = rebuilt.txid
+            self._put_in_place(into, rebuilt, header)
+        # The log begins anew with the snapshot edge 0 -> target, so that the line of txids goes on.
+        header = self.replicator.fresh()
+        header.needs_scan = True
+        self.replicator.scan(header, target=target)
+        header.view_txid, header.backlog = target, None
+        return self._opened(header)
+
+    def _put_in_place(self, into: Scratch, rebuilt: Rebuilt, header: IndexHeader) -> IndexHeader:
+        path = self.local.path
+        with contextlib.suppress(FileNotFoundError):
+            os.fchmod(into.fd, os.stat(path).st_mode & 0o777)
+        if not os.path.exists(path):
+            os.fchmod(into.fd, 0o666 & ~_umask())
+        self.local.close()
+        self._set_stale_files_aside()
+        reach("before rename")
+        os.rename(into.path, path)
+        _sync_directory(path)
+        reach("after rename")
+        header.txid, header.state = rebuilt.txid, rebuilt.state
+        header.page_size, header.db_size = rebuilt.page_size, rebuilt.db_size
+        header.view_txid = min(rebuilt.view_txid, rebuilt.txid)
+        header.view_size = UNKNOWN_SIZE
+        header.position = None
+        header.proved_ms = int(self.history.store.now() * 1000)
+        header.identity = Identity.of(path)
+        header.change_counter = int.from_bytes(os.pread(into.fd, 4, 24), "big")
+        if header.backlog is None and header.view_txid < header.txid and self.replicator.config.pages == "commit":
+            header.backlog = Backlog(header.view_txid, header.txid, 1)
+            header.view_txid = header.txid
+        logger.info("%s: restored at txid %d (%d pages)", path, header.txid, header.db_size)
+        return self._opened(header)
+
+    def _set_stale_files_aside(self) -> None:
+        aside(self.local.path)
+
+    def _conflict(self, local: _Local, head: Head) -> ConflictError:
+        return ConflictError(
+            f"{self.local.path} (state {local.state:016x}, {local.db_size} pages) is no state of the history of {self.history.name!r} in "
+            f"{self.history.store.describe()} (head: txid {head.txid}, state {head.state:016x}, {head.db_size} pages). Nothing was changed",
+            hint="To go on from the remote history: move the local file away, or `bottomless-wal restore --force`. To make the local file the "
+            "truth: `bottomless-wal reset --from-local`, or open it with initial_replication=force (a reset at once) or skip (at the next commit).",
+        )
+
+
+def _open_elsewhere(path: str) -> ConflictError:
+    return ConflictError(
+        f"{path} has to be replaced by the state in the bucket, and is open elsewhere",
+        hint="Close every connection to it, in all processes, and open it again.",
+    )
+
+
+@contextlib.contextmanager
+def nobody_else(path: str) -> Iterator[None]:
+    """Holds SQLite's exclusive lock on the file at `path`, if there is one, while it is replaced.
+
+    Raises:
+        ConflictError: a connection, of whatever process, has it open.
+    """
+    if not os.path.exists(path):
+        yield
+        return
+    file = apsw.VFSFile("", path, [apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_MAIN_DB, 0])
+    try:
+        try:
+            file.xLock(apsw.SQLITE_LOCK_SHARED)
+            file.xLock(apsw.SQLITE_LOCK_EXCLUSIVE)
+        except apsw.BusyError as error:
+            raise _open_elsewhere(path) from error
+        try:
+            yield
+        finally:
+            file.xUnlock(apsw.SQLITE_LOCK_NONE)
+    finally:
+        file.xClose()
+
+
+def aside(path: str) -> None:
+    """Renames leftovers of an earlier file at `path`: beside a restored file a stale WAL would silently open the old database."""
+    for ending in ("-wal", "-journal"):
+        if os.path.exists(path + ending):
+            target = f"{path}{ending}-stale-{secrets.token_hex(4)}"
+            logger.warning("%s belongs to no database: renamed to %s", path + ending, target)
+            os.rename(path + ending, target)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path + "-shm")
+
+
+def _umask() -> int:
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,216 @@
+"""Everything that can be set, parsed once into one frozen `Config`.
+
+One table, `OPTIONS`, gives each option its name, its parser and its meaning. An option has the same name in all four
+places it can come from, in rising precedence:
+
+1. the defaults of the table;
+2. the environment: `LIBSQL_BOTTOMLESS_<NAME>`;
+3. keyword arguments of `register()` or `connect()`;
+4. URI parameters: `file:app.db?vfs=bottomless&<name>=<value>`.
+
+A name that is not in the table, or a value its parser refuses, is a `ConfigError` that lists what is known.
+Credentials are no option: they come from boto3's usual chain.
+"""
+
+from __future__ import annotations
+
+import os
+import urllib.parse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final
+
+from .errors import ConfigError
+
+__all__ = ["ENV_PREFIX", "OPTIONS", "Config", "Option"]
+
+ENV_PREFIX: Final = "LIBSQL_BOTTOMLESS_"
+
+# Read by the command line alone, and so no option of a database.
+_FACE_VARIABLES: Final = frozenset({"LOG"})
+
+# SQLite's own URI parameters, which pass through untouched.
+_SQLITE_PARAMETERS: Final = frozenset({"vfs", "mode", "cache", "psow", "nolock", "immutable", "modeof"})
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The settings of one database. Times are in seconds."""
+
+    endpoint: str = "http://localhost:9000"
+    bucket: str = "libsql"
+    database_id: str = ""
+    initial_replication: str = "error"
+    ack: str = "pages"
+    pages: str = "commit"
+    interval: float = 0.0
+    retry_timeout: float = 30.0
+    connect_timeout: float = 5.0
+    read_timeout: float = 20.0
+    create_bucket: bool = False
+    concurrency: int = 8
+    level: int = 3
+
+    @classmethod
+    def load(
+        cls,
+        *layers: Mapping[str, object],
+        uri: Mapping[str, str] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> Config:
+        """Merges defaults, environment, `layers` (rising precedence) and URI parameters.
+
+        `environ` defaults to `os.environ`; `uri` may carry SQLite's own parameters, which are passed over.
+
+        Raises:
+            ConfigError: an unknown name or a bad value, in whichever of the four places.
+        """
+        chosen: dict[str, object] = {}
+        for name, text in _from_environment(os.environ if environ is None else environ).items():
+            chosen[name] = _parse(name, text, where=f"the environment ({ENV_PREFIX}{name.upper()})")
+        for layer in layers:
+            for name, value in layer.items():
+                chosen[name] = _parse(name, value, where="an argument")
+        for name, text in (uri or {}).items():
+            if name not in _SQLITE_PARAMETERS:
+                chosen[name] = _parse(name, text, where="the URI")
+        if chosen.get("pages", "commit") != "commit":
+            # ack=pages promises page objects at every commit, which the other two values of `pages` do not write.
+            if chosen.setdefault("ack", "log") == "pages":
+                raise ConfigError(
+                    f"ack=pages waits for page objects, but pages={chosen['pages']} writes none at a commit",
+                    hint="Use ack=log (or ack=local) with pages=checkpoint and pages=off.",
+                )
+        return cls(**chosen)  # type: ignore[arg-type]  # every value went through its option's parser
+
+    def changed(self, **changes: Any) -> Config:
+        """A copy with some fields replaced; no parsing."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One row of the table: how a value is read from text (or taken as it is), and what it means."""
+
+    name: str
+    parse: Callable[[object], object]
+    known: str
+    meaning: str
+
+
+def _choice(*allowed: str) -> tuple[Callable[[object], object], str]:
+    def parse(value: object) -> str:
+        if value not in allowed:
+            raise ValueError
+        return str(value)
+
+    return parse, " | ".join(allowed)
+
+
+def _number(low: float, high: float) -> tuple[Callable[[object], object], str]:
+    def parse(value: object) -> float:
+        number = float(value)  # type: ignore[arg-type]  # a TypeError is reported like a ValueError
+        if isinstance(value, bool) or not low <= number <= high:
+            raise ValueError
+        return number
+
+    return parse, f"seconds, {low:g} to {high:g}"
+
+
+def _integer(low: int, high: int) -> tuple[Callable[[object], object], str]:
+    def parse(value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int | str) or not low <= int(value) <= high:
+            raise ValueError
+        return int(value)
+
+    return parse, f"a whole number, {low} to {high}"
+
+
+_FLAGS: Final = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+def _flag(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    try:
+        return _FLAGS[str(value).lower()]
+    except KeyError:
+        raise ValueError from None
+
+
+def _endpoint(value: object) -> str:
+    text = str(value)
+    if text == "aws":
+        return text
+    parts = urllib.parse.urlsplit(text)
+    if parts.username or parts.password:
+        raise ValueError
+    if parts.scheme in ("http", "https") and parts.hostname:
+        _ = parts.port  # raises ValueError for a port that is no number
+        return text.rstrip("/")
+    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
+        return text
+    raise ValueError
+
+
+def _bucket(value: object) -> str:
+    text = str(value)
+    if not 1 <= len(text) <= 255 or text.startswith(".") or not all(c.isascii() and (c.isalnum() or c in "._-") for c in text):
+        raise ValueError
+    return text
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or "\0" in value or len(value) > 200:
+        raise ValueError
+    return value
+
+
+def _option(name: str, parser: tuple[Callable[[object], object], str], meaning: str) -> Option:
+    return Option(name, parser[0], parser[1], meaning)
+
+
+OPTIONS: Final[Mapping[str, Option]] = {
+    option.name: option
+    for option in (
+        _option(
+            "endpoint",
+            (_endpoint, "http(s)://host[:port] without user and password | file:///directory | aws"),
+            "the S3-compatible server; `aws` is Amazon's own of the region",
+        ),
+        _option("bucket", (_bucket, "letters, digits, '.', '_' and '-'"), "the bucket, or the directory below file:///"),
+        _option("database_id", (_text, "text of at most 200 characters"), "a name before the file's, to tell databases apart"),
+        _option(
+            "initial_replication", _choice("error", "force", "skip"), "what to do when the local file and the history diverged"
+        ),
+        _option("ack", _choice("pages", "log", "local"), "what COMMIT waits for"),
+        _option("pages", _choice("commit", "checkpoint", "off"), "when page objects are written"),
+        _option("interval", _number(0, 3600), "how long ack=local gathers commits before it sends them"),
+        _option("retry_timeout", _number(0, 86400), "how long a request is retried before it is given up"),
+        _option("connect_timeout", _number(0.1, 3600), "how long a connection may take"),
+        _option("read_timeout", _number(0.1, 3600), "how long the server may stay silent"),
+        _option("create_bucket", (_flag, "1 | 0"), "create the bucket when it is missing"),
+        _option("concurrency", _integer(1, 64), "requests in flight at once"),
+        _option("level", _integer(1, 19), "zstd's compression level"),
+    )
+}
+
+if set(OPTIONS) != {field.name for field in fields(Config)}:
+    raise AssertionError("OPTIONS and Config name different options")
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    found = {key[len(ENV_PREFIX) :]: value for key, value in environ.items() if key.startswith(ENV_PREFIX)}
+    return {name.lower(): value for name, value in found.items() if name not in _FACE_VARIABLES}
+
+
+def _parse(name: str, value: object, *, where: str) -> object:
+    option = OPTIONS.get(name)
+    if option is None:
+        raise ConfigError(f"unknown option {name!r} in {where}", hint=f"Known options: {', '.join(OPTIONS)}.")
+    try:
+        return option.parse(value)
+    except (ValueError, TypeError):
+        # An endpoint may carry a password: the value is not repeated there.
+        shown = "the value" if name == "endpoint" else repr(value)
+        raise ConfigError(f"{shown} is no {name} (from {where})", hint=f"{name}: {option.known}.") from None

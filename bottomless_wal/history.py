@@ -1,0 +1,244 @@
+"""The remote log of one database: its edges, the way through them to a state, and the one place that appends to it.
+
+A history is one line of states, txid 0 (the empty database) to the head (the highest txid). Every segment is an edge
+`pre -> post` of it; `plan` finds the cheapest chain of edges to a wanted state. Keys tell txids only: whether an edge really leads
+from the state before it is known when it is read, by its hashes. The commit edge of the head is never deleted,
+so a listing from n - 1 on tells whether n is the head.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, NamedTuple
+
+from . import layout, parallel, segment
+from .errors import CorruptionError, RestoreError
+from .segment import Body, Header, Page, Segment
+from .store import Receipt, Store
+
+__all__ = ["Edge", "Head", "History", "Staged", "plan"]
+
+logger = logging.getLogger(__name__)
+
+_RANGE_BYTES: Final = 4 << 20
+_INLINE_BYTES: Final = 8 << 20  # encoded pages beyond this go into a body
+_REQUEST_COST: Final = 64 << 10  # a request costs about as much as these bytes
+
+
+class Edge(NamedTuple):
+    """A segment as a listing shows it; `size` in bytes, `modified` in unix seconds by the server's clock."""
+
+    pre: int
+    post: int
+    size: int
+    modified: float
+
+
+class Staged(NamedTuple):
+    """The pages of an edge, encoded: as blocks for the segment itself, or stored already in a body."""
+
+    blocks: Sequence[bytes]
+    body: Body | None
+    page_count: int
+
+
+class Head(NamedTuple):
+    """The state at the end of a history."""
+
+    txid: int
+    state: int
+    page_size: int
+    db_size: int
+
+
+class History:
+    """The log of the database stored as `name`. Thread-safe; keeps no state but the store."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.store = store
+        self.name = name
+
+    def edges(self, *, since: int = 0) -> list[Edge]:
+        """All edges with pre >= `since`, ordered by (pre, post). Foreign keys below the prefix are passed over."""
+        prefix = layout.log_prefix(self.name)
+        bodies = layout.body_prefix(self.name)
+        found = []
+        for entry in self.store.list(prefix, after=layout.log_after(self.name, since)):
+            if entry.key.startswith(bodies):
+                break  # bodies sort behind all edges
+            ends = layout.parse_segment_key(self.name, entry.key)
+            if ends is None:
+                logger.warning("%s in %s is no object of ours: passed over", entry.key, self.store.describe())
+                continue
+            found.append(Edge(*ends, entry.size, entry.modified))
+        return found
+
+    def segment(self, pre: int, post: int) -> Segment | None:
+        """The edge `pre -> post`, verified, its pages aside; None when it is not there.
+
+        Raises:
+            CorruptionError: the object is no sound segment, or one of other txids than its key says.
+        """
+        key = layout.segment_key(self.name, pre, post)
+        data = self.store.get(key, limit=segment.SEGMENT_LIMIT)
+        if data is None:
+            return None
+        found = segment.decode(data, name=key)
+        _check_ends(found.header, pre, post, key)
+        return found
+
+    def header(self, pre: int, post: int) -> Header | None:
+        """The header of the edge alone, without loading its pages; None when it is not there. Raises as `segment`."""
+        key = layout.segment_key(self.name, pre, post)
+        data = self.store.read(key, 0, 4096)
+        if data is None:
+            return None
+        needed = segment.head_length(data, name=key)
+        if needed > len(data):
+            rest = self.store.read(key, len(data), needed - len(data))
+            if rest is None:
+                return None
+            data += rest
+        found = segment.decode_header(data, name=key)
+        _check_ends(found, pre, post, key)
+        return found
+
+    def head(self, edges: Sequence[Edge]) -> Head | None:
+        """The state with the highest txid among `edges`, read from one of them; None without edges.
+
+        Raises:
+            RestoreError: the edges that lead to it vanished, again and again.
+        """
+        if not edges:
+            return None
+        last = max(edge.post for edge in edges)
+        # The commit itself if it is there: it is small, and what a writer's next commit follows.
+        for edge in sorted((e for e in edges if e.post == last), key=lambda e: -e.pre):
+            found = self.header(edge.pre, edge.post)
+            if found is not None:
+                return Head(found.post, found.post_hash, found.page_size, found.db_size)
+        raise RestoreError(
+            f"the newest segment of {self.name!r} (txid {last}) vanished while it was looked at",
+            hint="Another program deletes objects of this history. Try again when it is done.",
+        )
+
+    def blocks(self, found: Segment, *, width: int = 4) -> Iterator[list[Page]]:
+        """The pages of a segment, in blocks, wherever they are; each page verified. A body is read in parallel ranges.
+
+        What only the end of a body can tell is verified before the iterator is exhausted: keep nothing for good before.
+
+        Raises:
+            CorruptionError: a page, or the body as a whole, is not what the segment says; or the body is missing.
+        """
+        if found.header.body is None:
+            yield list(found.pages())
+            return
+        body = found.header.body
+        key = layout.log_prefix(self.name) + body.name
+        starts = range(0, body.size, _RANGE_BYTES)
+
+        def load(start: int) -> bytes:
+            length = min(_RANGE_BYTES, body.size - start)
+            data = self.store.read(key, start, length)
+            if data is None:
+                raise CorruptionError(
+                    f"{key}, which holds the pages of {found.name}, is missing",
+                    hint="Objects of this history were deleted. `bottomless-wal verify` shows what can still be restored.",
+                )
+            if len(data) != length:
+                raise CorruptionError(
+                    f"{key} is {start + len(data)} bytes long; {found.name} says {body.size}",
+                    hint="The object was damaged. `bottomless-wal verify` shows what can still be restored.",
+                )
+            return data
+
+        yield from segment.read_body(found.header, parallel.ordered(load, starts, width), name=key)
+
+    def tables(self, found: Segment) -> Iterator[tuple[int, int]]:
+        """(page number, page hash) of every page of a segment, wherever they are."""
+        if found.header.body is None:
+            yield from found.tables()
+            return
+        for block in self.blocks(found):
+            for page in block:
+                yield page.pgno, page.hash
+
+    def stage(self, pre: int, post: int, pages: Iterable[Page], page_size: int, *, level: int) -> Staged:
+        """Encodes pages (ascending). Few stay in memory; of many, all are uploaded as a body while they are read."""
+        count = 0
+
+        def counted() -> Iterator[Page]:
+            nonlocal count
+            for page in pages:
+                count += 1
+                yield page
+
+        blocks = segment.encode_blocks(counted(), page_size, level=level)
+        kept: list[bytes] = []
+        size = 0
+        for block in blocks:
+            kept.append(block)
+            size += len(block)
+            if size > _INLINE_BYTES:
+                body = self.upload_body(pre, post, itertools.chain(kept, blocks))
+                return Staged((), body, count)
+        return Staged(kept, None, count)
+
+    def upload_body(self, pre: int, post: int, blocks: Iterable[bytes]) -> Body:
+        """Stores the blocks of a large edge under a name nobody else uses. The edge itself names it afterwards."""
+        key = layout.body_key(self.name, pre, post, secrets.token_hex(16))
+        digest = hashlib.sha256()
+
+        def hashed() -> Iterator[bytes]:
+            for block in blocks:
+                digest.update(block)
+                yield block
+
+        size = self.store.upload(key, hashed())
+        return Body(key.removeprefix(layout.log_prefix(self.name)), size, digest.digest())
+
+    def append(self, header: Header, blocks: Sequence[bytes] = ()) -> Receipt:
+        """Stores an edge, create-only. `created` False: its key is taken, by an earlier attempt or by a rival."""
+        data = segment.encode(header, blocks)
+        return self.store.create(layout.segment_key(self.name, header.pre, header.post), data)
+
+
+def plan(edges: Iterable[Edge], target: int, *, start: int = 0, overlapping: bool = False) -> list[Edge] | None:
+    """The cheapest chain of edges from txid `start` to `target`; None if there is none.
+
+    Cost is the number of requests and bytes. With `overlapping`, an edge may also begin before the state reached so far: its pages
+    are those of its end, so it leads there from any state that it spans.
+    """
+    usable = sorted((e for e in edges if e.post <= target), key=lambda e: (e.post, e.pre))
+    best: dict[int, tuple[int, Edge | None, int]] = {start: (0, None, start)}
+    for edge in usable:
+        if edge.post <= start:
+            continue
+        sources = [t for t in best if edge.pre <= t < edge.post] if overlapping else [edge.pre] if edge.pre in best else []
+        for source in sources:
+            cost = best[source][0] + edge.size + _REQUEST_COST
+            if edge.post not in best or cost < best[edge.post][0]:
+                best[edge.post] = (cost, edge, source)
+    if target not in best:
+        return None
+    chain: list[Edge] = []
+    at = target
+    while at != start:
+        _, step, source = best[at]
+        if step is None:
+            raise AssertionError(f"no edge recorded to txid {at}")
+        chain.append(step)
+        at = source
+    return chain[::-1]
+
+
+def _check_ends(header: Header, pre: int, post: int, key: str) -> None:
+    if (header.pre, header.post) != (pre, post):
+        raise CorruptionError(
+            f"{key} holds the edge {header.pre} -> {header.post}",
+            hint="An object was copied to a key that is not its own: remove it from the bucket.",
+        )

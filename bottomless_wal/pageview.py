@@ -1,0 +1,158 @@
+"""The page view: the latest committed content of every page, one object each, written behind the log.
+
+    commit n stored ──► put its pages, n = view txid ──► (killed, or failed, in between: n joins the backlog)
+    initial, reset  ──► backlog of the whole database, filled in the background
+
+Invariants:
+
+* Nothing is put that is not in the log: a page is put only while its hash is the one that the local index recorded from a stored
+  segment. A page that has changed locally since is passed over; the commit that carries the change puts it.
+* One operation per key at a time: everything here runs under the local index's lock.
+* "The view is complete up to v" (`IndexHeader.view_complete`) is never claimed early. The log alone is authoritative.
+* Objects past the end of a shrunken database are swept later, off the commit path, where a late DELETE cannot hit a page that has come back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from . import layout, parallel
+from .config import Config
+from .crashpoints import reach
+from .errors import ReplicationError, StoreError
+from .history import History
+from .local_index import Backlog, IndexHeader, LocalIndex
+from .page_object import PageTrailer, encode_page_object
+from .segment import Page, page_hash
+from .snapshot import LocalDatabase, Tip
+
+__all__ = ["UNKNOWN_SIZE", "PageView"]
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN_SIZE: Final = 0xFFFFFFFF
+"""As `IndexHeader.view_size`: there may be objects past the end."""
+
+_ENTRIES_AT_ONCE: Final = 16384
+
+
+class PageView:
+    """Writes the page objects of one database. Every method expects the local index to be locked by the caller."""
+
+    def __init__(self, config: Config, local: LocalDatabase, index: LocalIndex, history: History) -> None:
+        self.config = config
+        self.local = local
+        self.index = index
+        self.history = history
+
+    def put(self, header: IndexHeader, pages: Iterable[Page]) -> None:
+        """Puts the pages of the commit that the index has just recorded (nothing unless pages=commit).
+
+        Raises:
+            ReplicationError: the commit is in the log, but not all of its page objects are stored.
+        """
+        if self.config.pages != "commit":
+            return
+        self._into_backlog(header, upto=header.txid - 1)
+        reach("before view")
+        try:
+            self._put(header, pages)
+        except StoreError as error:
+            raise ReplicationError(
+                f"commit {header.txid} of {self.local.path} is in the log, but not all of its page objects are stored: {error.message}",
+                hint="Nothing is lost. The missing page objects are put with the next commit, flush() or open.",
+            ) from error
+        reach("after view")
+        header.view_txid = header.txid
+        header.view_size = max(header.view_size, header.db_size)
+        self.index.save(header)
+
+    def postpone(self, header: IndexHeader) -> None:
+        """The commit just recorded carries the whole database: its page objects are put in the background."""
+        if self.config.pages == "commit":
+            header.view_size = UNKNOWN_SIZE
+            self._into_backlog(header, upto=header.txid)
+            self.index.save(header)
+
+    def catch_up(self, header: IndexHeader) -> None:
+        """Whatever commits the view has missed joins the backlog (nothing unless pages=commit)."""
+        if self.config.pages == "commit" and header.view_txid < header.txid:
+            self._into_backlog(header, upto=header.txid)
+            self.index.save(header)
+
+    def behind(self, header: IndexHeader) -> bool:
+        """Is there anything to `fill`?"""
+        return self.config.pages != "off" and (header.backlog is not None or header.view_txid < header.txid)
+
+    def fill(self, header: IndexHeader, tip: Tip, *, most: int) -> None:
+        """Puts up to `most` pages of the backlog, and what pages=checkpoint has left until now. Call it pinned.
+
+        Raises:
+            StoreError: they were not all stored; the backlog is as it was.
+            SnapshotLost: see `LocalDatabase.page`.
+        """
+        self._into_backlog(header, upto=header.txid)
+        backlog = header.backlog
+        if backlog is None:
+            return
+        chosen: list[tuple[int, int]] = []
+        cursor = max(backlog.cursor, 1)
+        while cursor <= header.db_size and len(chosen) < most:
+            hashes, txids = self.index.entries(cursor, min(_ENTRIES_AT_ONCE, header.db_size - cursor + 1))
+            for known, txid in zip(hashes, txids, strict=True):
+                if backlog.after < txid <= backlog.upto and known:
+                    chosen.append((cursor, known))
+                cursor += 1
+                if len(chosen) == most:
+                    break
+        self._put(header, self._current(header, tip, chosen))
+        header.view_size = max(header.view_size, header.db_size)
+        header.backlog = backlog._replace(cursor=cursor) if cursor <= header.db_size else None
+        self.index.save(header)
+
+    def sweep(self, header: IndexHeader) -> None:
+        """Deletes page objects past the end of a database that has shrunk. Raises StoreError."""
+        if self.config.pages == "off" or header.view_size <= header.db_size:
+            return
+        prefix = layout.page_prefix(self.history.name)
+        last = layout.page_key(self.history.name, header.db_size) if header.db_size else prefix
+        beyond = [
+            entry.key
+            for entry in self.history.store.list(prefix, after=last)
+            if layout.parse_page_key(self.history.name, entry.key) is not None
+        ]
+        reach("before sweep")
+        if beyond:
+            logger.info("%s: deleting %d page objects past its end", self.local.path, len(beyond))
+            self.history.store.delete(beyond)
+        header.view_size = header.db_size
+        self.index.save(header)
+
+    def _into_backlog(self, header: IndexHeader, *, upto: int) -> None:
+        """Commits in (view txid, upto] whose pages nobody has put: remembered, and counted as seen."""
+        if header.view_txid >= upto:
+            return
+        if header.backlog is None:
+            header.backlog = Backlog(header.view_txid, upto, 1)
+        else:
+            header.backlog = Backlog(min(header.backlog.after, header.view_txid), upto, 1)
+        header.view_txid = upto
+
+    def _current(self, header: IndexHeader, tip: Tip, chosen: list[tuple[int, int]]) -> Iterator[Page]:
+        for pgno, known in chosen:
+            data = self.local.page(tip, pgno, header.page_size)
+            page = Page(pgno, known, data) if data is not None else None
+            if page is not None and page_hash(pgno, page.data) == known:
+                yield page
+
+    def _put(self, header: IndexHeader, pages: Iterable[Page]) -> None:
+        name, store, level = self.history.name, self.history.store, self.config.level
+
+        def put(page: Page) -> None:
+            trailer = PageTrailer(header.page_size, page.pgno, header.txid, page.hash, header.state, header.db_size)
+            store.put(layout.page_key(name, page.pgno), encode_page_object(page.data, trailer, level))
+            reach("within view")
+
+        parallel.each(put, pages, self.config.concurrency)

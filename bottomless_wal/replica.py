@@ -1,0 +1,333 @@
+"""One replicated database in this process: its parts, its life from the first open to the last close, and the registry of all.
+
+    first open   boot, under the index's lock until the file is open          registered by its real path, so that
+    commits      phase two ──► worker                                         every connection, and the `-wal` file,
+    last close   drained, our connections closed, the index marked clean      finds it
+    fork         the child drops everything and closes nothing
+    exit         drained
+
+Two files of one process that map to one name in one bucket are refused; between machines create-only writes do it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import multiprocessing.util
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import apsw
+
+from . import layout
+from .boot import Boot
+from .config import Config
+from .crashpoints import reach
+from .errors import BottomlessError, ConfigError, ConflictError, ReplicationError
+from .history import History
+from .local_index import Identity, IndexHeader, LocalIndex
+from .replicator import Replicator, seal
+from .restore import Progress
+from .snapshot import LocalDatabase
+from .store import open_store
+from .wal import Position, WalHeader
+from .worker import Worker
+
+__all__ = ["INDEX_SUFFIX", "Registry", "Replica", "Status", "registry"]
+
+logger = logging.getLogger(__name__)
+
+INDEX_SUFFIX: Final = "-bottomless"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Where the replication of one database stands, in this process.
+
+    `pending_frames` counts committed WAL frames that are not in the log; None when only a scan could tell. `lag` is the age, in seconds, of
+    the oldest such commit that was made here. `requests` and the bytes are counted since the database was opened here.
+    """
+
+    path: str
+    name: str
+    store: str
+    txid: int
+    state_hash: int
+    pending_frames: int | None
+    view_txid: int
+    lag: float
+    last_error: BottomlessError | None
+    requests: Mapping[str, int]
+    bytes_sent: int
+    bytes_received: int
+    retries: int
+
+
+class Replica:
+    """The database at `path` (resolved). `connect` opens a connection of our own through the VFS."""
+
+    def __init__(self, path: str, config: Config, connect: Callable[[str], apsw.Connection]) -> None:
+        self.path = path
+        self.config = config
+        self.name = layout.database_name(config.database_id, path)
+        self.pid = os.getpid()
+        self.opens = 0
+        self.lifecycle = threading.RLock()
+        self.booted = False
+        self.store = open_store(config)
+        self.history = History(self.store, self.name)
+        self.local = LocalDatabase(path, lambda: connect(path))
+        self.index = LocalIndex(path + INDEX_SUFFIX, beside=path)
+        self._guard = LocalIndex(path + INDEX_SUFFIX, beside=path)
+        self.replicator = Replicator(config, self.local, self.index, self.history)
+        self.worker = Worker(config, self.replicator, self.index, self.local, self._reboot)
+
+    # --- opening -------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def opening(self, *, progress: Progress | None = None, reset: bool = False) -> Iterator[None]:
+        """Boots when it is the first time; the index stays locked while the caller opens the file.
+
+        Raises:
+            BottomlessError: as `Boot.run`; and ConfigError when nothing can be written beside the file.
+        """
+        with self.lifecycle:
+            if self.booted:
+                yield
+                return
+            if self.config.create_bucket:
+                self.store.prepare()
+            existed = os.path.exists(self.index.path)
+            try:
+                with self.index.locked():
+                    Boot(self.replicator, policy=self.config.initial_replication, progress=progress).run(reset=reset)
+                    reach("after open")
+                    yield
+                self.booted = True
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot write beside {self.path}: {error}",
+                    hint="The directory must be writable. To read only, open the file with mode=ro.",
+                ) from error
+            finally:
+                if not self.booted:
+                    self._forget(existed)
+
+    def _forget(self, existed: bool) -> None:
+        self.local.close()
+        self.index.close()
+        if not existed and not os.path.exists(self.path):
+            with contextlib.suppress(OSError):
+                os.unlink(self.index.path)
+
+    def _reboot(self) -> IndexHeader:
+        return Boot(self.replicator, policy=self.config.initial_replication).run()
+
+    # --- while it is open ----------------------------------------------------------------------------------------------
+
+    def committed(self) -> None:
+        """A commit stands locally: replicate it, and wait as `ack` says.
+
+        Raises:
+            ReplicationError, FencedError, ConflictError: see `Worker.wait`.
+        """
+        self.check_process()
+        worker = self.worker
+        if self.config.ack == "local":
+            worker.submit()
+            if worker.fatal is not None:
+                raise type(worker.fatal)(worker.fatal.message, hint=worker.fatal.hint)
+            return
+        tip = self.local.tip()
+        place = Position(tip.header.salt1, tip.header.salt2, tip.frames, 0, 0) if tip.header is not None else None
+        worker.wait(worker.submit(), place, for_pages=self.config.ack == "pages")
+
+    def mark_scan(self) -> None:
+        """The main file was written past the WAL (a switch of the journal mode): the next batch scans."""
+        with self._guard.locked():
+            header = self._guard.load()
+            if header is not None:
+                header.needs_scan = True
+                self._guard.save(header)
+
+    def seal(self, new: WalHeader | None) -> None:
+        """The WAL is about to be restarted with the header `new`, or truncated or deleted (None). See `replicator.seal`."""
+        if os.path.exists(self._guard.path):
+            seal(self._guard, self.path + "-wal", new)
+
+    def check_process(self) -> None:
+        """Raises ReplicationError in a child that inherited the connection by a fork."""
+        if os.getpid() != self.pid:
+            raise ReplicationError(
+                f"this connection to {self.path} was opened before a fork, by process {self.pid}",
+                hint="Open a connection of its own in each process, after the fork.",
+            )
+
+    def checkpointed(self, frames: int) -> None:
+        """A checkpoint has run on a WAL of `frames` frames."""
+        self.worker.poke()
+
+    def status(self) -> Status:
+        """See `Status`."""
+        tip = self.local.tip()
+        with self._guard.locked():
+            header = self._guard.load()
+        if header is None:
+            raise ConfigError(f"{self.index.path} is missing or damaged", hint="The next commit rebuilds it.")
+        pending: int | None = None
+        position = header.position
+        if not header.needs_scan:
+            if position is None or tip.header is None:
+                pending = tip.frames
+            elif (position.salt1, position.salt2) == (tip.header.salt1, tip.header.salt2):
+                pending = max(0, tip.frames - position.frame)
+        stats = self.store.stats
+        return Status(
+            path=self.path,
+            name=self.name,
+            store=self.store.describe(),
+            txid=header.txid,
+            state_hash=header.state,
+            pending_frames=pending,
+            view_txid=header.view_complete,
+            lag=self.worker.lag(),
+            last_error=self.worker.last_error,
+            requests=stats.requests,
+            bytes_sent=stats.bytes_sent,
+            bytes_received=stats.bytes_received,
+            retries=stats.retries,
+        )
+
+    # --- closing -------------------------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Sends what is pending and ends the worker. Never raises: what could not be sent is logged and stays pending."""
+        if self.booted and self.worker.fatal is None:
+            self.worker.submit()
+        self.worker.stop()
+        error = self.worker.last_error
+        if error is not None:
+            logger.error("%s is closed with commits that are not stored: %s", self.path, error.message)
+
+    def close(self) -> None:
+        """After the application's last close: drain, let SQLite check-point and delete the WAL, mark the index clean."""
+        with self.lifecycle:
+            if not self.booted:
+                return
+            self.booted = False
+            self.drain()
+            reach("before close")
+            self.local.close(checkpoint=True)
+            if self.worker.last_error is None:
+                self._mark_clean()
+            self.index.close()
+            self._guard.close()
+            self.store.close()
+
+    def _mark_clean(self) -> None:
+        try:
+            with self.index.locked():
+                header = self.index.load()
+                if header is None:
+                    return
+                if not header.needs_scan:
+                    header.identity = Identity.of(self.path)
+                    header.clean = True
+                    self.index.save(header)
+                    self.index.sync()
+        except OSError as error:
+            logger.warning("%s: not marked as cleanly closed: %s", self.path, error)
+
+    def abandon(self) -> None:
+        """In the child of a fork: let go of the lock without releasing it for the parent, and close nothing."""
+        self.index.abandon()
+        self._guard.abandon()
+
+
+class Registry:
+    """The replicas of this process, by real path."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._replicas: dict[str, Replica] = {}
+        # Never freed: closing an inherited connection in a child would act on files that are the parent's.
+        self._inherited: list[Replica] = []
+
+    def get(self, path: str) -> Replica | None:
+        """The replica of the file at `path`, if it is open."""
+        return self._replicas.get(path)
+
+    def all(self) -> list[Replica]:
+        """Every open replica."""
+        with self._lock:
+            return list(self._replicas.values())
+
+    def acquire(self, path: str, config: Config, connect: Callable[[str], apsw.Connection]) -> Replica:
+        """The replica of `path`, made when there is none, with one more open counted.
+
+        Raises:
+            ConfigError: it is open with other settings. ConflictError: another file maps to its name.
+        """
+        with self._lock:
+            replica = self._replicas.get(path)
+            if replica is None:
+                made = Replica(path, config, connect)
+                for other in self._replicas.values():
+                    if (other.name, other.config.endpoint, other.config.bucket) == (made.name, config.endpoint, config.bucket):
+                        made.store.close()
+                        raise ConflictError(
+                            f"{path} and {other.path} would both be stored as {made.name!r} in {made.store.describe()}",
+                            hint="Give one of them another database_id.",
+                        )
+                replica = self._replicas[path] = made
+            elif replica.config != config:
+                raise ConfigError(
+                    f"{path} is open in this process with other settings",
+                    hint="Use the same options for every connection to one file, or close the others first.",
+                )
+            replica.opens += 1
+            return replica
+
+    def release(self, replica: Replica) -> None:
+        """One open less; the last one closes the replica."""
+        with replica.lifecycle:
+            with self._lock:
+                replica.opens -= 1
+                last = replica.opens == 0
+            if last:
+                try:
+                    replica.close()
+                finally:
+                    with self._lock:
+                        if self._replicas.get(replica.path) is replica and replica.opens == 0:
+                            del self._replicas[replica.path]
+
+    def after_fork(self) -> None:
+        """In the child: every inherited replica is the parent's."""
+        self._lock = threading.Lock()
+        for replica in self._replicas.values():
+            replica.abandon()
+        self._inherited.extend(self._replicas.values())
+        self._replicas = {}
+
+    def exit(self) -> None:
+        """At interpreter exit: what is pending is sent while threads still run."""
+        for replica in self.all():
+            if replica.pid == os.getpid():
+                try:
+                    replica.close()
+                except (BottomlessError, apsw.Error, OSError) as error:
+                    logger.error("closing %s at exit: %s", replica.path, error)
+
+
+registry: Final = Registry()
+os.register_at_fork(after_in_child=registry.after_fork)
+atexit.register(registry.exit)
+# Children of multiprocessing leave by os._exit: atexit does not run there, its finalizers do.
+multiprocessing.util.register_after_fork(
+    registry, lambda owner: multiprocessing.util.Finalize(None, owner.exit, exitpriority=100)
+)

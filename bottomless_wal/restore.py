@@ -1,0 +1,326 @@
+"""A state of the history, rebuilt into a file: the cheapest chain of edges, applied in order, verified, and only then put in place.
+
+Invariants:
+
+* Links are exact: an edge is applied only to the state whose hash it names, and must give the state hash it promises. An edge that
+  does not is set aside and the way is planned anew without it; overlapping edges are tried only when no exact chain is left.
+* The file is complete, verified and synced under a temporary name (mode 0600) before anything sees it. A failure leaves
+  the previous file as it was, and names the object that is missing or wrong.
+* Memory does not grow with the database: page hashes live in the local index, which is filled on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import apsw
+
+from . import layout, parallel
+from .errors import BottomlessError, CorruptionError, RestoreError
+from .history import Edge, History, plan
+from .local_index import LocalIndex
+from .page_object import PAGE_OBJECT_LIMIT, PageTrailer, decode_page_object
+from .segment import Header, Page, Segment, lock_page, page_hash
+
+__all__ = ["Progress", "Rebuilt", "Scratch", "rebuild", "rebuild_from_pages", "scratch"]
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes read so far, bytes expected); the second number may still grow."""
+
+_ATTEMPTS: Final = 8
+_READ_AHEAD: Final = 48 << 20
+
+
+@dataclass(slots=True)
+class Rebuilt:
+    """The state that a file under construction has: txid, state hash, page size in bytes, size in pages."""
+
+    txid: int = 0
+    state: int = 0
+    page_size: int = 0
+    db_size: int = 0
+    view_txid: int = 0
+    requests: int = 0
+
+
+class _Misfit(Exception):
+    """An edge does not belong where the plan put it, or vanished meanwhile."""
+
+    def __init__(self, edge: Edge, cause: str, error: BottomlessError | None = None) -> None:
+        super().__init__(cause)
+        self.edge = edge
+        self.cause = cause
+        self.error = error
+
+
+@dataclass(slots=True)
+class Scratch:
+    """A file under construction: `path` beside its destination, and the index that holds its page hashes (locked)."""
+
+    path: str
+    fd: int
+    index: LocalIndex
+
+
+@contextlib.contextmanager
+def scratch(destination: str, index: LocalIndex) -> Iterator[Scratch]:
+    """A temporary file beside `destination`, gone at the end unless it was renamed.
+
+    Raises:
+        RestoreError: no file can be written there: no such directory, no permission, no space.
+    """
+    path = f"{destination}-bottomless-{secrets.token_hex(8)}"
+    with translated(destination):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with translated(destination):
+            yield Scratch(path, fd, index)
+    finally:
+        os.close(fd)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+@contextlib.contextmanager
+def translated(destination: str) -> Iterator[None]:
+    """OSErrors of writing beside `destination` as RestoreErrors."""
+    try:
+        yield
+    except OSError as error:
+        hint = "Nothing was changed. Make room, or restore elsewhere (-o)." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise RestoreError(
+            f"cannot restore to {destination}: {error.strerror or error}",
+            hint=hint or "Nothing was changed. Check that the directory exists and can be written.",
+        ) from error
+
+
+def rebuild(
+    history: History,
+    into: Scratch,
+    target: int,
+    edges: list[Edge],
+    *,
+    base: Rebuilt | None = None,
+    width: int = 8,
+    progress: Progress | None = None,
+) -> Rebuilt:
+    """Fills `into` with the state of txid `target`, synced and verified.
+
+    `base`: the file and the index already hold that state, and only the edges after it are applied.
+
+    Raises:
+        RestoreError: no chain of sound edges leads to `target`; the message names what is missing or wrong.
+    """
+    suspects: set[tuple[int, int]] = set()
+    first: _Misfit | None = None
+    for attempt in range(_ATTEMPTS):
+        usable = [e for e in edges if (e.pre, e.post) not in suspects]
+        start = base.txid if base is not None else 0
+        chain = plan(usable, target, start=start)
+        overlapping = False
+        if chain is None and base is None:
+            chain = plan(usable, target, overlapping=True)
+            overlapping = chain is not None
+        if chain is None:
+            raise _no_way(history, target, edges, start, first)
+        state = Rebuilt(base.txid, base.state, base.page_size, base.db_size) if base is not None else Rebuilt()
+        try:
+            _apply_chain(history, into, chain, state, overlapping=overlapping, width=width, progress=progress)
+        except _Misfit as misfit:
+            first = first or misfit
+            logger.warning("restoring %s: %s", history.name, misfit.cause)
+            if base is not None:
+                raise RestoreError(misfit.cause, hint="A full restore will be tried.") from misfit
+            suspects.add((misfit.edge.pre, misfit.edge.post))
+            into.index.clear()
+            os.ftruncate(into.fd, 0)
+            if attempt == 0:
+                edges = history.edges()  # retention may have replaced what was listed
+            continue
+        os.fsync(into.fd)
+        return state
+    raise _no_way(history, target, edges, 0, first)
+
+
+def rebuild_from_pages(history: History, into: Scratch, *, width: int = 8, progress: Progress | None = None) -> Rebuilt | None:
+    """Fills `into` from the page view alone; None when the bucket holds no page object of this database.
+
+    Raises:
+        RestoreError: the objects are no single state (the XOR of their hashes is not what the newest of them tells), or a page is missing.
+        CorruptionError: an object is damaged.
+    """
+    keys = [
+        (pgno, entry.key, entry.size)
+        for entry in history.store.list(layout.page_prefix(history.name))
+        if (pgno := layout.parse_page_key(history.name, entry.key)) is not None
+    ]
+    if not keys:
+        return None
+    total = sum(size for _, _, size in keys)
+
+    def load(item: tuple[int, str, int]) -> tuple[int, bytes, PageTrailer | None, int]:
+        pgno, key, size = item
+        data = history.store.get(key, limit=PAGE_OBJECT_LIMIT)
+        if data is None:
+            raise RestoreError(f"{key} vanished during the restore", hint="Another program deletes objects. Try again.")
+        return pgno, *decode_page_object(data, name=key, pgno=pgno), size
+
+    newest: PageTrailer | None = None
+    hashes: dict[int, int] = {}
+    page_size, done, bare = 0, 0, 0
+    for pgno, page, trailer, size in parallel.ordered(load, keys, width):
+        page_size = page_size or len(page)
+        if len(page) != page_size:
+            raise RestoreError(
+                f"{layout.page_key(history.name, pgno)} holds a page of {len(page)} bytes, the pages before it have {page_size}",
+                hint="Objects of two databases are mixed under one name. Remove the older ones, then try again.",
+            )
+        bare += trailer is None
+        if trailer is not None and (newest is None or trailer.txid > newest.txid):
+            newest = trailer
+        hashes[pgno] = page_hash(pgno, page)
+        os.pwrite(into.fd, page, (pgno - 1) * page_size)
+        done += size
+        if progress is not None:
+            progress(done, total)
+    db_size = newest.db_size if newest is not None else max(hashes)
+    lock = lock_page(page_size)
+    missing = [pgno for pgno in range(1, db_size + 1) if pgno not in hashes and pgno != lock]
+    if missing:
+        raise RestoreError(
+            f"{layout.page_key(history.name, missing[0])} is missing: page {missing[0]} of {db_size} ({len(missing)} missing in all)",
+            hint="The page objects are no complete database, and there is no log to restore from.",
+        )
+    state = 0
+    pgnos = [pgno for pgno in range(1, db_size + 1) if pgno != lock]
+    for pgno in pgnos:
+        state ^= hashes[pgno]
+    if newest is not None and not bare and state != newest.post_hash:
+        raise RestoreError(
+            f"the page objects of {history.name!r} are no single state: state hash {state:016x}, but the newest of them (txid {newest.txid}) "
+            f"says {newest.post_hash:016x}",
+            hint="A commit was cut off while they were written, and there is no log to restore from. Restore an older copy of the bucket.",
+        )
+    os.ftruncate(into.fd, db_size * page_size)
+    os.fsync(into.fd)
+    if newest is None or bare:
+        logger.warning("%s: page objects without trailers: no state hash to verify; running integrity_check", history.name)
+        _integrity_check(into.path)
+    txid = newest.txid if newest is not None and not bare else 1
+    into.index.record(pgnos, [hashes[pgno] for pgno in pgnos], txid)
+    return Rebuilt(txid, state, page_size, db_size, view_txid=txid)
+
+
+def _apply_chain(
+    history: History, into: Scratch, chain: list[Edge], state: Rebuilt, *, overlapping: bool, width: int, progress: Progress | None
+) -> None:
+    ahead = max(1, min(width, _READ_AHEAD // max(edge.size + 1 for edge in chain))) if chain else 1
+    done, total = 0, sum(edge.size for edge in chain)
+
+    def load(edge: Edge) -> Segment | BottomlessError | None:
+        try:
+            return history.segment(edge.pre, edge.post)
+        except CorruptionError as error:
+            return error
+
+    for edge, found in zip(chain, parallel.ordered(load, chain, ahead), strict=True):
+        key = layout.segment_key(history.name, edge.pre, edge.post)
+        if found is None:
+            raise _Misfit(edge, f"{key} is missing")
+        if isinstance(found, BottomlessError):
+            raise _Misfit(edge, found.message, found)
+        header = found.header
+        if not header.whole and (header.page_size != state.page_size or (header.pre_hash != state.state and not overlapping)):
+            raise _Misfit(
+                edge, f"{key} does not follow state {state.state:016x} (txid {state.txid}): it says {header.pre_hash:016x} before it"
+            )
+        state.requests += 1
+        if header.body is not None:
+            total += header.body.size
+        try:
+            _apply(into, header, history.blocks(found, width=min(width, 4)), state)
+        except CorruptionError as error:
+            raise _Misfit(edge, error.message, error) from error
+        if state.state != header.post_hash:
+            raise _Misfit(edge, f"{key} leads to state hash {state.state:016x}, not to {header.post_hash:016x} as it says")
+        done += edge.size + (header.body.size if header.body is not None else 0)
+        if progress is not None:
+            progress(done, total)
+    _require_every_page(into.index, state, chain)
+
+
+def _apply(into: Scratch, header: Header, blocks: Iterator[list[Page]], state: Rebuilt) -> None:
+    """One edge onto the file and the index; `state` follows."""
+    if header.whole:
+        os.ftruncate(into.fd, 0)
+        into.index.clear()
+        state.state, state.db_size, state.page_size = 0, 0, header.page_size
+    for block in blocks:
+        pgnos = [page.pgno for page in block]
+        for pgno, old, page in zip(pgnos, into.index.hashes(pgnos), block, strict=True):
+            state.state ^= page.hash ^ (old if pgno <= state.db_size else 0)
+        into.index.record(pgnos, [page.hash for page in block], header.post)
+        start = 0
+        for at in range(1, len(block) + 1):
+            if at == len(block) or pgnos[at] != pgnos[at - 1] + 1:
+                data = b"".join(page.data for page in block[start:at])
+                if os.pwrite(into.fd, data, (pgnos[start] - 1) * header.page_size) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                start = at
+    lock = lock_page(header.page_size)
+    for first in range(header.db_size + 1, state.db_size + 1, 65536):
+        count = min(65536, state.db_size - first + 1)
+        for pgno, old in enumerate(into.index.entries(first, count)[0], first):
+            state.state ^= 0 if pgno == lock else old
+        # A page that comes back must not find the hash of its former life.
+        into.index.record(range(first, first + count), [0] * count, 0)
+    os.ftruncate(into.fd, header.db_size * header.page_size)
+    state.txid, state.db_size, state.view_txid = header.post, header.db_size, header.view_txid
+
+
+def _require_every_page(index: LocalIndex, state: Rebuilt, chain: list[Edge]) -> None:
+    lock = lock_page(state.page_size) if state.page_size else 0
+    for first in range(1, state.db_size + 1, 65536):
+        hashes = index.entries(first, min(65536, state.db_size - first + 1))[0]
+        for pgno, known in enumerate(hashes, first):
+            if not known and pgno != lock:
+                raise _Misfit(chain[-1], f"no edge up to txid {state.txid} has page {pgno} of {state.db_size}")
+
+
+def _no_way(history: History, target: int, edges: list[Edge], start: int, first: _Misfit | None) -> RestoreError:
+    if first is not None:
+        return RestoreError(
+            f"cannot rebuild txid {target} of {history.name!r}: {first.cause}",
+            hint=(first.error.hint if first.error is not None else "")
+            or "No other way leads there. `bottomless-wal verify` shows what can still be restored.",
+        )
+    reached = start
+    for edge in sorted(edges, key=lambda e: (e.pre, e.post)):
+        if edge.pre <= reached < edge.post <= target:
+            reached = edge.post
+    return RestoreError(
+        f"cannot rebuild txid {target} of {history.name!r}: nothing leads on from txid {reached}; "
+        f"{layout.segment_key(history.name, reached, reached + 1)} is missing",
+        hint=f"Restore the state before the gap: bottomless-wal restore --txid {reached}." if reached else "Check the bucket's name.",
+    )
+
+
+def _integrity_check(path: str) -> None:
+    connection = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READONLY)
+    try:
+        answer = connection.execute("PRAGMA integrity_check").get
+    except apsw.Error as error:
+        raise RestoreError(f"the page objects are no SQLite database: {error}", hint="Check the database's name.") from error
+    finally:
+        connection.close()
+    if answer != "ok":
+        raise RestoreError(f"the page objects are no sound database: {answer}", hint="Restore an older copy of the bucket.")

@@ -1,0 +1,430 @@
+"""The local database read as pages: how much of its WAL is committed, which frame holds a page, and whole snapshots.
+
+Two connections of our own stand beside the application's: the *monitor*, asked for the number of committed frames with
+`wal_checkpoint(NOOP)`, and the *pin*, whose read transaction keeps the WAL from being restarted under a reader. They are two
+because NOOP cannot be asked on a connection that is in a transaction.
+
+Rules:
+
+* Never read past the wal-index: a frame with the right salts and checksum may have been rolled back.
+* The main file is read through a file object of the base VFS, which shares SQLite's POSIX locks: closing any other descriptor
+  of it would drop all locks of the process. The `-wal` file carries no locks and is read with `pread`.
+* A page of a snapshot is its last frame at or below the tip, else what the main file holds. While the pin is held no
+  checkpoint writes a later frame of it into the main file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import struct
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from typing import Final, NamedTuple
+
+import apsw
+
+from .errors import CorruptionError, ReplicationError
+from .segment import lock_page
+from .wal import FRAME_HEADER_SIZE, HEADER_SIZE, FrameHeader, Position, WalHeader, checksum, frame_offset
+
+__all__ = ["FrameMap", "LocalDatabase", "Shape", "SnapshotLost", "Tip", "WalFile"]
+
+logger = logging.getLogger(__name__)
+
+_READ_BYTES: Final = 256 * 1024
+_ASK_AGAIN_SECONDS: Final = 10.0
+_BASE_VFS: Final = ""  # the default VFS below ours
+
+
+class SnapshotLost(Exception):
+    """The WAL was restarted, cut or replaced under the reader: what was read is worth nothing, look again."""
+
+
+class Tip(NamedTuple):
+    """The end of the WAL: the header that stands in the file (None: no WAL, or an empty one), the committed frames, and how
+    many of them checkpoints have copied to the main file."""
+
+    header: WalHeader | None
+    frames: int
+    backfilled: int
+
+
+class Shape(NamedTuple):
+    """Page size in bytes, database size in pages, and page 1's change counter."""
+
+    page_size: int
+    db_size: int
+    change_counter: int
+
+
+class FrameMap:
+    """page number -> its last frame, for the frames of one WAL up to `upto`.
+
+    A dict while it is small; an array indexed by page number once a transaction is so large that a dict would cost
+    a hundred bytes a page.
+    """
+
+    _SMALL: Final = 65536
+
+    def __init__(self, header: WalHeader) -> None:
+        self.salts = (header.salt1, header.salt2)
+        self.upto = 0
+        self._dict: dict[int, int] = {}
+        self._array: array[int] | None = None
+
+    def add(self, pgno: int, frame: int) -> None:
+        """Frame `frame` is the newest of page `pgno`."""
+        if self._array is None:
+            self._dict[pgno] = frame
+            if len(self._dict) > self._SMALL:
+                self._array = array("I", bytes(4 * (max(self._dict) + 1)))
+                for known, at in self._dict.items():
+                    self._array[known] = at
+                self._dict = {}
+            return
+        if pgno >= len(self._array):
+            self._array.frombytes(bytes(4 * (pgno + 1 - len(self._array) + 65536)))
+        self._array[pgno] = frame
+
+    def get(self, pgno: int) -> int:
+        """The last frame of page `pgno`, 0 when it has none."""
+        if self._array is None:
+            return self._dict.get(pgno, 0)
+        return self._array[pgno] if pgno < len(self._array) else 0
+
+    def newer_than(self, frame: int, limit: int) -> array[int]:
+        """The pages up to `limit` whose last frame is beyond `frame`, ascending."""
+        if self._array is None:
+            return array("I", sorted(pgno for pgno, at in self._dict.items() if at > frame and pgno <= limit))
+        return array("I", (pgno for pgno, at in enumerate(self._array) if at > frame and pgno <= limit))
+
+
+class WalFile:
+    """The file that stands at `<db>-wal` now, for reading. One descriptor, opened anew when the file was replaced."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._fd = -1
+
+    def header(self) -> WalHeader | None:
+        """The header that stands in the file at the path now; None without a file or without a valid one."""
+        self._follow()
+        data = self.read(HEADER_SIZE, 0)
+        return WalHeader.parse(data) if len(data) == HEADER_SIZE else None
+
+    def read(self, length: int, offset: int) -> bytes:
+        """Bytes of the file last seen by `header`; fewer at its end, none without a file."""
+        return os.pread(self._fd, length, offset) if self._fd >= 0 else b""
+
+    def position(self, header: WalHeader, frame: int) -> Position | None:
+        """The position that frame `frame` records now; None when no frame of this WAL stands there."""
+        if frame == 0:
+            return header.position()
+        data = self.read(FRAME_HEADER_SIZE, frame_offset(frame, header.page_size))
+        if len(data) < FRAME_HEADER_SIZE:
+            return None
+        found = FrameHeader.parse(data)
+        return found.position(frame) if (found.salt1, found.salt2) == (header.salt1, header.salt2) else None
+
+    def continues(self, position: Position, header: WalHeader) -> bool:
+        """Does the frame after `position` stand there, its checksum going on from the position's?"""
+        start = frame_offset(position.frame + 1, header.page_size)
+        data = self.read(FRAME_HEADER_SIZE + header.page_size, start)
+        if len(data) < FRAME_HEADER_SIZE + header.page_size:
+            return False
+        found = FrameHeader.parse(data)
+        if (found.salt1, found.salt2) != (header.salt1, header.salt2):
+            return False
+        seed = checksum(data[:8], (position.cks1, position.cks2), header.big_endian)
+        return checksum(data[FRAME_HEADER_SIZE:], seed, header.big_endian) == (found.cks1, found.cks2)
+
+    def _follow(self) -> None:
+        try:
+            there = os.stat(self.path)
+        except FileNotFoundError:
+            self.close()
+            return
+        if self._fd >= 0:
+            mine = os.fstat(self._fd)
+            if (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino):
+                return
+            self.close()
+        with contextlib.suppress(FileNotFoundError):
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Closes the descriptor; `header` opens the file again."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class LocalDatabase:
+    """The database at `path` (resolved), seen from beside.
+
+    `connect` opens a connection of our own to it. Thread-safe where said so; the rest belongs to the holder of the
+    replicator's lock.
+    """
+
+    def __init__(
+        self, path: str, connect: Callable[[], apsw.Connection], *, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self.path = path
+        self._open = connect
+        self._sleep = sleep
+        self._monitor: apsw.Connection | None = None
+        self._monitor_lock = threading.Lock()
+        self._pin: apsw.Connection | None = None
+        self._main: apsw.VFSFile | None = None
+        # Two descriptors: committers ask for the tip while the worker reads frames.
+        self._tip_wal = WalFile(path + "-wal")
+        self.wal = WalFile(path + "-wal")
+        self._map: FrameMap | None = None
+
+    # --- the tip -------------------------------------------------------------------------------------------------------
+
+    def tip(self) -> Tip:
+        """How far the WAL is committed. Thread-safe.
+
+        Raises:
+            ReplicationError: SQLite kept answering BUSY.
+        """
+        with self._monitor_lock:
+            for _ in range(int(_ASK_AGAIN_SECONDS / 0.0005)):
+                before = self._tip_wal.header()
+                counts = self._ask()
+                if counts is not None and before == self._tip_wal.header():
+                    return Tip(before, *counts) if before is not None else Tip(None, 0, 0)
+                self._sleep(0.0005)
+        raise ReplicationError(
+            f"the WAL of {self.path} could not be looked at: SQLite stayed busy",
+            hint="Another process holds the database in recovery or exclusively; the commit stays pending.",
+        )
+
+    def _connect(self) -> apsw.Connection:
+        connection = self._open()
+        # Ours must never be the close that checkpoints and deletes the WAL while the index is locked: see `close`.
+        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        return connection
+
+    def connect_plain(self) -> apsw.Connection:
+        """A connection below our VFS, for what no replication must see; it leaves the WAL alone when it is closed."""
+        connection = apsw.Connection(self.path, flags=apsw.SQLITE_OPEN_READWRITE)
+        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        connection.set_busy_timeout(5000)
+        return connection
+
+    def _ask(self) -> tuple[int, int] | None:
+        """(committed, backfilled) frames; None when SQLite is busy."""
+        if self._monitor is None:
+            self._monitor = self._connect()
+            self._touch(self._monitor)
+        try:
+            frames, backfilled = self._monitor.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
+            if frames < 0:
+                # A connection that has not yet seen the database in WAL mode says -1: it has to read first.
+                self._touch(self._monitor)
+                frames, backfilled = self._monitor.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
+        except (apsw.BusyError, apsw.LockedError):
+            return None
+        return max(frames, 0), max(backfilled, 0)
+
+    @staticmethod
+    def _touch(connection: apsw.Connection) -> None:
+        connection.execute("PRAGMA schema_version").fetchall()
+
+    # --- the pin -------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def pinned(self) -> Iterator[None]:
+        """Holds a read transaction: no frame that is committed now is overwritten or outdated in the main file."""
+        if self._pin is None:
+            self._pin = self._connect()
+        pin = self._pin
+        for attempt in range(int(_ASK_AGAIN_SECONDS / 0.0005)):
+            try:
+                pin.execute("BEGIN")
+                self._touch(pin)
+                break
+            except (apsw.BusyError, apsw.LockedError):
+                pin.execute("ROLLBACK")
+                logger.debug("%s: busy while pinning (attempt %d)", self.path, attempt + 1)
+                self._sleep(0.0005)
+        else:
+            raise ReplicationError(f"no read transaction on {self.path}: SQLite stayed busy", hint="The commit stays pending.")
+        try:
+            yield
+        finally:
+            pin.execute("ROLLBACK")
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[Tip]:
+        """Pins a read transaction whose content is exactly that of the tip it yields.
+
+        The tip is looked at before and after the pin is taken: equal means that nothing was committed in between.
+        """
+        for _ in range(1000):
+            before = self.tip()
+            with self.pinned():
+                # Only what is committed counts: a checkpoint may go on beside.
+                if self.tip()[:2] == before[:2]:
+                    yield before
+                    return
+        raise ReplicationError(
+            f"no moment of quiet on {self.path} to take a snapshot of it", hint="The next commit or flush() tries again."
+        )
+
+    # --- frames --------------------------------------------------------------------------------------------------------
+
+    def frame_headers(self, header: WalHeader, first: int, last: int) -> Iterator[tuple[int, FrameHeader]]:
+        """(frame, its header) from `first` to `last`, both included.
+
+        Raises:
+            SnapshotLost: a frame in the range is not of this WAL (any more).
+        """
+        step = FRAME_HEADER_SIZE + header.page_size
+        # Small pages are read through together; of large ones only the headers.
+        together = max(1, _READ_BYTES // step) if step <= 8192 else 1
+        frame = first
+        while frame <= last:
+            count = min(together, last - frame + 1)
+            length = (count - 1) * step + FRAME_HEADER_SIZE
+            data = self.wal.read(length, frame_offset(frame, header.page_size))
+            if len(data) < length:
+                raise SnapshotLost(f"the WAL of {self.path} ends before frame {frame + count - 1}")
+            for at in range(count):
+                found = FrameHeader._make(struct.unpack_from(">6I", data, at * step))
+                if (found.salt1, found.salt2) != (header.salt1, header.salt2):
+                    raise SnapshotLost(f"frame {frame + at} of the WAL of {self.path} is of another WAL")
+                yield frame + at, found
+            frame += count
+
+    def frame_map(self, header: WalHeader, upto: int) -> FrameMap:
+        """The map of the frames 1..upto, kept from call to call and extended. Raises SnapshotLost."""
+        known = self._map
+        if known is None or known.salts != (header.salt1, header.salt2) or known.upto > upto:
+            known = self._map = FrameMap(header)
+        for frame, found in self.frame_headers(header, known.upto + 1, upto):
+            known.add(found.pgno, frame)
+            known.upto = frame
+        return known
+
+    def frame_page(self, header: WalHeader, frame: int) -> bytes:
+        """The page in frame `frame`. Raises SnapshotLost when the file is shorter."""
+        offset = frame_offset(frame, header.page_size) + FRAME_HEADER_SIZE
+        data = self.wal.read(header.page_size, offset)
+        if len(data) != header.page_size:
+            raise SnapshotLost(f"the WAL of {self.path} ends within frame {frame}")
+        return data
+
+    def unchanged(self, header: WalHeader) -> bool:
+        """Does this very header still stand in the file? A restart writes the header before any frame: if it stands after a
+        read, everything read was of its WAL."""
+        return self.wal.header() == header
+
+    # --- whole snapshots -----------------------------------------------------------------------------------------------
+
+    def shape(self, tip: Tip) -> Shape:
+        """Page size, size and change counter of the snapshot `tip`. Call it pinned.
+
+        Raises:
+            CorruptionError: the main file is no SQLite database, or shorter than its header says.
+            SnapshotLost: see `frame_headers`.
+        """
+        first = self.page(tip, 1, None)
+        if first is None or len(first) < 100 or not first.startswith(b"SQLite format 3\0"):
+            raise CorruptionError(f"{self.path} is not an SQLite database", hint="Open the right file, or move this one away.")
+        page_size = 65536 if first[16:18] == b"\0\1" else int.from_bytes(first[16:18], "big")
+        counter, stated = struct.unpack_from(">II", first, 24)
+        if tip.frames and tip.header is not None:
+            _, commit = next(iter(self.frame_headers(tip.header, tip.frames, tip.frames)))
+            return Shape(tip.header.page_size, commit.db_size, counter)
+        actual = self._main_file().xFileSize() // page_size
+        if stated == 0 or counter != struct.unpack_from(">I", first, 92)[0]:
+            stated = actual  # a writer older than SQLite 3.7 left the size in the header behind
+        if actual < stated:
+            raise CorruptionError(
+                f"{self.path} is cut short: {actual} pages of the {stated} that its header tells",
+                hint="Restore it: bottomless-wal restore --force.",
+            )
+        return Shape(page_size, stated, counter)
+
+    def page(self, tip: Tip, pgno: int, page_size: int | None) -> bytes | None:
+        """One page of the snapshot; None past the end of the file. `page_size` None: as its WAL or page 1 says."""
+        if tip.header is not None and tip.frames:
+            frame = self.frame_map(tip.header, tip.frames).get(pgno)
+            if frame:
+                return self.frame_page(tip.header, frame)
+        main = self._main_file()
+        if page_size is None:
+            head = main.xRead(100, 0) if main.xFileSize() >= 100 else b""
+            if len(head) < 100:
+                return None
+            page_size = 65536 if head[16:18] == b"\0\1" else int.from_bytes(head[16:18], "big")
+            if page_size < 512 or page_size & (page_size - 1):
+                return None
+        if main.xFileSize() < pgno * page_size:
+            return None
+        return self._read_main(page_size, (pgno - 1) * page_size)
+
+    def pages(self, tip: Tip, shape: Shape) -> Iterator[tuple[int, bytes]]:
+        """Every (pgno, page) of the snapshot, ascending, but the lock-byte page. Call it pinned.
+
+        Raises:
+            CorruptionError: a page is in neither place.
+            SnapshotLost: the WAL was restarted meanwhile.
+        """
+        frames = self.frame_map(tip.header, tip.frames) if tip.header is not None and tip.frames else None
+        main = self._main_file()
+        main_pages = main.xFileSize() // shape.page_size
+        skipped = lock_page(shape.page_size)
+        together = max(1, _READ_BYTES // shape.page_size)
+        for start in range(1, shape.db_size + 1, together):
+            stop = min(start + together, shape.db_size + 1)
+            length = (min(stop - 1, main_pages) - start + 1) * shape.page_size
+            block = self._read_main(length, (start - 1) * shape.page_size) if length > 0 else b""
+            for pgno in range(start, stop):
+                if pgno == skipped:
+                    continue
+                frame = frames.get(pgno) if frames is not None else 0
+                if frame and tip.header is not None:
+                    yield pgno, self.frame_page(tip.header, frame)
+                elif pgno <= main_pages:
+                    yield pgno, block[(pgno - start) * shape.page_size : (pgno - start + 1) * shape.page_size]
+                else:
+                    raise CorruptionError(
+                        f"page {pgno} of {self.path} is neither in the file nor in its WAL",
+                        hint="Restore it: bottomless-wal restore --force.",
+                    )
+
+    def _main_file(self) -> apsw.VFSFile:
+        if self._main is None:
+            self._main = apsw.VFSFile(_BASE_VFS, self.path, [apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_MAIN_DB, 0])
+        return self._main
+
+    def _read_main(self, length: int, offset: int) -> bytes:
+        return self._main_file().xRead(length, offset)
+
+    # --- the end -------------------------------------------------------------------------------------------------------
+
+    def close(self, *, checkpoint: bool = False) -> None:
+        """Closes connections and files. `checkpoint`: if ours is the last connection, it checkpoints and deletes the WAL, as SQLite
+        does; not with the index locked, for the seal of the deletion takes that lock."""
+        self._map = None
+        self.wal.close()
+        if self._main is not None:
+            self._main.xClose()
+            self._main = None
+        pin, self._pin = self._pin, None
+        with self._monitor_lock:
+            self._tip_wal.close()
+            monitor, self._monitor = self._monitor, None
+        for connection in (pin, monitor):
+            if connection is not None:
+                if checkpoint:
+                    connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
+                connection.close()

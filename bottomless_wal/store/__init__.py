@@ -1,0 +1,34 @@
+"""Object storage: a small protocol (`base`), S3 (`s3`), and a directory that keeps the same promises (`directory`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ..config import Config
+from .base import Entry, Receipt, Stats, Store
+
+__all__ = ["Entry", "Receipt", "Stats", "Store", "open_store"]
+
+
+def open_store(
+    config: Config,
+    *,
+    sleep: Callable[[float], object] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Store:
+    """The store that `config.endpoint` and `config.bucket` name. Sends nothing yet; see `Store.prepare`.
+
+    `sleep` (by default a wait that `close()` ends) and `clock` are those of the retries.
+
+    Raises:
+        ConfigError: an endpoint that cannot be one.
+    """
+    if config.endpoint.startswith("file:"):
+        from .directory import DirectoryStore
+
+        return DirectoryStore(config, clock=clock)
+    # boto3 takes a quarter of a second to import: only those who need it pay.
+    from .s3 import S3Store
+
+    return S3Store(config, sleep=sleep, clock=clock)

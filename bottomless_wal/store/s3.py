@@ -1,0 +1,374 @@
+"""A bucket of an S3-compatible server.
+
+What is asked of the server is kept small, so that most will do: the plain requests of 2006, ListObjectsV2, path-style addresses,
+signature version 4, no ETag that matters, and `If-None-Match: *` on PutObject if it knows it.
+
+Where it does not (a probe finds out before the first `create`), each `create` looks before it puts. Two writers who look at
+the same moment may then both put: the window is documented, and a warning says so once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Final, TypeAlias
+
+from ..config import Config
+from ..errors import CorruptionError, StoreError, TransientError
+from ..parallel import each, fork_aware, ordered
+from .base import Entry, Receipt, Stats, check_key, parts
+from .retry import Retrier
+from .s3_client import Answer, Connection
+from .s3_errors import code_of, status_of
+
+__all__ = ["S3Store"]
+
+logger = logging.getLogger(__name__)
+
+_MOST_PARTS: Final = 10_000  # of one upload, by the rules of S3
+_PARTS_IN_FLIGHT: Final = 3
+_BATCH: Final = 1000  # keys in one DeleteObjects, by the rules of S3
+_ABORT_SECONDS: Final = 5.0  # for tidying up after a failed upload
+_SKIP: Final = 128 << 10  # bytes read at once that nobody wants
+_TAKEN: Final = frozenset({"PreconditionFailed", "412"})
+
+_Part: TypeAlias = dict[str, object]
+_Keys: TypeAlias = list[str]  # in the class, `list` is the method
+
+
+class S3Store:
+    """See `base.Store`. `sleep` and `clock` are those of the retries."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        sleep: Callable[[float], object] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.stats = Stats()
+        self._config = config
+        self._bucket = config.bucket
+        self._retrier = Retrier(self.describe(), config.retry_timeout, self.stats, sleep=sleep, clock=clock)
+        self._connection = Connection(config, self.stats, self._retrier.remaining)
+        self._conditional: bool | None = None
+        self._refuses_condition = False
+        self._bulk_delete = True
+        self.after_fork()
+        fork_aware(self)
+
+    def after_fork(self) -> None:
+        self._probing = threading.Lock()
+
+    def describe(self) -> str:
+        place = "Amazon S3" if self._config.endpoint == "aws" else self._config.endpoint
+        return f"bucket '{self._bucket}' at {place}"
+
+    # ---------------------------------------------------------------------------------------------- reading
+
+    def get(self, key: str, *, limit: int) -> bytes | None:
+        what = self._what("GET", check_key(key))
+
+        def attempt() -> bytes | None:
+            answer = self._ask("get", what, "get_object", Key=key, expected={"NoSuchKey"})
+            if answer.refusal:
+                return None
+            with contextlib.closing(answer.fields["Body"]) as body:
+                length = answer.fields.get("ContentLength")
+                if length is not None and length > limit:
+                    raise CorruptionError(f"{what}: {length} bytes, where at most {limit} can be", hint="It is none of ours.")
+                data = self._connection.take(body, limit + 1 if length is None else length, what)
+            if length is None and len(data) > limit:
+                raise CorruptionError(f"{what}: more than the {limit} bytes that can be", hint="It is none of ours.")
+            if length is not None and len(data) != length:
+                raise TransientError(f"{what}: the answer ended after {len(data)} of {length} bytes")
+            return data
+
+        return self._retrier.run(what, attempt)
+
+    def read(self, key: str, start: int, length: int) -> bytes | None:
+        if start < 0 or length < 0:
+            raise ValueError("start and length must not be negative")
+        what = self._what("GET", check_key(key))
+        # There is no range of no bytes: one is asked for, to learn whether the object is there.
+        wanted = f"bytes={start}-{start + max(length, 1) - 1}"
+
+        def attempt() -> bytes | None:
+            answer = self._ask("get", what, "get_object", Key=key, Range=wanted, expected={"NoSuchKey", "InvalidRange", "416"})
+            if answer.refusal:
+                return None if answer.refusal == "NoSuchKey" else b""
+            with contextlib.closing(answer.fields["Body"]) as body:
+                first, end = _extent(answer.fields, what)
+                if first > start:
+                    raise TransientError(f"{what}: asked for {wanted}, answered from byte {first}")
+                skip = start - first
+                while skip > 0:  # a server that does not know ranges sends the object from its beginning
+                    skipped = len(self._connection.take(body, min(skip, _SKIP), what))
+                    if not skipped:
+                        break
+                    skip -= skipped
+                count = max(0, min(start + length, end) - start)
+                data = self._connection.take(body, count, what) if count else b""
+            if len(data) != count:
+                raise TransientError(f"{what}: the answer ended after {len(data)} of {count} bytes")
+            return data
+
+        return self._retrier.run(what, attempt)
+
+    def list(self, prefix: str, *, after: str = "") -> Iterator[Entry]:
+        last, token = after, ""
+        while True:
+            page = self._page(prefix, after, token)
+            for row in page.get("Contents") or ():
+                key = row["Key"]
+                if key <= after or not key.startswith(prefix):
+                    continue  # a server that does not know StartAfter
+                if key <= last and last != after:
+                    raise StoreError(
+                        f"{self._what('LIST', prefix)}: {key!r} came after {last!r}",
+                        hint="This server does not list in the order of the keys, which is relied upon: use another.",
+                    )
+                last = key
+                yield Entry(key, int(row["Size"]), row["LastModified"].timestamp())
+            if not page["IsTruncated"]:
+                return
+            previous, token = token, page.get("NextContinuationToken") or ""
+            if token in ("", previous):
+                raise StoreError(f"{self._what('LIST', prefix)}: the server says there is more, but not how to get it")
+
+    def _page(self, prefix: str, after: str, token: str, size: int = 1000) -> dict[str, Any]:
+        what = self._what("LIST", prefix)
+        where: dict[str, Any] = {"ContinuationToken": token} if token else {"StartAfter": after} if after else {}
+
+        def attempt() -> dict[str, Any]:
+            fields = self._ask("list", what, "list_objects_v2", Prefix=prefix, MaxKeys=size, **where).fields
+            if "IsTruncated" not in fields:
+                # An empty listing is a statement that people's data depends on: it must be one of S3, not any page in XML.
+                raise TransientError(f"{what}: the answer is no listing", hint="Is the endpoint an S3 server's?")
+            return fields
+
+        return self._retrier.run(what, attempt)
+
+    # ---------------------------------------------------------------------------------------------- writing
+
+    def put(self, key: str, data: bytes) -> Receipt:
+        what = self._what("PUT", check_key(key))
+        return self._retrier.run(what, lambda: Receipt(True, self._connection.put("put", what, key, data).date))
+
+    def create(self, key: str, data: bytes) -> Receipt:
+        what = self._what("PUT (create)", check_key(key))
+        conditional = self.conditional()
+
+        def attempt() -> Receipt:
+            if not conditional:
+                seen = self._ask("head", what, "head_object", Key=key, expected={"404"})
+                if not seen.refusal:
+                    return Receipt(False, seen.date)
+            answer = self._connection.put("create", what, key, data, expected=_TAKEN, **self._condition())
+            return Receipt(not answer.refusal, answer.date)
+
+        return self._retrier.run(what, attempt)
+
+    def upload(self, key: str, chunks: Iterable[bytes]) -> int:
+        what = self._what("upload of", check_key(key))
+        pieces = parts(chunks)
+        beginning = list(itertools.islice(pieces, 2))
+        if len(beginning) < 2:
+            data = beginning[0] if beginning else b""
+            self.put(key, data)
+            return len(data)
+        begin = self._retrier.run(what, lambda: self._ask("begin", what, "create_multipart_upload", Key=key))
+        upload: dict[str, Any] = {"Key": key, "UploadId": begin.fields["UploadId"]}
+        try:
+            sent: list[tuple[_Part, int]] = list(
+                ordered(
+                    lambda numbered: self._part(what, upload, *numbered),
+                    enumerate(itertools.chain(_emptied(beginning), pieces), 1),
+                    _PARTS_IN_FLIGHT,
+                )
+            )
+            size = sum(length for _, length in sent)
+            self._complete(what, upload, [part for part, _ in sent], size)
+        except BaseException:
+            self._abort(what, upload)
+            raise
+        return size
+
+    def _part(self, what: str, upload: dict[str, Any], number: int, data: bytes) -> tuple[_Part, int]:
+        if number > _MOST_PARTS:
+            raise StoreError(f"{what}: more than {_MOST_PARTS} parts of {len(data)} bytes", hint="Make smaller transactions.")
+        answer = self._retrier.run(
+            what,
+            lambda: self._ask("part", what, "upload_part", PartNumber=number, data=data, **upload),
+        )
+        return {"PartNumber": number, "ETag": answer.fields.get("ETag", "")}, len(data)
+
+    def _complete(self, what: str, upload: dict[str, Any], done: Iterable[_Part], size: int) -> None:
+        """Ends the upload; that the object is there, and whole, is seen, not concluded."""
+
+        def complete() -> None:
+            # An upload that is not known any more may have been completed by an attempt whose answer was lost: seen below.
+            self._ask(
+                "complete",
+                what,
+                "complete_multipart_upload",
+                MultipartUpload={"Parts": list(done)},
+                expected={"NoSuchUpload"},
+                **upload,
+            )
+
+        def check() -> None:
+            seen = self._ask("head", what, "head_object", Key=upload["Key"], expected={"404"})
+            found = None if seen.refusal else seen.fields.get("ContentLength")
+            if found != size:
+                raise TransientError(f"{what}: {size} bytes were uploaded, {'nothing' if found is None else found} is there")
+
+        self._retrier.run(what, complete)
+        self._retrier.run(what, check)
+
+    def _abort(self, what: str, upload: dict[str, Any]) -> None:
+        def attempt() -> None:
+            self._ask("abort", what, "abort_multipart_upload", expected={"NoSuchUpload"}, **upload)
+
+        try:
+            with self.deadline(_ABORT_SECONDS):
+                self._retrier.run(what, attempt)
+        except StoreError as error:
+            logger.warning("%s: its parts stay in the bucket until a lifecycle rule removes them: %s", what, error.message)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        remaining = iter(keys)
+        while batch := list(itertools.islice(remaining, _BATCH)):
+            if len(batch) > 1 and self._bulk_delete:
+                batch = self._delete_many(batch)
+            each(self._delete_one, batch, self._config.concurrency)
+
+    def _delete_one(self, key: str) -> None:
+        what = self._what("DELETE", check_key(key))
+        self._retrier.run(what, lambda: self._ask("delete", what, "delete_object", Key=key, expected={"NoSuchKey"}))
+
+    def _delete_many(self, batch: _Keys) -> _Keys:
+        """Deletes what it can in one request; the keys that have to be deleted one by one."""
+        what = self._what(f"DELETE of {len(batch)} objects from", check_key(batch[0]))
+        objects = {"Objects": [{"Key": check_key(key)} for key in batch], "Quiet": True}
+
+        def attempt() -> _Keys:
+            try:
+                answer = self._ask("delete", what, "delete_objects", Delete=objects)
+            except StoreError as error:
+                # Some servers do not know this request, or want a checksum of another kind with it. Bucket and permissions
+                # are looked at by the single deletes, too.
+                if isinstance(error, TransientError) or status_of(error.__cause__) not in (400, 405, 411, 501):
+                    raise
+                logger.info("%s deletes only single objects: %s", self.describe(), error.message)
+                self._bulk_delete = False
+                return batch
+            failed = {row.get("Key"): row.get("Code") for row in answer.fields.get("Errors") or ()}
+            # A single delete says better what is wrong with it, and is retried if that may pass.
+            return [key for key in batch if failed.get(key, "NoSuchKey") != "NoSuchKey"]
+
+        return self._retrier.run(what, attempt)
+
+    # ---------------------------------------------------------------------------------------------- the bucket
+
+    def conditional(self) -> bool:
+        if self._conditional is None:
+            with self._probing:
+                if self._conditional is None:
+                    self._conditional = self._probe()
+        return self._conditional
+
+    def _probe(self) -> bool:
+        key = f".bottomless-probe-{uuid.uuid4().hex}"
+        what = self._what("PUT (probe)", key)
+
+        def attempt() -> bool:
+            # A 412 at the first of the two is an earlier attempt's doing, and as good a proof.
+            return any(self._connection.put("probe", what, key, b"", expected=_TAKEN, IfNoneMatch="*").refusal for _ in range(2))
+
+        try:
+            honoured = self._retrier.run(what, attempt)
+        except StoreError as error:
+            if status_of(error.__cause__) not in (400, 501):
+                raise
+            honoured, self._refuses_condition = False, True
+        try:
+            self._delete_one(key)
+        except StoreError as error:
+            logger.warning("the empty object %r stays in the bucket: %s", key, error.message)
+        if not honoured:
+            logger.warning(
+                "%s does not know create-only writes (If-None-Match on PutObject): this replica looks before each write instead; "
+                "the window in which two writers on different machines could pass each other unseen is documented",
+                self.describe(),
+            )
+        return honoured
+
+    def _condition(self) -> dict[str, str]:
+        # Also where it is ignored: it costs nothing, and one day the server may be replaced by one that knows it.
+        return {} if self._refuses_condition else {"IfNoneMatch": "*"}
+
+    def prepare(self) -> None:
+        try:
+            self._page("", "", "", size=1)
+        except StoreError as error:
+            if not self._config.create_bucket or code_of(error.__cause__) != "NoSuchBucket":
+                raise
+            self._make_bucket()
+            self._page("", "", "", size=1)
+
+    def _make_bucket(self) -> None:
+        what = self._what("creation of", "")
+        region = self._connection.region
+        place: dict[str, Any] = {}
+        if self._config.endpoint == "aws" and region != "us-east-1":
+            place = {"CreateBucketConfiguration": {"LocationConstraint": region}}
+        taken = {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}
+        answer = self._retrier.run(what, lambda: self._ask("bucket", what, "create_bucket", expected=taken, **place))
+        if not answer.refusal:
+            logger.info("%s: created", self.describe())
+
+    def now(self) -> float:
+        if self._connection.date is None:
+            self._page("", "", "", size=1)
+        # (Without a single Date header in its answers there is no better guess than ours.)
+        return time.time() if self._connection.date is None else self._connection.date
+
+    def deadline(self, seconds: float) -> AbstractContextManager[None]:
+        return self._retrier.deadline(seconds)
+
+    def close(self) -> None:
+        self._retrier.close()
+        self._connection.close()
+
+    def _ask(
+        self, kind: str, what: str, method: str, *, expected: Iterable[str] = (), data: bytes | None = None, **parameters: Any
+    ) -> Answer:
+        return self._connection.request(kind, what, method, expected=expected, data=data, parameters=parameters)
+
+    def _what(self, verb: str, key: str) -> str:
+        return f"{verb} {key!r} in {self.describe()}" if key else f"{verb} {self.describe()}"
+
+
+def _emptied(items: list[bytes]) -> Iterator[bytes]:
+    """The items in order; each is let go when it was given out, so that the list does not keep it in memory."""
+    while items:
+        yield items.pop(0)
+
+
+def _extent(fields: dict[str, Any], what: str) -> tuple[int, int]:
+    """First byte, and the one after the last, of what the answer holds: not all servers answer a range with that range."""
+    span = fields.get("ContentRange")
+    try:
+        if span:
+            first, last = span.removeprefix("bytes").split("/")[0].split("-")
+            return int(first), int(last) + 1
+        return 0, int(fields["ContentLength"])
+    except (KeyError, TypeError, ValueError):
+        raise TransientError(f"{what}: it cannot be told which bytes the answer holds ({span!r})") from None

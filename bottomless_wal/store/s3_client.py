@@ -1,0 +1,174 @@
+"""One request to an S3 server is one attempt: a boto3 client made to our measure, and its answers and errors told in our terms.
+
+boto3's own retries are off (`retry` does them), its optional checksums, its check of parameters and its `Expect: 100-continue`
+too: what a commit waits for is the number and the length of its round trips. Contents are signed (SHA-256), over http and https:
+a server that checks signatures refuses what was changed on its way.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from email.utils import parsedate_to_datetime
+from typing import Any, NamedTuple
+
+import boto3
+import botocore.config
+import botocore.handlers
+from botocore.exceptions import BotoCoreError, ClientError
+
+from ..config import Config
+from ..errors import ConfigError, TransientError
+from ..parallel import fork_aware
+from .base import Stats
+from .s3_errors import FAILURES, code_of, headers_of, status_of, translated
+
+__all__ = ["Answer", "Connection"]
+
+
+class Answer(NamedTuple):
+    """An answer that was expected: its fields, or the code of a refusal that means something to the caller."""
+
+    fields: dict[str, Any]
+    refusal: str
+    date: float
+
+
+class Connection:
+    """A lazily made client of one bucket. `remaining` tells how many seconds the running attempt has left."""
+
+    def __init__(self, config: Config, stats: Stats, remaining: Callable[[], float | None]) -> None:
+        self._config = config
+        self._stats = stats
+        self._remaining = remaining
+        self.date: float | None = None
+        self.after_fork()
+        fork_aware(self)
+
+    def after_fork(self) -> None:
+        """Drops the client, without a word to the server: in a forked child its connections are the parent's."""
+        self._lock = threading.Lock()
+        self._client: Any = None
+
+    def request(
+        self,
+        kind: str,
+        what: str,
+        method: str,
+        *,
+        expected: Iterable[str] = (),
+        data: bytes | None = None,
+        parameters: dict[str, Any] | None = None,
+    ) -> Answer:
+        """One call of the client's `method`. `expected` names the codes, or else statuses, that are no failure to the caller.
+
+        Raises:
+            StoreError: or TransientError, see `s3_errors`.
+        """
+        client = self._connected()
+        more = {} if data is None else {"Body": data}
+        self._stats.request(kind, sent=len(data or b""))
+        try:
+            fields = getattr(client, method)(Bucket=self._config.bucket, **(parameters or {}), **more)
+        except FAILURES as error:
+            date = self._dated(headers_of(error))
+            refusal = next((name for name in (code_of(error), str(status_of(error))) if name in expected), None)
+            if refusal is not None and isinstance(error, ClientError):
+                return Answer({}, refusal, date)
+            raise translated(error, what) from error
+        return Answer(fields, "", self._dated(fields["ResponseMetadata"]["HTTPHeaders"]))
+
+    def put(self, kind: str, what: str, key: str, data: bytes, *, expected: Iterable[str] = (), **more: str) -> Answer:
+        """PutObject, the answer to which must be that of an S3 server."""
+        answer = self.request(kind, what, "put_object", expected=expected, data=data, parameters={"Key": key, **more})
+        headers = answer.fields.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        if not answer.refusal and not any(name == "etag" or name.startswith("x-amz") for name in headers):
+            # A portal or a misdirected proxy may say 200 to everything. What it says is no proof that anything is stored.
+            raise TransientError(f"{what}: the answer is not one of S3", hint="Is the endpoint an S3 server's?")
+        return answer
+
+    def take(self, body: Any, count: int, what: str) -> bytes:
+        """The next bytes of an answer's body: `count` of them, or fewer where the answer ends."""
+        pieces = []
+        while count > 0:
+            try:
+                piece: bytes = body.read(count)
+            except FAILURES as error:
+                raise translated(error, what) from error
+            if not piece:
+                break
+            self._stats.received(len(piece))
+            pieces.append(piece)
+            count -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    @property
+    def region(self) -> str:
+        """The region that requests are signed for."""
+        return str(self._connected().meta.region_name)
+
+    def close(self) -> None:
+        with self._lock:
+            client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    def _dated(self, headers: dict[str, str]) -> float:
+        """The server's time in an answer; without one, as good as can be had, ours."""
+        try:
+            date = parsedate_to_datetime(headers["date"]).timestamp()
+        except (KeyError, ValueError, TypeError):
+            return time.time()
+        self.date = date
+        return date
+
+    def _connected(self) -> Any:
+        client = self._client
+        if client is None:
+            with self._lock:
+                if self._client is None:
+                    self._client = _client(self._config, self._remaining)
+                client = self._client
+        return client
+
+
+def _client(config: Config, remaining: Callable[[], float | None]) -> Any:
+    """A boto3 client. Takes some 100 ms, most of it for reading the description of S3."""
+    own = config.endpoint != "aws"
+    try:
+        session = boto3.session.Session()
+        client = session.client(
+            "s3",
+            endpoint_url=config.endpoint if own else None,
+            region_name=session.region_name or "us-east-1",
+            config=botocore.config.Config(
+                signature_version="s3v4",
+                s3={"payload_signing_enabled": True, **({"addressing_style": "path"} if own else {})},
+                retries={"total_max_attempts": 1, "mode": "standard"},
+                connect_timeout=config.connect_timeout,
+                read_timeout=config.read_timeout,
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+                parameter_validation=False,
+                # Deletes and restores of another thread must not throw a commit's connection out of the pool.
+                max_pool_connections=config.concurrency + 8,
+                tcp_keepalive=True,
+                user_agent_extra="bottomless-wal",
+            ),
+        )
+    except ValueError as error:
+        hint = "An endpoint is such as http://localhost:9000, or aws."
+        raise ConfigError(f"{config.endpoint!r} is no endpoint: {error}", hint=hint) from error
+    except BotoCoreError as error:
+        raise translated(error, "setting up boto3") from error
+    # It makes every upload wait for a round trip more, in case the server does not want it. Small ones lose half their speed.
+    client.meta.events.unregister("before-call.s3", botocore.handlers.add_expect_header)
+
+    def bounded(context: dict[str, Any], **_: Any) -> None:
+        left = remaining()
+        if left is not None and left < config.read_timeout:
+            context["read_timeout"] = left
+
+    client.meta.events.register("before-call.s3", bounded)
+    return client

@@ -1,0 +1,289 @@
+"""The VFS `bottomless`: what SQLite does to a main file and its WAL, turned into calls of the database's replica.
+
+| SQLite | here |
+|---|---|
+| opens a main file | boot: restore, fast-forward, initial replication; refused when that fails |
+| COMMIT_PHASETWO of a main file | a commit of whatever kind stands locally, the committer's read lock is still held: replicate, wait |
+| WAL hook | the errors that phase two parked are raised; a passive checkpoint, as SQLite's own hook makes it |
+| writes a WAL header, truncates or deletes the WAL | the seal: the position is carried across the restart |
+| RESERVED on a main file, journal_mode, locking_mode | refused where a write would slip past the WAL |
+| closes a main file | after the last one everything is drained |
+
+Where an error may be raised: raising in phase two while another schema of the connection, temp included, is still writing corrupts that
+other database for good. So phase two raises only when its schema is the sole one in a write transaction; else it parks the error, and
+the WAL hook, which runs after all schemas are through, raises it. Connections of our own are marked in their thread while they open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import apsw
+
+from .config import Config
+from .errors import ConfigError
+from .replica import Replica, registry
+from .wal import WalHeader
+
+__all__ = ["VFS_NAME", "arguments", "connect_own", "install"]
+
+logger = logging.getLogger(__name__)
+
+VFS_NAME: Final = "bottomless"
+
+_AUTOCHECKPOINT_FRAMES: Final = 1000
+_RESTART_FRAMES: Final = 4000
+_WAL_VERSION: Final = b"\x02\x02"  # bytes 18 and 19 of a database in WAL mode
+
+_thread = threading.local()
+
+# Errors that wait for the WAL hook: connection pointer -> path of the schema's file -> error.
+_parked: dict[int, dict[str, BaseException]] = {}
+
+
+class _MainFile(apsw.VFSFile):
+    """A main file. `replica` None: one of our own connections, or a read-only one."""
+
+    def __init__(self, filename: Any, flags: list[int], replica: Replica | None) -> None:
+        self._replica = replica
+        self._connection = 0
+        self._converting = False
+        super().__init__("", filename, flags)
+
+    def xFileControl(self, op: int, ptr: int) -> bool:
+        if op == apsw.SQLITE_FCNTL_COMMIT_PHASETWO:
+            if self._replica is not None:
+                self._phase_two(self._replica)
+        elif op == apsw.SQLITE_FCNTL_PDB:
+            self._connection = ctypes.c_void_p.from_address(ptr).value or 0
+        elif op == apsw.SQLITE_FCNTL_PRAGMA and self._replica is not None:
+            self._pragma(apsw.VFSFcntlPragma(ptr))
+        return super().xFileControl(op, ptr)
+
+    def xLock(self, level: int) -> None:
+        if level == apsw.SQLITE_LOCK_RESERVED and self._replica is not None:
+            self._replica.check_process()
+            if not self._converting:
+                raise ConfigError(
+                    f"{self._replica.path} is not in WAL mode: this write would not be replicated",
+                    hint="Run PRAGMA journal_mode=wal before the first write (and page_size before that).",
+                )
+        super().xLock(level)
+
+    def xClose(self) -> None:
+        _parked.pop(self._connection, None)
+        super().xClose()
+        replica, self._replica = self._replica, None
+        if replica is not None and replica.pid == os.getpid():
+            registry.release(replica)
+
+    def _phase_two(self, replica: Replica) -> None:
+        try:
+            if self._in_wal_mode(replica):
+                replica.committed()
+            else:
+                # A rollback-mode commit: the switch to WAL itself, which writes page 1 past the WAL.
+                self._converting = False
+                replica.mark_scan()
+        except BaseException as error:
+            if self._alone():
+                _parked.pop(self._connection, None)
+                raise
+            logger.debug("parked until the WAL hook: %s", error)
+            _parked.setdefault(self._connection, {})[replica.path] = error
+        else:
+            parked = _parked.get(self._connection)
+            if parked is not None:
+                parked.pop(replica.path, None)
+
+    def _in_wal_mode(self, replica: Replica) -> bool:
+        """While the `-wal` file is there the answer is clear; without it, the main file's header tells."""
+        if os.path.exists(replica.path + "-wal"):
+            return not self._converting
+        return not self._converting and super().xRead(2, 18) == _WAL_VERSION
+
+    def _alone(self) -> bool:
+        """Is this the only schema of its connection that is writing? Then raising here harms nobody."""
+        for connection in apsw.connections():
+            with contextlib.suppress(apsw.Error):
+                if connection.sqlite3_pointer() == self._connection:
+                    states = [connection.txn_state(name) for name in connection.db_names()]
+                    return states.count(apsw.SQLITE_TXN_WRITE) <= 1
+        return False
+
+    def _pragma(self, pragma: apsw.VFSFcntlPragma) -> None:
+        name, value = pragma.name.lower(), (pragma.value or "").strip("'\" ").lower()
+        if name == "journal_mode" and value:
+            if value != "wal":
+                raise ConfigError(
+                    f"PRAGMA journal_mode={value} is refused: only commits to a WAL are replicated",
+                    hint="Leave the database in WAL mode, or open it without vfs=bottomless.",
+                )
+            self._converting = True
+        elif name == "locking_mode" and value == "exclusive":
+            raise ConfigError(
+                "PRAGMA locking_mode=exclusive is refused: it would shut out the connections that replicate",
+                hint="Use locking_mode=normal.",
+            )
+
+
+class _WalFile(apsw.VFSFile):
+    """The WAL of a replicated database."""
+
+    def __init__(self, filename: Any, flags: list[int], replica: Replica) -> None:
+        self._replica = replica
+        super().__init__("", filename, flags)
+        self._fd = -1
+        with contextlib.suppress(OSError):
+            self._fd = os.open(replica.path + "-wal", os.O_RDONLY | os.O_CLOEXEC)
+
+    def xWrite(self, data: bytes, offset: int) -> None:
+        if offset == 0:
+            self._replica.check_process()
+            self._replica.seal(WalHeader.parse(data))
+        elif os.getpid() != self._replica.pid:
+            self._replica.check_process()
+        super().xWrite(data, offset)
+
+    def xTruncate(self, size: int) -> None:
+        if size == 0:
+            self._replica.check_process()
+            self._replica.seal(None)
+        super().xTruncate(size)
+
+    def xSync(self, flags: int) -> None:
+        # The inherited method syncs while it holds the GIL. The WAL carries no locks: a descriptor of our own is harmless.
+        if self._fd < 0:
+            super().xSync(flags)
+        else:
+            os.fsync(self._fd)
+
+    def xClose(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        super().xClose()
+
+
+class _Bottomless(apsw.VFS):
+    """The VFS itself. `defaults` are the arguments of `register()`."""
+
+    def __init__(self, defaults: Mapping[str, object]) -> None:
+        self.defaults = dict(defaults)
+        super().__init__(VFS_NAME, "")
+
+    def xOpen(self, name: Any, flags: list[int]) -> apsw.VFSFile:
+        if flags[0] & apsw.SQLITE_OPEN_MAIN_DB and name is not None:
+            return self._open_main(name, flags)
+        if flags[0] & apsw.SQLITE_OPEN_WAL and name is not None:
+            path = name if isinstance(name, str) else name.filename()
+            replica = registry.get(path.removesuffix("-wal"))
+            if replica is not None:
+                return _WalFile(name, flags, replica)
+        return apsw.VFSFile("", name, flags)
+
+    def xDelete(self, name: str, syncdir: bool) -> None:
+        if name.endswith("-wal"):
+            replica = registry.get(name.removesuffix("-wal"))
+            if replica is not None:
+                replica.check_process()
+                replica.seal(None)
+        super().xDelete(name, syncdir)
+
+    def xFullPathname(self, name: str) -> str:
+        return os.path.realpath(name)
+
+    def xSleep(self, microseconds: int) -> int:
+        # The inherited method sleeps while it holds the GIL.
+        time.sleep(microseconds / 1e6)
+        return microseconds
+
+    def _open_main(self, name: Any, flags: list[int]) -> apsw.VFSFile:
+        path = name if isinstance(name, str) else name.filename()
+        if getattr(_thread, "own", False) or not flags[0] & apsw.SQLITE_OPEN_READWRITE:
+            return _MainFile(name, flags, None)
+        parameters = {} if isinstance(name, str) else {key: name.uri_parameter(key) or "" for key in name.parameters}
+        if parameters.get("immutable", "0") not in ("0", "no", "false", "off"):
+            return _MainFile(name, flags, None)
+        config = Config.load(self.defaults, getattr(_thread, "arguments", {}), uri=parameters)
+        replica = registry.acquire(path, config, connect_own)
+        try:
+            with replica.opening(progress=getattr(_thread, "progress", None), reset=getattr(_thread, "reset", False)):
+                return _MainFile(name, flags, replica)
+        except BaseException:
+            registry.release(replica)
+            raise
+
+
+_install_lock = threading.Lock()
+_installed: _Bottomless | None = None
+
+
+def install(defaults: Mapping[str, object]) -> None:
+    """Registers the VFS and the connection hook; a second call only merges `defaults` into those it has.
+
+    Raises:
+        ConfigError: an option that is not known, or a bad value.
+    """
+    global _installed
+    Config.load(defaults, environ={})
+    with _install_lock:
+        if _installed is None:
+            _installed = _Bottomless(defaults)
+            apsw.connection_hooks.append(_on_connect)
+        else:
+            _installed.defaults = {**_installed.defaults, **defaults}
+
+
+@contextlib.contextmanager
+def arguments(options: Mapping[str, object], **more: object) -> Iterator[None]:
+    """While a connection is opened in this thread: the options of `connect()`, between those of `register()` and the URI's."""
+    before = {name: getattr(_thread, name, None) for name in ("arguments", "progress", "reset")}
+    _thread.arguments = dict(options)
+    _thread.progress = more.get("progress")
+    _thread.reset = more.get("reset", False)
+    try:
+        yield
+    finally:
+        _thread.arguments = before["arguments"] or {}
+        _thread.progress, _thread.reset = before["progress"], bool(before["reset"])
+
+
+def connect_own(path: str) -> apsw.Connection:
+    """A connection of our own to `path`: through the VFS, so that what it does to the WAL is seen, and not replicated itself."""
+    outer = getattr(_thread, "own", False)
+    _thread.own = True
+    try:
+        return apsw.Connection(path, flags=apsw.SQLITE_OPEN_READWRITE, vfs=VFS_NAME)
+    finally:
+        _thread.own = outer
+
+
+def _on_connect(connection: apsw.Connection) -> None:
+    if getattr(_thread, "own", False):
+        connection.wal_autocheckpoint(0)
+        return
+    connection.set_wal_hook(_wal_hook)
+
+
+def _wal_hook(connection: apsw.Connection, schema: str, frames: int) -> int:
+    parked = _parked.pop(connection.sqlite3_pointer(), None)
+    if parked:
+        first, *others = parked.values()
+        for other in others:
+            logger.error("also, in the same transaction: %s", other)
+        raise first
+    if frames >= _AUTOCHECKPOINT_FRAMES:
+        with contextlib.suppress(apsw.BusyError, apsw.LockedError):
+            connection.wal_checkpoint(schema, apsw.SQLITE_CHECKPOINT_PASSIVE)
+        replica = registry.get(connection.db_filename(schema))
+        if replica is not None:
+            replica.checkpointed(frames)
+    return apsw.SQLITE_OK

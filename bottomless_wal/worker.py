@@ -1,0 +1,334 @@
+"""The one thread of a database that uploads, and the committers that wait for it.
+
+    committer: its commit stands locally ──► submit(its place in the WAL) ──► waits until that place is covered
+    worker:    wanted ──► gathers company ──► batch, under the index's lock ──► served, or failed ──► fills the page view when idle
+
+A committer is served when the position that the log has reached covers its frame, or when a batch that looked at the WAL after it had
+submitted came to its end. A failed batch fails everyone that had submitted before it began: an outage costs each one `retry_timeout`. What is
+pending then is tried again in the background, and with the next commit, `flush()` or open. Ctrl-C ends a wait, never an upload.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from .config import Config
+from .errors import BottomlessError, ConflictError, FencedError, ReplicationError
+from .local_index import IndexHeader, LocalIndex
+from .replicator import IndexLost, Replicator
+from .snapshot import LocalDatabase, SnapshotLost
+from .wal import Position
+
+__all__ = ["Worker"]
+
+logger = logging.getLogger(__name__)
+
+_GATHER_SHARE: Final = 0.075  # of a round trip, spent waiting for those that kept the last batch company
+_GATHER_MOST: Final = 0.005
+_RETRY_FIRST: Final = 1.0
+_RETRY_MOST: Final = 30.0
+_FILL_PAGES: Final = 32
+
+
+class Worker:
+    """Runs `replicator`'s batches. Thread-safe.
+
+    `reboot` finds out anew, under the index's lock, where the local state stands: called when the index was lost.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        replicator: Replicator,
+        index: LocalIndex,
+        local: LocalDatabase,
+        reboot: Callable[[], IndexHeader],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._replicator = replicator
+        self._index = index
+        self._local = local
+        self._reboot = reboot
+        self._clock = clock
+        self._cond = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._submitted = 0  # tickets given out
+        self._done = 0  # tickets up to here were covered
+        self._failed = 0  # tickets up to here have failed ...
+        self._error: BottomlessError | None = None  # ... with this
+        self._fatal: BottomlessError | None = None
+        self._logged: Position | None = None
+        self._waiting = 0
+        self._company = 0
+        self._round_trip = 0.0
+        self._oldest: float | None = None
+        self._urgent = 0
+        self._flush_wanted = 0
+        self._flush_done = 0
+        self._behind = False
+        self._retry_wait = 0.0
+        self._retry_at: float | None = None
+        replicator.on_logged = self._publish
+
+    # --- committers ----------------------------------------------------------------------------------------------------
+
+    def submit(self) -> int:
+        """There is something to replicate. Returns a ticket for `wait`."""
+        with self._cond:
+            self._submitted += 1
+            if self._oldest is None:
+                self._oldest = self._clock()
+            self._ensure_thread()
+            self._cond.notify_all()
+            return self._submitted
+
+    def wait(self, ticket: int, place: Position | None, *, for_pages: bool) -> None:
+        """Until what `ticket` stands for is in the log (`place`: where its commit ends in the WAL), and in the view if `for_pages`.
+
+        Raises:
+            ReplicationError: it is not, and stays pending. FencedError, ConflictError: it will never be.
+        """
+        with self._cond:
+            self._waiting += 1
+            self._urgent = max(self._urgent, ticket)
+            self._cond.notify_all()
+            try:
+                while not (self._done >= ticket or (not for_pages and self._covers(place))):
+                    if self._failed >= ticket or self._fatal is not None:
+                        raise self._failure()
+                    if self._thread is None or not self._thread.is_alive():
+                        raise ReplicationError(
+                            f"the commit to {self._local.path} stands, but replication has been shut down",
+                            hint="The next open sends it.",
+                        )
+                    self._cond.wait(1.0)
+            finally:
+                self._waiting -= 1
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Until everything committed is in the log and the page view is complete.
+
+        Raises:
+            ReplicationError: it is not, for `timeout` seconds or because the store gave up. FencedError, ConflictError.
+        """
+        end = None if timeout is None else self._clock() + timeout
+        with self._cond:
+            ticket = self._submitted = self._submitted + 1
+            self._urgent = ticket
+            self._flush_wanted = ticket
+            self._ensure_thread()
+            self._cond.notify_all()
+            while self._flush_done < ticket:
+                if self._failed >= ticket or self._fatal is not None:
+                    raise self._failure()
+                left = 1.0 if end is None else end - self._clock()
+                if left <= 0:
+                    raise ReplicationError(
+                        f"{self._local.path} was not flushed within {timeout:g} s",
+                        hint="The upload goes on in the background; flush() again, with more time.",
+                    )
+                self._cond.wait(min(left, 1.0))
+
+    def poke(self) -> None:
+        """A checkpoint has run: with pages=checkpoint, the time to write page objects."""
+        with self._cond:
+            if self._config.pages == "checkpoint":
+                self._behind = True
+                self._ensure_thread()
+                self._cond.notify_all()
+
+    @property
+    def last_error(self) -> BottomlessError | None:
+        """The error of the last batch; None when it went well."""
+        with self._cond:
+            return self._fatal or self._error
+
+    @property
+    def fatal(self) -> BottomlessError | None:
+        """Why this replica has stopped for good; None while it has not."""
+        return self._fatal
+
+    def lag(self) -> float:
+        """Seconds since the oldest commit that is not in the log yet; 0 when there is none."""
+        with self._cond:
+            return 0.0 if self._oldest is None else self._clock() - self._oldest
+
+    def stop(self) -> None:
+        """Ends the thread after one more batch if something is pending. Errors are logged and kept in `last_error`."""
+        with self._cond:
+            self._stopping = True
+            self._cond.notify_all()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    # --- the thread ----------------------------------------------------------------------------------------------------
+
+    def _ensure_thread(self) -> None:
+        if self._thread is None and not self._stopping:
+            self._thread = threading.Thread(target=self._run, name=f"bottomless {self._local.path}", daemon=True)
+            self._thread.start()
+
+    def _covers(self, place: Position | None) -> bool:
+        logged = self._logged
+        return (
+            place is not None
+            and logged is not None
+            and (logged.salt1, logged.salt2) == (place.salt1, place.salt2)
+            and logged.frame >= place.frame
+        )
+
+    def _publish(self, position: Position | None) -> None:
+        with self._cond:
+            self._logged = position
+            self._cond.notify_all()
+
+    def _failure(self) -> BottomlessError:
+        """A new exception for each waiter: one raised in several threads would mix up their tracebacks."""
+        error = self._fatal or self._error
+        if error is None:
+            raise AssertionError("a failed ticket without an error")
+        fresh = type(error)(error.message, hint=error.hint)
+        fresh.__cause__ = error.__cause__
+        return fresh
+
+    def _run(self) -> None:
+        while True:
+            with self._cond:
+                task = self._next_task()
+            if task == "stop":
+                return
+            if task == "batch":
+                self._batch()
+            else:
+                self._fill()
+
+    def _next_task(self) -> str:
+        """Waits, with the condition held, for something to do."""
+        while True:
+            now = self._clock()
+            pending = self._submitted > max(self._done, self._failed)
+            retry = self._retry_at is not None and now >= self._retry_at
+            if self._fatal is not None:
+                pending = retry = False
+            if pending or retry:
+                delay = 0.0
+                if not self._stopping and self._urgent <= self._done and self._oldest is not None:
+                    delay = self._oldest + self._config.interval - now
+                if delay <= 0:
+                    self._gather()
+                    return "batch"
+                self._cond.wait(delay)
+                continue
+            if self._stopping:
+                return "stop"
+            if self._behind and self._retry_at is None and self._fatal is None:
+                return "fill"
+            self._cond.wait(None if self._retry_at is None else max(0.0, self._retry_at - now))
+
+    def _gather(self) -> None:
+        """When the last batch served several, they are about to commit again: worth a few per cent of a round trip."""
+        if self._company < 2:
+            return
+        end = self._clock() + min(self._round_trip * _GATHER_SHARE, _GATHER_MOST)
+        while self._waiting < self._company and (left := end - self._clock()) > 0:
+            self._cond.wait(left)
+
+    def _batch(self) -> None:
+        with self._cond:
+            ticket, flushing, company = self._submitted, self._flush_wanted > self._flush_done, self._waiting
+            stopping = self._stopping
+        began = self._clock()
+        error: BottomlessError | None = None
+        behind = self._behind
+        try:
+            with self._index.locked():
+                try:
+                    header = self._replicator.batch()
+                except IndexLost as lost:
+                    logger.warning("%s: finding out anew where the local state stands", lost)
+                    header = self._reboot()
+                behind = self._replicator.view.behind(header)
+            if behind and (flushing or (stopping and self._config.pages == "checkpoint")):
+                while self._fill_some(_FILL_PAGES * 8):
+                    pass
+                behind = False
+            if flushing or stopping:
+                with self._index.locked():
+                    self._replicator.view.sweep(self._replicator.header())
+        except BottomlessError as failure:
+            error = self._as_replication_error(failure)
+        except Exception as failure:
+            logger.exception("replication of %s failed in a way that was not foreseen", self._local.path)
+            error = ReplicationError(
+                f"commits to {self._local.path} stand, but are not stored: {failure!r}",
+                hint="They stay pending. Please report the log of this process.",
+            )
+            error.__cause__ = failure
+        with self._cond:
+            self._concluded(ticket, error, began, company, behind)
+
+    def _concluded(self, ticket: int, error: BottomlessError | None, began: float, company: int, behind: bool) -> None:
+        now = self._clock()
+        if error is None:
+            self._done = ticket
+            self._flush_done = ticket
+            self._error = None
+            self._retry_at, self._retry_wait = None, 0.0
+            self._oldest = None if self._submitted == ticket else began
+            self._company = company
+            self._round_trip = (self._round_trip * 3 + (now - began)) / 4 if self._round_trip else now - began
+            self._behind = behind and self._config.pages == "commit"
+        else:
+            if self._error is None or self._error.message != error.message:
+                logger.error("%s", error.message)
+            self._failed = ticket
+            self._error = error
+            if isinstance(error, FencedError | ConflictError):
+                self._fatal = error
+                self._retry_at = None
+            else:
+                self._retry_wait = min(max(self._retry_wait * 2, _RETRY_FIRST), _RETRY_MOST)
+                self._retry_at = now + self._retry_wait
+            if self._stopping:
+                self._retry_at = None
+        self._cond.notify_all()
+
+    def _fill(self) -> None:
+        try:
+            more = self._fill_some(_FILL_PAGES)
+        except (BottomlessError, SnapshotLost, IndexLost) as failure:
+            logger.warning("the page view of %s: %s", self._local.path, failure)
+            with self._cond:
+                self._retry_wait = min(max(self._retry_wait * 2, _RETRY_FIRST), _RETRY_MOST)
+                self._retry_at = self._clock() + self._retry_wait
+            return
+        with self._cond:
+            self._behind = more
+
+    def _fill_some(self, most: int) -> bool:
+        with self._index.locked():
+            header = self._replicator.header()
+            with self._local.pinned():
+                tip = self._local.tip()
+                if self._local.wal.header() != tip.header:
+                    return True  # a restart is under way
+                self._replicator.view.fill(header, tip, most=most)
+            return self._replicator.view.behind(header)
+
+    def _as_replication_error(self, failure: BottomlessError) -> BottomlessError:
+        if isinstance(failure, ReplicationError | FencedError | ConflictError):
+            return failure
+        error = ReplicationError(
+            f"commits to {self._local.path} stand, but are not stored: {failure.message}",
+            hint="They stay pending, and are sent with the next commit, flush() or open. Do not repeat the statement. " + failure.hint,
+        )
+        error.__cause__ = failure
+        return error

@@ -1,0 +1,227 @@
+"""An HTTP proxy on loopback that does to requests, by a script, what networks and overloaded servers do.
+
+It stands between a client and a real server, forwards the bytes as they are (signatures stay right), and applies to each request
+the first fault of its script that wants it:
+
+    with FaultProxy(server_url) as proxy:
+        proxy.script(lost_answer("PUT"), answer(503, "SlowDown", method="GET", times=2))
+        ... a client that uses proxy.url ...
+        assert proxy.count("PUT") == 2
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import NamedTuple
+
+
+class Request(NamedTuple):
+    """What the client sent: `path` includes the query; header names are in lower case."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    raw_headers: bytes
+
+
+@dataclass
+class Fault:
+    """What to do to the next `times` requests of `method` (any, when empty) whose path contains `path`.
+
+    In this order: wait `delay` seconds; end the connection (`reset_before`); answer with `instead`; forward the request; end the
+    connection without an answer (`reset_after`); cut the answer's body to `truncate` bytes; change the answer with `edit`.
+    """
+
+    method: str = ""
+    path: str = ""
+    times: int = 1
+    delay: float = 0.0
+    reset_before: bool = False
+    reset_after: bool = False
+    instead: bytes | None = None
+    truncate: int | None = None
+    edit: Callable[[bytes], bytes] | None = None
+
+    def wants(self, request: Request) -> bool:
+        return self.times > 0 and self.method in ("", request.method) and self.path in request.path
+
+
+def reset(method: str = "", **more: object) -> Fault:
+    """The connection ends before the request has reached the server."""
+    return Fault(method, reset_before=True, **more)  # type: ignore[arg-type]
+
+
+def lost_answer(method: str = "", **more: object) -> Fault:
+    """The server does what it was asked to do; nobody hears of it."""
+    return Fault(method, reset_after=True, **more)  # type: ignore[arg-type]
+
+
+def hang(seconds: float, method: str = "", **more: object) -> Fault:
+    """Nothing happens for `seconds`, and then nothing more."""
+    return Fault(method, delay=seconds, reset_before=True, **more)  # type: ignore[arg-type]
+
+
+def answer(status: int, code: str = "", method: str = "", *, body: bytes | None = None, **more: object) -> Fault:
+    """The proxy answers by itself, with an error in XML as S3 writes it, or with `body`."""
+    if body is None:
+        body = (
+            f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>said the proxy</Message></Error>".encode() if code else b""
+        )
+    head = f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\nContent-Type: application/xml\r\n\r\n".encode()
+    return Fault(method, instead=head + body, **more)  # type: ignore[arg-type]
+
+
+@dataclass
+class FaultProxy:
+    """A context manager. `latency` in seconds is added to each request; `requests` and `connections` tell what came."""
+
+    upstream: str
+    latency: float = 0.0
+    requests: list[Request] = field(default_factory=list)
+    connections: int = 0
+
+    def __post_init__(self) -> None:
+        parts = urllib.parse.urlsplit(self.upstream)
+        self._target = (parts.hostname or "127.0.0.1", parts.port or 80)
+        self._faults: list[Fault] = []
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+        self._closing = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def script(self, *faults: Fault) -> None:
+        """Adds faults to what is left of the script."""
+        with self._lock:
+            self._faults.extend(faults)
+
+    def clear(self) -> None:
+        """All is well from here on."""
+        with self._lock:
+            self._faults.clear()
+
+    def count(self, method: str, path: str = "") -> int:
+        """How many requests of `method` have come whose path contains `path`."""
+        return sum(1 for request in self.requests if request.method == method and path in request.path)
+
+    def __enter__(self) -> FaultProxy:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._closing.set()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        with self._lock:
+            for connection in self._open:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with self._lock:
+                self.connections += 1
+                self._open.add(connection)
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            reader = connection.makefile("rb")
+            try:
+                while (request := _read_request(reader)) is not None and self._one(connection, request):
+                    pass
+            except OSError:
+                pass  # the client is gone, or the test is over
+            finally:
+                with self._lock:
+                    self._open.discard(connection)
+                with contextlib.suppress(OSError):
+                    reader.close()
+
+    def _one(self, connection: socket.socket, request: Request) -> bool:
+        """Does one request; is the connection still good?"""
+        with self._lock:
+            self.requests.append(request)
+            fault = next((fault for fault in self._faults if fault.wants(request)), None) or Fault()
+            fault.times -= 1
+        self._closing.wait(self.latency + fault.delay)
+        if fault.reset_before:
+            return _reset(connection)
+        if fault.instead is not None:
+            connection.sendall(fault.instead)
+            return True
+        head, body = self._forward(request)
+        if fault.reset_after:
+            return _reset(connection)
+        if fault.edit is not None:
+            edited = fault.edit(head + b"\r\n\r\n" + body)
+            connection.sendall(edited)
+            return False
+        keep = b"content-length:" in head.lower() and fault.truncate is None
+        connection.sendall(head + (b"" if keep else b"\r\nConnection: close") + b"\r\n\r\n" + body[: fault.truncate])
+        return keep
+
+    def _forward(self, request: Request) -> tuple[bytes, bytes]:
+        lines = [line for line in request.raw_headers.split(b"\r\n") if not line.lower().startswith(b"connection:")]
+        message = b"\r\n".join([*lines, b"Connection: close", b"", request.body])
+        with socket.create_connection(self._target, timeout=60) as upstream:
+            upstream.sendall(message)
+            got = bytearray()
+            while piece := upstream.recv(1 << 20):
+                got += piece
+        head, _, body = bytes(got).partition(b"\r\n\r\n")
+        kept = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"connection:")]
+        return b"\r\n".join(kept), body
+
+
+def _read_request(reader: object) -> Request | None:
+    lines: list[bytes] = []
+    while (line := reader.readline()) not in (b"\r\n", b""):  # type: ignore[attr-defined]
+        lines.append(line.rstrip(b"\r\n"))
+    if not lines:
+        return None
+    method, path, _ = lines[0].decode("latin-1").split(" ", 2)
+    headers = {
+        name.strip().lower(): value.strip() for name, _, value in (line.decode("latin-1").partition(":") for line in lines[1:])
+    }
+    body = reader.read(int(headers.get("content-length", 0)))  # type: ignore[attr-defined]
+    return Request(method, path, headers, body, b"\r\n".join(lines))
+
+
+def _reset(connection: socket.socket) -> bool:
+    # Lingering for no time at all makes close() send RST, as a server that crashed does, and not an orderly FIN.
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    return False
+
+
+class FakeTime:
+    """A clock that only `sleep` moves. `skew` makes each look at the clock take so long, for attempts that take time."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+        self.slept: list[float] = []
+        self._lock = threading.Lock()
+
+    def clock(self) -> float:
+        return self.seconds
+
+    def sleep(self, seconds: float) -> None:
+        with self._lock:
+            self.slept.append(seconds)
+            self.seconds += seconds
+        time.sleep(0)
