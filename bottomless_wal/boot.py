@@ -34,9 +34,11 @@ from .errors import ConflictError, CorruptionError, StoreError
 from .history import Edge, Head
 from .local_index import Backlog, Identity, IndexHeader, boot_id
 from .pageview import UNKNOWN_SIZE
-from .replicator import IndexLost, Replicator, Standing
+from .replicator import Replicator
 from .restore import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch
 from .segment import Header, page_hash
+from .staging import IndexLost
+from .standing import Standing, position_of, standing
 from .wal import Position
 
 __all__ = ["Action", "Boot", "Relation", "Remote", "aside", "decide", "nobody_else"]
@@ -186,8 +188,8 @@ class Boot:
         if header.identity != Identity.of(self.local.path) or not (header.clean or header.boot == boot_id()):
             return None
         with self.local.pinned():
-            standing = self.replicator.standing(header, self.local.tip())
-        return header if standing in (Standing.COVERED, Standing.FRAMES) else None
+            found = standing(self.local, header, self.local.tip())
+        return header if found in (Standing.COVERED, Standing.FRAMES) else None
 
     def _still_head(self, header: IndexHeader) -> bool:
         """Is the index's state the head? Two small requests: the head's own commit edge is never deleted."""
@@ -232,7 +234,7 @@ class Boot:
         """The local state. The index already knows it when it can be believed and nothing is pending."""
         with self.local.snapshot() as tip:
             shape = self.local.shape(tip)
-            position = self.replicator.position_of(tip)
+            position = position_of(self.local, tip)
             if known is not None and known.position == position:
                 return _Local(known.state, position, known.page_size, known.db_size, shape.change_counter)
             state = 0
@@ -383,22 +385,16 @@ class Boot:
         self.local.close()
         with nobody_else(self.local.path), scratch(self.local.path, self.index) as into:
             header = self.replicator.fresh()
-            rebuilt = rebuild(
-                self.history, into, head.txid, edges, width=self.replicator.config.concurrency, progress=self.progress
-            )
+            rebuilt = rebuild(self.history, into, head.txid, edges, width=self.replicator.config.concurrency, progress=self.progress)
             return self._put_in_place(into, rebuilt, header)
 
     def _restore_pages(self) -> IndexHeader:
         self.local.close()
         with nobody_else(self.local.path), scratch(self.local.path, self.index) as into:
             header = self.replicator.fresh()
-            rebuilt = rebuild_from_pages(
-                self.history, into, width=self.replicator.config.concurrency, progress=self.progress
-            )
+            rebuilt = rebuild_from_pages(self.history, into, width=self.replicator.config.concurrency, progress=self.progress)
             if rebuilt is None:
-                raise StoreError(
-                    f"the page objects of {self.history.name!r} vanished while they were looked at", hint="Try again."
-                )
+                raise StoreError(f"the page objects of {self.history.name!r} vanished while they were looked at", hint="Try again.")
             target = rebuilt.txid
             self._put_in_place(into, rebuilt, header)
         # The log begins anew with the snapshot edge 0 -> target, so that the line of txids goes on.
@@ -481,6 +477,8 @@ def nobody_else(path: str) -> Iterator[None]:
 def aside(path: str) -> None:
     """Renames leftovers of an earlier file at `path`: beside a restored file a stale WAL would silently open the old database."""
     for ending in ("-wal", "-journal"):
+        if os.path.exists(path + ending) and os.path.getsize(path + ending) == 0:
+            os.unlink(path + ending)
         if os.path.exists(path + ending):
             target = f"{path}{ending}-stale-{secrets.token_hex(4)}"
             logger.warning("%s belongs to no database: renamed to %s", path + ending, target)

@@ -180,9 +180,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
         ),
         _option("bucket", (_bucket, "letters, digits, '.', '_' and '-'"), "the bucket, or the directory below file:///"),
         _option("database_id", (_text, "text of at most 200 characters"), "a name before the file's, to tell databases apart"),
-        _option(
-            "initial_replication", _choice("error", "force", "skip"), "what to do when the local file and the history diverged"
-        ),
+        _option("initial_replication", _choice("error", "force", "skip"), "what to do when the local file and the history diverged"),
         _option("ack", _choice("pages", "log", "local"), "what COMMIT waits for"),
         _option("pages", _choice("commit", "checkpoint", "off"), "when page objects are written"),
         _option("interval", _number(0, 3600), "how long ack=local gathers commits before it sends them"),

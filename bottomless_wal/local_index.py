@@ -21,16 +21,20 @@ threads must still exclude each other by a mutex). All numbers are big-endian:
        120     8  milliseconds since 1970, the server's, at which txid was last proved to be the head
        128    20  WAL position (wal.Position)
        148    40  identity of the main file: device, inode, size, mtime_ns, ctime_ns
-       188     4  number of intents
-       192    8n  intents: post hashes under which txid + 1 may have been put
+       188     8  sequence number of the last seal that this header takes into account
+       196     4  number of intents
+       200    8n  intents: post hashes under which txid + 1 may have been put
              4  CRC-32 of everything before
+     15872    52  the seal: sequence u64, flags u32 (1 covered, 2 from gone, 4 to gone, 8 from anywhere), salts u32 u32,
+                  position 20, CRC-32
      16384  16 a page  entries, page 1 first: u64 page hash, u64 txid of the last change
 
 Invariants:
 
 * Entries are written before the header that counts on them. A crash between the two leaves entries of txid + 1 under a
   header of txid with intents: the stored segment is then adopted, which writes them again.
-* Whoever reads or writes holds the lock. Plain pread and pwrite: a truncated mapping would kill the process.
+* Whoever reads or writes holds the lock; but for the *seal*, which a WAL restart leaves behind while it holds SQLite's write lock,
+  and that lock alone: it must never wait for an upload. Plain pread and pwrite: a truncated mapping would kill the process.
 * Nothing here is needed for correctness, and so nothing is synced but at a clean close: after a power loss the boot id differs.
 """
 
@@ -44,22 +48,26 @@ import sys
 import threading
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from .wal import Position
 
-__all__ = ["ENTRY_SIZE", "HEADER_SIZE", "MAX_INTENTS", "Backlog", "Identity", "IndexHeader", "LocalIndex", "boot_id"]
+__all__ = ["ENTRY_SIZE", "HEADER_SIZE", "MAX_INTENTS", "Backlog", "Identity", "IndexHeader", "LocalIndex", "Seal", "boot_id"]
 
 MAGIC: Final = b"BWALIDX1"
 HEADER_SIZE: Final = 16384
 ENTRY_SIZE: Final = 16
-_FIXED: Final = struct.Struct(">8sII16s16s16sQQIIQQQIIQ20sQQQQQI")
-MAX_INTENTS: Final = (HEADER_SIZE - _FIXED.size - 4) // 8
+SEAL_OFFSET: Final = 15872
+_FIXED: Final = struct.Struct(">8sII16s16s16sQQIIQQQIIQ20sQQQQQQI")
+_SEAL: Final = struct.Struct(">QIII20s")
+MAX_INTENTS: Final = (SEAL_OFFSET - _FIXED.size - 4) // 8
 _NEEDS_SCAN, _CLEAN, _GONE, _IDENTITY = 1, 2, 4, 8
 _NO_POSITION: Final = bytes(20)
 _LONGEST_RUN: Final = 65536
+
+R = TypeVar("R")
 
 
 class Identity(NamedTuple):
@@ -89,6 +97,42 @@ class Backlog(NamedTuple):
     cursor: int
 
 
+class Seal(NamedTuple):
+    """What a restart of the WAL leaves behind: the WAL with the salts `before` ended, and `after` is the position in what follows.
+
+    `covered`: the position that the index had then covered all of that WAL. `before` None: there was no WAL; `after` None: there is none now.
+    `anywhere`: whatever the index's position was, it proves nothing any more.
+    """
+
+    sequence: int
+    before: tuple[int, int] | None
+    after: Position | None
+    covered: bool
+    anywhere: bool = False
+
+    def encode(self) -> bytes:
+        """The record's bytes."""
+        flags = self.covered | (self.before is None) << 1 | (self.after is None) << 2 | self.anywhere << 3
+        body = _SEAL.pack(self.sequence, flags, *(self.before or (0, 0)), self.after.pack() if self.after else _NO_POSITION)
+        return body + struct.pack(">I", zlib.crc32(body))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Seal | None:
+        """The inverse; None for anything that `encode` did not write."""
+        if len(data) != _SEAL.size + 4 or zlib.crc32(data[:-4]) != struct.unpack_from(">I", data, _SEAL.size)[0]:
+            return None
+        sequence, flags, salt1, salt2, position = _SEAL.unpack_from(data)
+        if not sequence:
+            return None
+        return cls(
+            sequence,
+            None if flags & 2 else (salt1, salt2),
+            None if flags & 4 else Position.unpack(position),
+            bool(flags & 1),
+            bool(flags & 8),
+        )
+
+
 @dataclass(slots=True)
 class IndexHeader:
     """The index's header, as a value. `position` None: there is no WAL, the main file holds everything."""
@@ -109,6 +153,7 @@ class IndexHeader:
     needs_scan: bool = False
     clean: bool = False
     identity: Identity | None = None
+    seal_sequence: int = 0
     intents: list[int] = field(default_factory=list)
 
     @property
@@ -116,13 +161,21 @@ class IndexHeader:
         """The txid up to which the page view holds everything."""
         return self.view_txid if self.backlog is None else min(self.view_txid, self.backlog.after)
 
+    def absorb(self, seal: Seal | None) -> None:
+        """Follows what a restart of the WAL has left behind since this header was written."""
+        if seal is None or seal.sequence <= self.seal_sequence:
+            return
+        self.seal_sequence = seal.sequence
+        here = None if self.position is None else (self.position.salt1, self.position.salt2)
+        if seal.anywhere or (seal.before == here and not seal.covered):
+            self.needs_scan = True
+        elif seal.before == here:
+            self.position = seal.after
+
     def encode(self) -> bytes:
         """The header's bytes, at most HEADER_SIZE."""
         flags = (
-            self.needs_scan * _NEEDS_SCAN
-            | self.clean * _CLEAN
-            | (self.position is None) * _GONE
-            | (self.identity is not None) * _IDENTITY
+            self.needs_scan * _NEEDS_SCAN | self.clean * _CLEAN | (self.position is None) * _GONE | (self.identity is not None) * _IDENTITY
         )
         fixed = _FIXED.pack(
             MAGIC,
@@ -141,6 +194,7 @@ class IndexHeader:
             self.proved_ms,
             self.position.pack() if self.position else _NO_POSITION,
             *(self.identity or (0, 0, 0, 0, 0)),
+            self.seal_sequence,
             len(self.intents),
         )
         body = fixed + struct.pack(f">{len(self.intents)}Q", *self.intents)
@@ -170,6 +224,7 @@ class IndexHeader:
             proved_ms,
             position,
             *identity,
+            seal_sequence,
             intents,
         ) = _FIXED.unpack_from(data)
         end = _FIXED.size + 8 * intents
@@ -194,6 +249,7 @@ class IndexHeader:
             needs_scan=bool(flags & _NEEDS_SCAN),
             clean=bool(flags & _CLEAN),
             identity=Identity(*identity) if flags & _IDENTITY else None,
+            seal_sequence=seal_sequence,
             intents=list(struct.unpack_from(f">{intents}Q", data, _FIXED.size)),
         )
 
@@ -238,8 +294,16 @@ class LocalIndex:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def load(self) -> IndexHeader | None:
-        """The header, or None when the file is empty or damaged."""
-        return IndexHeader.decode(os.pread(self._fd, HEADER_SIZE, 0))
+        """The header, with what the last seal says; None when the file is empty or damaged."""
+        header, seal = _read(self._fd)
+        if header is not None:
+            header.absorb(seal)
+        return header
+
+    def seal_sequence(self) -> int:
+        """The number of the last seal: whoever scans from now on need not look at it."""
+        seal = _read(self._fd)[1]
+        return seal.sequence if seal is not None else 0
 
     def save(self, header: IndexHeader) -> None:
         """Writes the header in one write: a killed process leaves the old one or the new one."""
@@ -289,6 +353,47 @@ class LocalIndex:
         self._mutex = threading.Lock()
         self._drop()
 
+    @staticmethod
+    def peek(path: str) -> IndexHeader | None:
+        """As `load`, of the index at `path`, without its lock: for a look that must not wait."""
+        return _with_file(path, os.O_RDONLY, _peek)
+
+    @staticmethod
+    def leave_seal(path: str, judge: Callable[[IndexHeader], tuple[Position | None, bool] | None]) -> None:
+        """Writes the next seal of the index at `path`, if there is one. For the holder of SQLite's write lock, who alone does so.
+
+        `judge` is given the header as it stands and answers (position after it, covered), or None to leave everything as it is. A header that
+        cannot be read is answered by a seal that asks for a scan.
+        """
+
+        def write(fd: int) -> None:
+            header, last = _read(fd)
+            sequence = (last.sequence if last is not None else 0) + 1
+            if header is None:
+                os.pwrite(fd, Seal(sequence, None, None, covered=False, anywhere=True).encode(), SEAL_OFFSET)
+                return
+            sequence = max(sequence, header.seal_sequence + 1)
+            unabsorbed = None if header.position is None else (header.position.salt1, header.position.salt2)
+            header.absorb(last)
+            verdict = judge(header)
+            if verdict is None:
+                return
+            after, covered = verdict
+            os.pwrite(fd, Seal(sequence, unabsorbed, after, covered and not header.needs_scan).encode(), SEAL_OFFSET)
+
+        _with_file(path, os.O_RDWR, write)
+
+    @staticmethod
+    def ask_for_scan(path: str) -> None:
+        """A seal that says: whatever the position was, it proves nothing any more. As `leave_seal`."""
+
+        def write(fd: int) -> None:
+            header, last = _read(fd)
+            sequence = max(last.sequence if last is not None else 0, header.seal_sequence if header is not None else 0) + 1
+            os.pwrite(fd, Seal(sequence, None, None, covered=False, anywhere=True).encode(), SEAL_OFFSET)
+
+        _with_file(path, os.O_RDWR, write)
+
     def _open(self) -> int:
         try:
             mode = os.stat(self._beside).st_mode & 0o777
@@ -308,6 +413,29 @@ class LocalIndex:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _read(fd: int) -> tuple[IndexHeader | None, Seal | None]:
+    data = os.pread(fd, HEADER_SIZE, 0)
+    return IndexHeader.decode(data), Seal.decode(data[SEAL_OFFSET : SEAL_OFFSET + _SEAL.size + 4])
+
+
+def _peek(fd: int) -> IndexHeader | None:
+    header, seal = _read(fd)
+    if header is not None:
+        header.absorb(seal)
+    return header
+
+
+def _with_file(path: str, flags: int, function: Callable[[int], R]) -> R | None:
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        return function(fd)
+    finally:
+        os.close(fd)
 
 
 def _big_endian(numbers: array[int]) -> array[int]:

@@ -30,9 +30,10 @@ from .crashpoints import reach
 from .errors import BottomlessError, ConfigError, ConflictError, ReplicationError
 from .history import History
 from .local_index import Identity, IndexHeader, LocalIndex
-from .replicator import Replicator, seal
+from .replicator import Replicator
 from .restore import Progress
 from .snapshot import LocalDatabase
+from .standing import seal
 from .store import open_store
 from .wal import Position, WalHeader
 from .worker import Worker
@@ -82,7 +83,6 @@ class Replica:
         self.history = History(self.store, self.name)
         self.local = LocalDatabase(path, lambda: connect(path))
         self.index = LocalIndex(path + INDEX_SUFFIX, beside=path)
-        self._guard = LocalIndex(path + INDEX_SUFFIX, beside=path)
         self.replicator = Replicator(config, self.local, self.index, self.history)
         self.worker = Worker(config, self.replicator, self.index, self.local, self._reboot)
 
@@ -148,16 +148,11 @@ class Replica:
 
     def mark_scan(self) -> None:
         """The main file was written past the WAL (a switch of the journal mode): the next batch scans."""
-        with self._guard.locked():
-            header = self._guard.load()
-            if header is not None:
-                header.needs_scan = True
-                self._guard.save(header)
+        LocalIndex.ask_for_scan(self.index.path)
 
     def seal(self, new: WalHeader | None) -> None:
-        """The WAL is about to be restarted with the header `new`, or truncated or deleted (None). See `replicator.seal`."""
-        if os.path.exists(self._guard.path):
-            seal(self._guard, self.path + "-wal", new)
+        """The WAL is about to be restarted with the header `new`, or truncated or deleted (None). See `standing.seal`."""
+        seal(self.index.path, self.path + "-wal", new)
 
     def check_process(self) -> None:
         """Raises ReplicationError in a child that inherited the connection by a fork."""
@@ -174,8 +169,7 @@ class Replica:
     def status(self) -> Status:
         """See `Status`."""
         tip = self.local.tip()
-        with self._guard.locked():
-            header = self._guard.load()
+        header = LocalIndex.peek(self.index.path)
         if header is None:
             raise ConfigError(f"{self.index.path} is missing or damaged", hint="The next commit rebuilds it.")
         pending: int | None = None
@@ -225,7 +219,6 @@ class Replica:
             if self.worker.last_error is None:
                 self._mark_clean()
             self.index.close()
-            self._guard.close()
             self.store.close()
 
     def _mark_clean(self) -> None:
@@ -245,7 +238,6 @@ class Replica:
     def abandon(self) -> None:
         """In the child of a fork: let go of the lock without releasing it for the parent, and close nothing."""
         self.index.abandon()
-        self._guard.abandon()
 
 
 class Registry:
@@ -328,6 +320,4 @@ registry: Final = Registry()
 os.register_at_fork(after_in_child=registry.after_fork)
 atexit.register(registry.exit)
 # Children of multiprocessing leave by os._exit: atexit does not run there, its finalizers do.
-multiprocessing.util.register_after_fork(
-    registry, lambda owner: multiprocessing.util.Finalize(None, owner.exit, exitpriority=100)
-)
+multiprocessing.util.register_after_fork(registry, lambda owner: multiprocessing.util.Finalize(None, owner.exit, exitpriority=100))

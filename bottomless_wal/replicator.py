@@ -9,9 +9,7 @@ A batch goes through these states; whoever is killed between two of them leaves 
     record    page hashes, then the index's header                     killed between: as before
     view      page objects (`pageview`), then the view txid            killed within: the backlog is put by the next batch
 
-Two rules carry the rest. *A position proves itself*: it is believed only if the frame it names still carries its checksum in a WAL
-with its salts; a WAL that was restarted, cut or replaced without our seal (`seal`) is scanned. *Own attempts are told by content*:
-a taken key is ours if and only if its pre hash is ours and its post hash is among our intents; anything else is a rival.
+Two rules carry the rest. *A position proves itself* (`standing`), or everything is scanned. *Own attempts are told by content*: a taken key is ours if and only if its pre hash is ours and its post hash is among our intents; anything else is a rival.
 """
 
 from __future__ import annotations
@@ -23,35 +21,30 @@ import os
 import secrets
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum, auto
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from . import layout
 from .config import Config
 from .crashpoints import reach
 from .errors import CorruptionError, FencedError, ReplicationError, RestoreError
-from .history import Edge, Head, History, Staged, plan
+from .history import Edge, Head, History, plan
 from .local_index import MAX_INTENTS, Identity, IndexHeader, LocalIndex, boot_id
 from .pageview import UNKNOWN_SIZE, PageView
-from .segment import Commit, Header, Page, Segment, lock_page, page_hash
-from .snapshot import LocalDatabase, Shape, SnapshotLost, Tip, WalFile
-from .wal import Position, WalHeader
+from .segment import Commit, Header, Segment
+from .snapshot import LocalDatabase, SnapshotLost, Tip
+from .staging import Change, IndexLost, stage_frames, stage_scan
+from .standing import Standing, position_of, standing
+from .wal import Position
 
-__all__ = ["DRAINED", "FENCE_HORIZON_SECONDS", "IndexLost", "Replicator", "Standing", "home_of", "seal"]
+__all__ = ["FENCE_HORIZON_SECONDS", "Replicator", "home_of"]
 
 logger = logging.getLogger(__name__)
 
 FENCE_HORIZON_SECONDS: Final = 3600.0
 """After so long since txid was last proved the head, a successful put alone proves nothing: pruning may have freed the key."""
 
-DRAINED: Final = 0xFFFFFFFF
-"""As a position's frame: all of the WAL with these salts is covered, however long it is; its restart has begun already."""
-
-_PIECE_BYTES: Final = 64 << 20  # of frames in one segment, unless one transaction alone is larger
 _LOOKS: Final = 4
-_FEW_PAGES: Final = 256
 
 
 def home_of(config: Config, name: str) -> bytes:
@@ -59,38 +52,8 @@ def home_of(config: Config, name: str) -> bytes:
     return hashlib.sha256("\0".join((config.endpoint, config.bucket, name)).encode()).digest()[:16]
 
 
-class Standing(Enum):
-    """How the index's position relates to the WAL that is there."""
-
-    COVERED = auto()
-    FRAMES = auto()  # it is proved, and frames follow it
-    UNCLEAR = auto()  # a WAL header is just being written: look again
-    LOST = auto()  # it proves nothing: scan
-
-
-class IndexLost(Exception):
-    """The local index vanished, was damaged or contradicts itself: boot has to find out anew where the local state stands."""
-
-
 class _Again(Exception):
     """The index has moved on (an earlier attempt was adopted): start the batch anew."""
-
-
-@dataclass(slots=True)
-class _Change:
-    """What is to become the next commit."""
-
-    staged: Staged
-    pgnos: Sequence[int]
-    hashes: Sequence[int]
-    post_hash: int
-    page_size: int
-    db_size: int
-    change_counter: int
-    position: Position | None
-    positions: tuple[Position, ...]
-    reset: bool
-    pages: Callable[[], Iterator[Page]]
 
 
 class Replicator:
@@ -166,213 +129,57 @@ class Replicator:
         for look in range(_LOOKS):
             with self.local.pinned():
                 tip = self.local.tip()
-                standing = self.standing(header, tip)
-                if standing is Standing.UNCLEAR and look < _LOOKS - 1:
-                    pass
-                elif standing is Standing.COVERED:
+                found = standing(self.local, header, tip)
+                if found in (Standing.COVERED, Standing.FRAMES):
                     self._refresh_identity(header, tip)
-                    self.view.catch_up(header)
-                    return
-                elif standing is Standing.FRAMES:
-                    self._refresh_identity(header, tip)
-                    self._frames(header, tip)
-                    return
-                else:
+                    if self._frames(header, tip):
+                        self.view.catch_up(header)
+                        return
                     break
+            if found is Standing.LOST or look == _LOOKS - 1:
+                break
             self._sleep(0.005)
         self.scan(header)
 
-    def standing(self, header: IndexHeader, tip: Tip) -> Standing:
-        """Does the index's position prove itself in the WAL that is there? Call it pinned."""
-        if header.needs_scan:
-            return Standing.LOST
-        position, wal = header.position, tip.header
-        if self.local.wal.header() != wal:
-            return Standing.UNCLEAR
-        if wal is None:
-            if position is None:
-                return Standing.COVERED
-            return Standing.UNCLEAR if position.frame == 0 else Standing.LOST
-        if position is None:
-            return Standing.LOST
-        if (position.salt1, position.salt2) != (wal.salt1, wal.salt2):
-            return Standing.UNCLEAR if position.frame == 0 and tip.frames == 0 else Standing.LOST
-        if position.frame == DRAINED:
-            return Standing.COVERED if tip.frames == 0 else Standing.LOST
-        if tip.frames < position.frame:
-            # 0: a restart has begun, and its header is not written yet. Fewer, but some: the WAL was cut by a power loss.
-            covered = tip.frames == 0 and not self.local.wal.continues(position, wal)
-            return Standing.COVERED if covered else Standing.LOST
-        if self.local.wal.position(wal, position.frame) != position:
-            return Standing.LOST
-        return Standing.COVERED if tip.frames == position.frame else Standing.FRAMES
-
-    # --- frames --------------------------------------------------------------------------------------------------------
-
-    def _frames(self, header: IndexHeader, tip: Tip) -> None:
-        """Everything from the position to the tip, in pieces that end with a commit."""
-        wal, position = tip.header, header.position
-        if wal is None or position is None:
-            raise AssertionError("frames without a WAL")
-        step = wal.page_size + 24
-        while position.frame < tip.frames:
-            commits: list[Position] = []
-            db_size = 0
-            newest: dict[int, int] = {}
-            for frame, found in self.local.frame_headers(wal, position.frame + 1, tip.frames):
-                newest[found.pgno] = frame
-                if found.db_size:
-                    db_size = found.db_size
-                    commits.append(found.position(frame))
-                    if (frame - position.frame) * step >= _PIECE_BYTES:
-                        break
-            if not commits:
-                raise SnapshotLost(f"the committed frames of {self.local.path} do not end with a commit")
-            last = commits[-1]
-            lock = lock_page(wal.page_size)
-            if header.txid == 0 or header.page_size != wal.page_size:
-                # A first commit is the whole database, and so is one with another page size.
-                header.needs_scan = True
-                raise SnapshotLost(f"{self.local.path} is not the database that the index describes")
-            pgnos = array("I", sorted(pgno for pgno, frame in newest.items() if pgno <= db_size and frame <= last.frame))
-            if any(pgno != lock and pgno not in newest for pgno in range(header.db_size + 1, db_size + 1)):
-                header.needs_scan = True
-                raise SnapshotLost(f"{self.local.path} grew by pages that are in no frame")
-            frames = newest
-            change = self._stage(header, wal, pgnos, frames, db_size, last, tuple(commits))
-            if not self.local.unchanged(wal):
-                raise SnapshotLost(f"the WAL of {self.local.path} was restarted while it was read")
-            position = self._commit(header, tip, change)
-            if position is None:
-                raise AssertionError("a change of frames has a position")
-
-    def _stage(
-        self, header: IndexHeader, wal: WalHeader, pgnos: array[int], frames: dict[int, int], db_size: int, last: Position,
-        commits: tuple[Position, ...],
-    ) -> _Change:  # fmt: skip
-        hashes = array("Q")
-        counter = header.change_counter
-        kept = array("I")
-        state = header.state
-
-        def pages() -> Iterator[Page]:
-            nonlocal state, counter
-            for start in range(0, len(pgnos), 4096):
-                some = pgnos[start : start + 4096]
-                for pgno, old in zip(some, self.index.hashes(some), strict=True):
-                    data = self.local.frame_page(wal, frames[pgno])
-                    new = page_hash(pgno, data)
-                    if pgno == 1:
-                        counter = int.from_bytes(data[24:28], "big")
-                    if pgno > header.db_size:
-                        old = 0
-                    if new == old:
-                        continue
-                    state ^= old ^ new
-                    kept.append(pgno)
-                    hashes.append(new)
-                    yield Page(pgno, new, data)
-
-        def again() -> Iterator[Page]:
-            for pgno, known in zip(kept, hashes, strict=True):
-                yield Page(pgno, known, self.local.frame_page(wal, frames[pgno]))
-
-        staged = self.history.stage(header.txid, header.txid + 1, pages(), wal.page_size, level=self.config.level)
-        state ^= self._tail(header, db_size)
-        return _Change(
-            staged, kept, hashes, state, wal.page_size, db_size, counter, last, commits, reset=False, pages=again
-        )  # fmt: skip
-
-    def _tail(self, header: IndexHeader, db_size: int) -> int:
-        """XOR of the hashes of the pages that a shrinking database loses."""
-        gone = 0
-        for first in range(db_size + 1, header.db_size + 1, 65536):
-            for old in self.index.entries(first, min(65536, header.db_size - first + 1))[0]:
-                gone ^= old
-        return gone
-
-    # --- scan ----------------------------------------------------------------------------------------------------------
+    def _frames(self, header: IndexHeader, tip: Tip) -> bool:
+        """Everything from the position to the tip, commit by commit. False: only a scan can tell what changed."""
+        while header.position is not None and header.position.frame < tip.frames:
+            change = stage_frames(self.local, self.index, self.history, header, tip, level=self.config.level)
+            if change is None:
+                return False
+            self._commit(header, change)
+        return True
 
     def scan(self, header: IndexHeader, *, reset: bool = False, target: int | None = None) -> None:
         """Hashes a whole snapshot and stores the pages that differ from the index as the next commit.
 
         `reset`: stores all pages, as the whole new database. `target`: as the edge 0 -> target (a log rebuilt from page objects).
         """
+        # Seals up to here speak of what the snapshot will contain; a later one must be looked at.
+        header.seal_sequence = max(header.seal_sequence, self.index.seal_sequence())
         with self.local.snapshot() as tip:
-            wal = tip.header
-            if self.local.wal.header() != wal:
+            if self.local.wal.header() != tip.header:
                 raise SnapshotLost(f"the WAL of {self.local.path} was replaced")
             shape = self.local.shape(tip)
             whole = reset or header.txid == 0
             if not whole and shape.page_size != header.page_size:
                 logger.warning("%s: its page size became %d: the next commit is a reset", self.local.path, shape.page_size)
                 whole = reset = True
-            change = self._stage_scan(header, tip, shape, whole=whole, reset=reset, target=target)
-            if wal is not None and not self.local.unchanged(wal):
-                raise SnapshotLost(f"the WAL of {self.local.path} was restarted while it was scanned")
+            pre, post = (header.txid, header.txid + 1) if target is None else (0, target)
+            change = stage_scan(
+                self.local, self.index, self.history, header, tip, shape,
+                whole=whole, reset=reset and pre > 0, pre=pre, post=post, level=self.config.level,
+            )  # fmt: skip
             if change is not None:
-                reach("before reset")
-                self._commit(header, tip, change, scanned=True, target=target)
-            else:
-                header.needs_scan = False
-                header.position = self.position_of(tip)
-                header.change_counter = shape.change_counter
-                header.identity = Identity.of(self.local.path)
-                self.index.save(header)
-                self.on_logged(header.position)
-                self.view.catch_up(header)
-
-    def _stage_scan(
-        self, header: IndexHeader, tip: Tip, shape: Shape, *, whole: bool, reset: bool, target: int | None
-    ) -> _Change | None:
-        pgnos, hashes = array("I"), array("Q")
-        state = 0
-        indexed = self._tail(header, shape.db_size)
-        began = time.monotonic()
-
-        def pages() -> Iterator[Page]:
-            nonlocal state, indexed
-            block: list[tuple[int, bytes]] = []
-            source = self.local.pages(tip, shape)
-            while True:
-                block = [entry for _, entry in zip(range(4096), source, strict=False)]
-                if not block:
-                    return
-                olds = self.index.hashes([pgno for pgno, _ in block])
-                for (pgno, data), old in zip(block, olds, strict=True):
-                    new = page_hash(pgno, data)
-                    state ^= new
-                    if pgno <= header.db_size:
-                        indexed ^= old
-                    if whole or pgno > header.db_size or new != old:
-                        pgnos.append(pgno)
-                        hashes.append(new)
-                        yield Page(pgno, new, data)
-
-        post = target if target is not None else header.txid + 1
-        pre = 0 if target is not None else header.txid
-        staged = self.history.stage(pre, post, pages(), shape.page_size, level=self.config.level)
-        logger.info(
-            "%s: scanned %d pages in %.2f s, %d differ", self.local.path, shape.db_size, time.monotonic() - began, len(pgnos)
-        )
-        if not whole and indexed != header.state:
-            # Entries that a power loss tore: what differs from them is not what differs from the log.
-            raise IndexLost(f"{self.index.path} contradicts itself")
-        if not pgnos and shape.db_size == header.db_size and not whole:
-            return None
-
-        def again() -> Iterator[Page]:
-            for pgno, known in zip(pgnos, hashes, strict=True):
-                data = self.local.page(tip, pgno, shape.page_size)
-                if data is None:
-                    raise SnapshotLost(f"page {pgno} of {self.local.path} vanished")
-                yield Page(pgno, known, data)
-
-        position = self.position_of(tip)
-        return _Change(
-            staged, pgnos, hashes, state, shape.page_size, shape.db_size, shape.change_counter, position,
-            (position,) if position is not None and position.frame != DRAINED else (), reset and header.txid > 0, again,
-        )  # fmt: skip
+                self._commit(header, change, scanned=True, target=target)
+                return
+            header.needs_scan = False
+            header.position = position_of(self.local, tip)
+            header.change_counter = shape.change_counter
+            header.identity = Identity.of(self.local.path)
+            self.index.save(header)
+            self.on_logged(header.position)
+            self.view.catch_up(header)
 
     def learn(self, header: IndexHeader, head: Head, edges: list[Edge]) -> None:
         """The head's page hashes, from the tables of a chain of edges; no page is kept. `header` is left to be saved.
@@ -411,31 +218,16 @@ class Replicator:
                 hint="`bottomless-wal verify` shows which is wrong.",
             )
 
-    def position_of(self, tip: Tip) -> Position | None:
-        """The position that a snapshot at `tip` has. Call it pinned."""
-        wal = tip.header
-        if wal is None:
-            return None
-        if tip.frames == 0 and self.local.wal.continues(wal.position(), wal):
-            # The wal-index has let go of these frames: their content is in the main file.
-            return Position(wal.salt1, wal.salt2, DRAINED, 0, 0)
-        found = self.local.wal.position(wal, tip.frames)
-        if found is None:
-            raise SnapshotLost(f"frame {tip.frames} of the WAL of {self.local.path} is gone")
-        return found
-
     # --- put -----------------------------------------------------------------------------------------------------------
 
-    def _commit(
-        self, header: IndexHeader, tip: Tip, change: _Change, *, scanned: bool = False, target: int | None = None
-    ) -> Position | None:
-        """Stores `change` as the edge txid -> txid + 1 and records it; then the page objects. Returns the new position."""
+    def _commit(self, header: IndexHeader, change: Change, *, scanned: bool = False, target: int | None = None) -> None:
+        """Stores `change` as the edge txid -> txid + 1 and records it; then the page objects."""
         if not change.pgnos and change.db_size == header.db_size and not change.reset and header.txid > 0:
             # Frames that changed nothing: the state is what it was, only the position moves.
             header.position = change.position
             self.index.save(header)
             self.on_logged(header.position)
-            return header.position
+            return
         reach("before intent")
         if change.post_hash in header.intents:
             header.intents.remove(change.post_hash)
@@ -480,9 +272,7 @@ class Replicator:
         if edge.whole:
             self.view.postpone(header)
         else:
-            pages = change.pages()
-            self.view.put(header, list(pages) if len(change.pgnos) <= _FEW_PAGES else pages)
-        return header.position
+            self.view.put(header, change.pages())
 
     def _record(
         self, header: IndexHeader, edge: Header, pgnos: Sequence[int], hashes: Sequence[int], date_ms: int, change_counter: int
@@ -603,41 +393,3 @@ def _has_content(path: str) -> bool:
         return os.stat(path).st_size > 0
     except FileNotFoundError:
         return False
-
-
-def seal(index: LocalIndex, wal_path: str, new: WalHeader | None) -> None:
-    """The WAL is about to lose its frames: carries the position across, or marks that a scan is needed.
-
-    Called with SQLite's write lock held, before a new WAL header is written (`new`), or the WAL is truncated or deleted (None);
-    `index` is not locked, and must not be one that the calling thread has locked elsewhere. By then everything that was committed is in
-    the main file. The position goes across only if it has the salts of the header still in the file and no frame there continues it.
-    """
-    wal = WalFile(wal_path)
-    try:
-        with index.locked():
-            header = index.load()
-            if header is None or header.needs_scan:
-                return
-            old = wal.header()
-            if new is not None and old is not None and (new.salt1, new.salt2) == (old.salt1, old.salt2):
-                return  # the same WAL once more: its first transaction was rolled back
-            position = header.position
-            if old is None:
-                covered = position is None
-            elif position is None or (position.salt1, position.salt2) != (old.salt1, old.salt2):
-                covered = False
-            else:
-                covered = position.frame == DRAINED or (
-                    wal.position(old, position.frame) == position and not wal.continues(position, old)
-                )
-            reach("before seal")
-            if covered:
-                header.position = new.position() if new is not None else None
-            else:
-                logger.info("%s: the WAL is restarted before all of it is stored: a scan is needed", wal_path)
-                header.needs_scan = True
-            index.save(header)
-            reach("after seal")
-    finally:
-        wal.close()
-

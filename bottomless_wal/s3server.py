@@ -131,7 +131,6 @@ class RcloneServer:
     def _wait(self, log: IO[bytes]) -> None:
         """Reads the port from the server's log, then asks until there is an answer."""
         end = time.monotonic() + self._timeout
-        said = b""
         while time.monotonic() < end and self._process is not None and self._process.poll() is None:
             said = os.pread(log.fileno(), 1 << 16, 0)
             if found := _STARTED.search(said):
@@ -140,6 +139,7 @@ class RcloneServer:
                     self.endpoint = f"http://{host}:{port}"
                     return
             time.sleep(0.02)
+        said = os.pread(log.fileno(), 1 << 16, 0)
         words = b" ".join(said.split()[-60:]).decode(errors="replace")
         raise StoreError(f"rclone serve s3 does not start: {words}", hint="Is the port free, and the directory writable?")
 

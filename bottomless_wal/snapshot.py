@@ -170,9 +170,7 @@ class LocalDatabase:
     replicator's lock.
     """
 
-    def __init__(
-        self, path: str, connect: Callable[[], apsw.Connection], *, sleep: Callable[[float], None] = time.sleep
-    ) -> None:
+    def __init__(self, path: str, connect: Callable[[], apsw.Connection], *, sleep: Callable[[float], None] = time.sleep) -> None:
         self.path = path
         self._open = connect
         self._sleep = sleep

@@ -104,10 +104,8 @@ class _MainFile(apsw.VFSFile):
                 parked.pop(replica.path, None)
 
     def _in_wal_mode(self, replica: Replica) -> bool:
-        """While the `-wal` file is there the answer is clear; without it, the main file's header tells."""
-        if os.path.exists(replica.path + "-wal"):
-            return not self._converting
-        return not self._converting and super().xRead(2, 18) == _WAL_VERSION
+        """Without a `-wal` file it can only be the switch to WAL itself, or somebody deleted the file under us."""
+        return not self._converting or os.path.exists(replica.path + "-wal")
 
     def _alone(self) -> bool:
         """Is this the only schema of its connection that is writing? Then raising here harms nobody."""
@@ -126,7 +124,7 @@ class _MainFile(apsw.VFSFile):
                     f"PRAGMA journal_mode={value} is refused: only commits to a WAL are replicated",
                     hint="Leave the database in WAL mode, or open it without vfs=bottomless.",
                 )
-            self._converting = True
+            self._converting = super().xRead(2, 18) != _WAL_VERSION
         elif name == "locking_mode" and value == "exclusive":
             raise ConfigError(
                 "PRAGMA locking_mode=exclusive is refused: it would shut out the connections that replicate",

@@ -19,8 +19,9 @@ from typing import Final
 from .config import Config
 from .errors import BottomlessError, ConflictError, FencedError, ReplicationError
 from .local_index import IndexHeader, LocalIndex
-from .replicator import IndexLost, Replicator
+from .replicator import Replicator
 from .snapshot import LocalDatabase, SnapshotLost
+from .staging import IndexLost
 from .wal import Position
 
 __all__ = ["Worker"]

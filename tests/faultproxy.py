@@ -73,9 +73,7 @@ def hang(seconds: float, method: str = "", **more: object) -> Fault:
 def answer(status: int, code: str = "", method: str = "", *, body: bytes | None = None, **more: object) -> Fault:
     """The proxy answers by itself, with an error in XML as S3 writes it, or with `body`."""
     if body is None:
-        body = (
-            f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>said the proxy</Message></Error>".encode() if code else b""
-        )
+        body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>said the proxy</Message></Error>".encode() if code else b""
     head = f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\nContent-Type: application/xml\r\n\r\n".encode()
     return Fault(method, instead=head + body, **more)  # type: ignore[arg-type]
 
@@ -196,9 +194,7 @@ def _read_request(reader: object) -> Request | None:
     if not lines:
         return None
     method, path, _ = lines[0].decode("latin-1").split(" ", 2)
-    headers = {
-        name.strip().lower(): value.strip() for name, _, value in (line.decode("latin-1").partition(":") for line in lines[1:])
-    }
+    headers = {name.strip().lower(): value.strip() for name, _, value in (line.decode("latin-1").partition(":") for line in lines[1:])}
     body = reader.read(int(headers.get("content-length", 0)))  # type: ignore[attr-defined]
     return Request(method, path, headers, body, b"\r\n".join(lines))
 

@@ -125,7 +125,7 @@ class DirectoryStore:
     def prepare(self) -> None:
         with self._doing("opening", "", "list"):
             if self._create_bucket:
-                self._make(self._root)
+                _make_all(self._root)
             self._check_root()
             with contextlib.suppress(FileNotFoundError), os.scandir(os.path.join(self._root, _TEMPORARY)) as entries:
                 stale = self.now() - _STALE
@@ -194,7 +194,7 @@ class DirectoryStore:
             try:
                 move(temporary, target)
             except FileNotFoundError:
-                self._make(parent)
+                self._make_below(parent)
                 move(temporary, target)
             _sync(parent)
         return size, date
@@ -209,7 +209,7 @@ class DirectoryStore:
             fd = os.open(path, flags, 0o600)
         except FileNotFoundError:
             self._check_root()
-            self._make(directory)
+            self._make_below(directory)
             fd = os.open(path, flags, 0o600)
         try:
             yield fd, path
@@ -218,14 +218,12 @@ class DirectoryStore:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 
-    def _make(self, directory: str) -> None:
-        """`os.makedirs`, made durable."""
-        if not os.path.isdir(directory):
-            parent = os.path.dirname(directory)
-            self._make(parent)
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(directory, 0o700)
-            _sync(parent)
+    def _make_below(self, directory: str) -> None:
+        """Makes a directory, durably, but never the bucket itself: that of a disk not mounted would hide the real one."""
+        self._check_root()
+        if directory != self._root:
+            self._make_below(os.path.dirname(directory))
+            _make(directory)
 
     def _check_root(self) -> None:
         if not os.path.isdir(self._root):
@@ -238,8 +236,10 @@ class DirectoryStore:
         """The files below `above` (empty, or with a slash at its end), in the order of their keys' bytes."""
         with os.scandir(os.path.join(self._root, above)) as entries:
             # A directory sorts as what its files' keys go on with: its name and a slash.
-            rows = [(above + entry.name + ("/" if entry.is_dir() else ""), entry) for entry in entries]
-        for key, entry in sorted(rows, key=lambda row: os.fsencode(row[0])):
+            # Names that no key can have are not ours, and symbolic links are not followed (they may lead in circles).
+            named = [entry for entry in entries if entry.name.isprintable()]
+            rows = [(above + entry.name + ("/" if entry.is_dir(follow_symlinks=False) else ""), entry) for entry in named]
+        for key, entry in sorted(rows, key=lambda row: row[0].encode()):
             if key.endswith("/"):
                 if above == "" and entry.name == _TEMPORARY:
                     continue
@@ -250,7 +250,8 @@ class DirectoryStore:
             elif key.startswith(prefix) and key > after:
                 with contextlib.suppress(FileNotFoundError):  # deleted since
                     status = entry.stat()
-                    yield Entry(key, status.st_size, status.st_mtime)
+                    if stat.S_ISREG(status.st_mode):
+                        yield Entry(key, status.st_size, status.st_mtime)
 
     @contextlib.contextmanager
     def _doing(self, verb: str, key: str, kind: str, sent: int = 0) -> Iterator[None]:
@@ -263,6 +264,19 @@ class DirectoryStore:
         except OSError as error:
             what = f"{verb} {key!r} in {self.describe()}" if key else f"{verb} {self.describe()}"
             raise StoreError(f"{what}: {error.strerror or error}", hint=_HINTS.get(error.errno or 0, "")) from error
+
+
+def _make_all(directory: str) -> None:
+    """`os.makedirs`, made durable."""
+    if not os.path.isdir(directory):
+        _make_all(os.path.dirname(directory))
+        _make(directory)
+
+
+def _make(directory: str) -> None:
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(directory, 0o700)
+        _sync(os.path.dirname(directory))
 
 
 def _sync(directory: str) -> None:

@@ -104,9 +104,9 @@ class S3Store:
             if answer.refusal:
                 return None if answer.refusal == "NoSuchKey" else b""
             with contextlib.closing(answer.fields["Body"]) as body:
-                first, end = _extent(answer.fields, what)
-                if first > start:
-                    raise TransientError(f"{what}: asked for {wanted}, answered from byte {first}")
+                first, end, size = _extent(answer.fields, what)
+                if first > start or end < min(start + length, size):
+                    raise TransientError(f"{what}: asked for {wanted}, answered with bytes {first} to {end - 1} of {size}")
                 skip = start - first
                 while skip > 0:  # a server that does not know ranges sends the object from its beginning
                     skipped = len(self._connection.take(body, min(skip, _SKIP), what))
@@ -297,6 +297,8 @@ class S3Store:
         except StoreError as error:
             if status_of(error.__cause__) not in (400, 501):
                 raise
+            # Only where the same write without the condition is accepted is it the condition that the server refuses.
+            self._retrier.run(what, lambda: self._connection.put("probe", what, key, b""))
             honoured, self._refuses_condition = False, True
         try:
             self._delete_one(key)
@@ -362,13 +364,18 @@ def _emptied(items: list[bytes]) -> Iterator[bytes]:
         yield items.pop(0)
 
 
-def _extent(fields: dict[str, Any], what: str) -> tuple[int, int]:
-    """First byte, and the one after the last, of what the answer holds: not all servers answer a range with that range."""
+def _extent(fields: dict[str, Any], what: str) -> tuple[int, int, int]:
+    """First byte, and the one after the last, of what the answer holds, and the object's size.
+
+    Not all servers answer a range with that range, nor with the status for it.
+    """
     span = fields.get("ContentRange")
     try:
         if span:
-            first, last = span.removeprefix("bytes").split("/")[0].split("-")
-            return int(first), int(last) + 1
-        return 0, int(fields["ContentLength"])
+            covered, size = span.removeprefix("bytes").split("/")
+            first, last = covered.split("-")
+            return int(first), int(last) + 1, int(size)
+        length = int(fields["ContentLength"])
     except (KeyError, TypeError, ValueError):
         raise TransientError(f"{what}: it cannot be told which bytes the answer holds ({span!r})") from None
+    return 0, length, length

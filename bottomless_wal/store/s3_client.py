@@ -136,26 +136,28 @@ class Connection:
 def _client(config: Config, remaining: Callable[[], float | None]) -> Any:
     """A boto3 client. Takes some 100 ms, most of it for reading the description of S3."""
     own = config.endpoint != "aws"
+    settings: dict[str, Any] = {
+        "signature_version": "s3v4",
+        "s3": {"payload_signing_enabled": True, **({"addressing_style": "path"} if own else {})},
+        "retries": {"total_max_attempts": 1, "mode": "standard"},
+        "connect_timeout": config.connect_timeout,
+        "read_timeout": config.read_timeout,
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+        "parameter_validation": False,
+        # Deletes and restores of another thread must not throw a commit's connection out of the pool.
+        "max_pool_connections": config.concurrency + 8,
+        "tcp_keepalive": True,
+        "user_agent_extra": "bottomless-wal",
+        "ignore_configured_endpoint_urls": True,  # where the data goes is for our own option to say
+    }
     try:
         session = boto3.session.Session()
         client = session.client(
             "s3",
             endpoint_url=config.endpoint if own else None,
             region_name=session.region_name or "us-east-1",
-            config=botocore.config.Config(
-                signature_version="s3v4",
-                s3={"payload_signing_enabled": True, **({"addressing_style": "path"} if own else {})},
-                retries={"total_max_attempts": 1, "mode": "standard"},
-                connect_timeout=config.connect_timeout,
-                read_timeout=config.read_timeout,
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-                parameter_validation=False,
-                # Deletes and restores of another thread must not throw a commit's connection out of the pool.
-                max_pool_connections=config.concurrency + 8,
-                tcp_keepalive=True,
-                user_agent_extra="bottomless-wal",
-            ),
+            config=botocore.config.Config(**settings),
         )
     except ValueError as error:
         hint = "An endpoint is such as http://localhost:9000, or aws."
@@ -169,6 +171,9 @@ def _client(config: Config, remaining: Callable[[], float | None]) -> Any:
         left = remaining()
         if left is not None and left < config.read_timeout:
             context["read_timeout"] = left
+        if own and "s3_redirect" in context:
+            # Looking for a bucket's region is for Amazon; at a portal that redirects everything it would recurse for ever.
+            context["s3_redirect"]["redirected"] = True
 
     client.meta.events.register("before-call.s3", bounded)
     return client

@@ -1,0 +1,67 @@
+"""The tree of errors: what a caller may catch, what is said, and what SQLite makes of it."""
+
+from __future__ import annotations
+
+import pickle
+
+import apsw
+import pytest
+
+from bottomless_wal import errors
+from bottomless_wal.errors import BottomlessError, StoreError, TransientError
+
+KINDS = [getattr(errors, name) for name in errors.__all__]
+
+
+def test_the_tree() -> None:
+    assert all(issubclass(kind, BottomlessError) for kind in KINDS)
+    assert issubclass(TransientError, StoreError)
+    others = [kind for kind in KINDS if kind not in (BottomlessError, TransientError)]
+    assert all(kind.__bases__ == (BottomlessError,) for kind in others)
+
+
+def test_the_docstring_draws_all_of_it() -> None:
+    assert errors.__doc__ is not None
+    for name in errors.__all__:
+        assert f" {name} " in errors.__doc__
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_message_and_hint(kind: type[BottomlessError]) -> None:
+    error = kind("what happened", hint="What to do.")
+    assert (error.message, error.hint) == ("what happened", "What to do.")
+    assert str(error) == "what happened\n  hint: What to do."
+    assert str(kind("what happened")) == "what happened"
+    assert kind.__doc__
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whoever_catches_apsws_errors_catches_ours(kind: type[BottomlessError]) -> None:
+    with pytest.raises(apsw.Error, match="what happened"):
+        raise kind("what happened")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_statement_that_fails_for_it_raises_it_and_sqlite_sees_a_plain_error(kind: type[BottomlessError]) -> None:
+    """Raised in a function, as in a hook: a code such as BUSY or FULL would change what becomes of the transaction."""
+    connection = apsw.Connection(":memory:")
+
+    def fail() -> None:
+        raise kind("what happened", hint="What to do.")
+
+    connection.create_scalar_function("fail", fail)
+    connection.execute("CREATE TABLE t(x); BEGIN; INSERT INTO t VALUES (1)")
+    with pytest.raises(kind) as raised:
+        connection.execute("SELECT fail()").fetchall()
+    assert raised.value.hint == "What to do."
+    assert connection.in_transaction
+    assert connection.execute("SELECT count(*) FROM t").get == 1
+    connection.execute("COMMIT")
+    connection.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_can_be_sent_to_another_process(kind: type[BottomlessError]) -> None:
+    error = pickle.loads(pickle.dumps(kind("what happened", hint="What to do.")))
+    assert type(error) is kind
+    assert (error.message, error.hint) == ("what happened", "What to do.")
