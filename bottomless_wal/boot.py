@@ -30,13 +30,14 @@ import apsw
 
 from . import layout, parallel
 from .crashpoints import reach
-from .errors import ConflictError, CorruptionError, StoreError
+from .errors import ConflictError, CorruptionError, ReplicationError, StoreError
 from .history import Edge, Head
 from .local_index import Backlog, Identity, IndexHeader, boot_id
 from .pageview import UNKNOWN_SIZE
 from .replicator import Replicator
 from .restore import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch
 from .segment import Header, page_hash
+from .snapshot import SnapshotLost
 from .staging import IndexLost
 from .standing import Standing, position_of, standing
 from .wal import Position
@@ -44,6 +45,8 @@ from .wal import Position
 __all__ = ["Action", "Boot", "Relation", "Remote", "aside", "decide", "nobody_else"]
 
 logger = logging.getLogger(__name__)
+
+_LOOKS: Final = 10
 
 
 class Remote(Enum):
@@ -120,6 +123,15 @@ class Boot:
         self.action: Action | None = None
 
     def run(self, *, reset: bool = False) -> IndexHeader:
+        """Looks, decides and acts (`_run`), and looks again when other processes changed the WAL meanwhile."""
+        for _ in range(_LOOKS):
+            try:
+                return self._run(reset=reset)
+            except SnapshotLost as lost:
+                logger.info("%s: %s: looking again", self.local.path, lost)
+        raise ReplicationError(f"{self.local.path} kept changing while it was opened", hint="Open it again.")
+
+    def _run(self, *, reset: bool) -> IndexHeader:
         """Carries out the table's row. `reset`: make the local file the head, whatever the relation (never an empty one).
 
         Raises:

@@ -45,6 +45,7 @@ FENCE_HORIZON_SECONDS: Final = 3600.0
 """After so long since txid was last proved the head, a successful put alone proves nothing: pruning may have freed the key."""
 
 _LOOKS: Final = 4
+_SUSPECT_SECONDS: Final = 2.0
 
 
 def home_of(config: Config, name: str) -> bytes:
@@ -81,7 +82,8 @@ class Replicator:
         self.on_logged = on_logged
         self._sleep = sleep
         self._fenced: FencedError | None = None
-        self._backfilled: tuple[object, int] | None = None
+        self._backfilled: tuple[object, ...] | None = None
+        self._suspect: tuple[Identity | None, float] | None = None
 
     # --- the batch -----------------------------------------------------------------------------------------------------
 
@@ -370,21 +372,27 @@ class Replicator:
     # --- identity ------------------------------------------------------------------------------------------------------
 
     def _refresh_identity(self, header: IndexHeader, tip: Tip) -> None:
-        """Follows the main file's change by checkpoints; a change without one was made behind our back: scan."""
-        seen = (tip.header, tip.backfilled)
+        """Follows the main file's change by checkpoints; a change that none explains was made behind our back: scan.
+
+        A checkpoint writes first and tells afterwards: a change is suspect only when it has stayed unexplained for a while.
+        """
         identity = Identity.of(self.local.path)
         if identity == header.identity:
-            self._backfilled = seen
+            self._backfilled, self._suspect = tip[:3], None
             return
-        if header.identity is not None and identity is not None and self._backfilled == seen:
+        if header.identity is not None and self._backfilled == tip[:3]:
+            if self._suspect is None or self._suspect[0] != identity:
+                self._suspect = (identity, time.monotonic())
+                return
+            if time.monotonic() - self._suspect[1] < _SUSPECT_SECONDS:
+                return
             logger.warning("%s was changed by other means than SQLite: scanning", self.local.path)
             header.needs_scan = True
-            header.identity = identity
-            self.index.save(header)
-            raise SnapshotLost("the main file was changed behind SQLite's back")
-        self._backfilled = seen
+        self._backfilled, self._suspect = tip[:3], None
         header.identity = identity
         self.index.save(header)
+        if header.needs_scan:
+            raise SnapshotLost("the main file was changed behind SQLite's back")
 
 
 def _has_content(path: str) -> bool:

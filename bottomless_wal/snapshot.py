@@ -269,7 +269,7 @@ class LocalDatabase:
             before = self.tip()
             with self.pinned():
                 # Only what is committed counts: a checkpoint may go on beside.
-                if self.tip()[:2] == before[:2]:
+                if self.tip()[:2] == before[:2] and self.wal.header() == before.header:
                     yield before
                     return
         raise ReplicationError(

@@ -1,0 +1,270 @@
+"""Going back on purpose: a state of the history put where no database is open, or a local file made the head.
+
+`restore` builds and verifies the new file under a temporary name first. Only then, with the index's lock and SQLite's exclusive lock
+held, it takes the place of what was there:
+
+    old -wal and -journal set aside ──► rename ──► directory synced ──► what was set aside is removed ──► the index follows
+
+Killed at any point, it leaves the old file as it was (its WAL beside it under another name at worst) or the new one; never the new
+one beside the old WAL, which SQLite would take for the database's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import apsw
+
+from . import api, layout, vfs
+from .boot import aside, nobody_else
+from .errors import ConfigError, ConflictError, RestoreError
+from .history import Edge
+from .local_index import Backlog, Identity, IndexHeader, LocalIndex, boot_id
+from .pageview import UNKNOWN_SIZE
+from .replica import INDEX_SUFFIX, Status, registry
+from .replicator import home_of
+from .restore import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch, translated
+from .target import Target, configured, opened, stored_name
+
+__all__ = ["Restored", "reset_from_local", "restore"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What `restore` did. `head`: the history's last txid (None: there was no log, the page objects alone were used). `pages` of
+    `page_size` bytes; `received`: bytes of content downloaded."""
+
+    path: str
+    name: str
+    txid: int
+    head: int | None
+    state_hash: int
+    page_size: int
+    pages: int
+    received: int
+    requests: int
+    seconds: float
+
+
+def restore(
+    path: str | os.PathLike[str],
+    *,
+    output: str | os.PathLike[str] | None = None,
+    txid: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    **options: object,
+) -> Restored:
+    """Restores the database that is stored for `path` (or under that name, see `listing`) to `output`, or to `path` itself.
+
+    `txid`: an earlier state than the head. `force`: replace a file that is there; it stays as it is until the new one is complete and
+    verified. `progress` is called with (bytes read, bytes expected). `options` are those of `connect`.
+
+    Raises:
+        ConflictError: there is a file and `force` is not set, or somebody has it open. RestoreError: nothing is stored, no such txid, or
+            no sound way to it; the message names the object. CorruptionError, StoreError, ConfigError. Nothing was changed then.
+    """
+    began = time.monotonic()
+    with opened(path, options) as target:
+        destination = _destination(target, output)
+        _check(destination, force=force)
+        edges = target.history.edges()
+        head = max(edge.post for edge in edges) if edges else None
+        with _temporary_index(destination) as index, scratch(destination, index) as into:
+            rebuilt = _rebuild(target, into, edges, head, txid, progress)
+            # Opening the very database that was restored need not look through it once more.
+            own = rebuilt.txid == head and target.name == layout.database_name(target.config.database_id, destination)
+            _put_in_place(destination, into, _index_header(target, rebuilt) if own else None, force=force)
+        logger.info("%s: restored at txid %d (%d pages)", destination, rebuilt.txid, rebuilt.db_size)
+        return Restored(
+            path=destination,
+            name=target.name,
+            txid=rebuilt.txid,
+            head=head,
+            state_hash=rebuilt.state,
+            page_size=rebuilt.page_size,
+            pages=rebuilt.db_size,
+            received=target.store.stats.bytes_received,
+            requests=target.requests,
+            seconds=time.monotonic() - began,
+        )
+
+
+def reset_from_local(path: str | os.PathLike[str], **options: object) -> Status:
+    """Makes the local file at `path` the head of its history, by one reset commit, whatever the two hold. Returns when all is stored.
+
+    Earlier states stay in the history. `options` are those of `connect`.
+
+    Raises:
+        ConfigError: there is no such database. ConflictError: it is open in this process. ReplicationError, StoreError: not all was stored.
+    """
+    _, local = stored_name(path, configured(options).database_id)
+    if local is None or not os.path.exists(local) or os.path.getsize(local) == 0:
+        raise ConfigError(f"there is no database at {os.fspath(path)}", hint="A reset makes an existing local file the head.")
+    if registry.get(local) is not None:
+        raise ConflictError(f"{local} is open in this process", hint="Close every connection to it first.")
+    name = api.register()
+    with vfs.arguments(options, reset=True):
+        connection = apsw.Connection(local, flags=apsw.SQLITE_OPEN_READWRITE, vfs=name)
+    with contextlib.closing(connection):
+        api.flush(connection)
+        return api.status(connection)
+
+
+def _destination(target: Target, output: str | os.PathLike[str] | None) -> str:
+    if output is None:
+        if target.path is None:
+            raise ConfigError(f"{target.name!r} is a name in the bucket, not a path", hint="Say where to restore it to (-o PATH).")
+        return target.path
+    path = os.path.realpath(output)
+    if os.path.isdir(path):
+        raise ConfigError(f"{path} is a directory", hint="Name the file to restore to.")
+    return path
+
+
+def _check(destination: str, *, force: bool) -> None:
+    """Refuses to replace a file that is wanted, or in use. An empty file is no database."""
+    if registry.get(destination) is not None:
+        raise ConflictError(f"{destination} is open in this process", hint="Close every connection to it first.")
+    if os.path.exists(destination):
+        if os.path.getsize(destination) and not force:
+            raise ConflictError(
+                f"{destination} exists", hint="Restore elsewhere (-o PATH), or replace it with --force (force=True)."
+            )
+        with _exclusive(destination):
+            pass
+
+
+@contextlib.contextmanager
+def _exclusive(destination: str) -> Iterator[None]:
+    try:
+        with nobody_else(destination):
+            yield
+    except apsw.CantOpenError as error:
+        raise RestoreError(
+            f"{destination} cannot be opened for writing, and so not be replaced: {error}", hint="Check its owner and mode."
+        ) from error
+
+
+@contextlib.contextmanager
+def _temporary_index(destination: str) -> Iterator[LocalIndex]:
+    """A locked index of our own beside `destination`, gone at the end unless it was renamed."""
+    index = LocalIndex(f"{destination}{INDEX_SUFFIX}-{secrets.token_hex(8)}", beside=destination)
+    try:
+        with translated(destination), index.locked():
+            yield index
+    finally:
+        index.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(index.path)
+
+
+def _rebuild(
+    target: Target, into: Scratch, edges: list[Edge], head: int | None, txid: int | None, progress: Progress | None
+) -> Rebuilt:
+    width = target.config.concurrency
+    if head is not None:
+        if txid is not None and not 0 < txid <= head:
+            raise RestoreError(
+                f"{target.name!r} in {target.store.describe()} has no txid {txid}: its history goes from 1 to {head}",
+                hint="`bottomless-wal ls` with the database's name shows what can be restored.",
+            )
+        return rebuild(target.history, into, head if txid is None else txid, edges, width=width, progress=progress)
+    rebuilt = rebuild_from_pages(target.history, into, width=width, progress=progress)
+    if rebuilt is None:
+        raise RestoreError(
+            f"nothing is stored as {target.name!r} in {target.store.describe()}",
+            hint="`bottomless-wal ls` shows what is. Is it the right bucket, and the right database_id?",
+        )
+    if txid is not None and txid != rebuilt.txid:
+        raise RestoreError(
+            f"{target.name!r} has no log, only page objects: they hold txid {rebuilt.txid}, not {txid}", hint="Leave the txid away."
+        )
+    logger.warning("%s has no log: restored from its page objects alone", target.name)
+    return rebuilt
+
+
+def _index_header(target: Target, rebuilt: Rebuilt) -> IndexHeader:
+    """The index of a file that has just been restored at the head, but for what only the file in its place can tell."""
+    header = IndexHeader(home_of(target.config, target.name), secrets.token_bytes(16), boot_id())
+    header.txid, header.state = rebuilt.txid, rebuilt.state
+    header.page_size, header.db_size = rebuilt.page_size, rebuilt.db_size
+    header.view_txid, header.view_size = min(rebuilt.view_txid, rebuilt.txid), UNKNOWN_SIZE
+    header.proved_ms = int(target.store.now() * 1000)
+    header.clean = True
+    if header.view_txid < header.txid and target.config.pages == "commit":
+        header.backlog = Backlog(header.view_txid, header.txid, 1)
+        header.view_txid = header.txid
+    return header
+
+
+def _put_in_place(destination: str, into: Scratch, header: IndexHeader | None, *, force: bool) -> None:
+    """`header` None: whoever opens the file next has to find out by itself where it stands."""
+    old = LocalIndex(destination + INDEX_SUFFIX, beside=destination)
+    existed = os.path.exists(old.path)
+    done = False
+    try:
+        with old.locked():  # nobody boots meanwhile
+            _check(destination, force=force)
+            with _exclusive(destination):
+                mode = os.stat(destination if os.path.exists(destination) else into.index.path).st_mode
+                os.fchmod(into.fd, mode & 0o777)
+                with _companions_gone(destination):
+                    os.rename(into.path, destination)
+            done = True
+            if header is None:
+                os.unlink(old.path)
+                return
+            header.identity = Identity.of(destination)
+            header.change_counter = int.from_bytes(os.pread(into.fd, 4, 24), "big")
+            into.index.save(header)
+            into.index.sync()
+            os.rename(into.index.path, old.path)
+    finally:
+        old.close()
+        if not done and not existed:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(old.path)
+
+
+@contextlib.contextmanager
+def _companions_gone(path: str) -> Iterator[None]:
+    """While the file at `path` is replaced: its WAL and journal are set aside before, and removed after, or put back on failure."""
+    if not os.path.exists(path):
+        aside(path)
+        yield
+        _sync_directory(path)
+        return
+    moved: list[tuple[str, str]] = []
+    try:
+        for name in (f"{path}-wal", f"{path}-journal"):
+            kept = f"{name}-stale-{secrets.token_hex(4)}"
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(name, kept)
+                moved.append((name, kept))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{path}-shm")
+        yield
+    except BaseException:
+        for name, kept in moved:
+            os.rename(kept, name)
+        raise
+    _sync_directory(path)
+    for _, kept in moved:
+        os.unlink(kept)
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
