@@ -40,6 +40,10 @@ class BottomlessError(apsw.SQLError):
         self.message = message
         self.hint = hint
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # An error crosses to another process whole, as those of a worker process do.
+        return _rebuild, (type(self), self.message, self.hint)
+
     def __str__(self) -> str:
         return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
 
@@ -77,3 +81,7 @@ class CorruptionError(BottomlessError):
 
 class RestoreError(BottomlessError):
     """The wanted state cannot be rebuilt, and verified, from what the store holds. No local file was changed."""
+
+
+def _rebuild(kind: type[BottomlessError], message: str, hint: str) -> BottomlessError:
+    return kind(message, hint=hint)

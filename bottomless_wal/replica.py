@@ -25,6 +25,7 @@ import apsw
 
 from . import layout
 from .boot import Boot
+from .checkpointer import RESTART_FRAMES, Checkpointer
 from .config import Config
 from .crashpoints import reach
 from .errors import BottomlessError, ConfigError, ConflictError, ReplicationError
@@ -84,6 +85,7 @@ class Replica:
         self.local = LocalDatabase(path, lambda: connect(path))
         self.index = LocalIndex(path + INDEX_SUFFIX, beside=path)
         self.replicator = Replicator(config, self.local, self.index, self.history)
+        self.checkpointer = Checkpointer(path, lambda: connect(path))
         self.worker = Worker(config, self.replicator, self.index, self.local, self._reboot)
 
     # --- opening -------------------------------------------------------------------------------------------------------
@@ -144,7 +146,11 @@ class Replica:
             return
         tip = self.local.tip()
         place = Position(tip.header.salt1, tip.header.salt2, tip.frames, 0, 0) if tip.header is not None else None
-        worker.wait(worker.submit(), place, for_pages=self.config.ack == "pages")
+        try:
+            worker.wait(worker.submit(), place, for_pages=self.config.ack == "pages")
+        except BottomlessError:
+            self.checkpointer.ask(tip.frames)
+            raise
 
     def mark_scan(self) -> None:
         """The main file was written past the WAL (a switch of the journal mode): the next batch scans."""
@@ -163,8 +169,10 @@ class Replica:
             )
 
     def checkpointed(self, frames: int) -> None:
-        """A checkpoint has run on a WAL of `frames` frames."""
+        """A passive checkpoint has run on a WAL of `frames` frames."""
         self.worker.poke()
+        if frames >= RESTART_FRAMES:
+            self.checkpointer.ask(frames)
 
     def status(self) -> Status:
         """See `Status`."""
@@ -200,9 +208,7 @@ class Replica:
 
     def drain(self) -> None:
         """Sends what is pending and ends the worker. Never raises: what could not be sent is logged and stays pending."""
-        if self.booted and self.worker.fatal is None:
-            self.worker.submit()
-        self.worker.stop()
+        self.worker.stop(drain=True)
         error = self.worker.last_error
         if error is not None:
             logger.error("%s is closed with commits that are not stored: %s", self.path, error.message)
@@ -214,6 +220,7 @@ class Replica:
                 return
             self.booted = False
             self.drain()
+            self.checkpointer.stop()
             reach("before close")
             self.local.close(checkpoint=True)
             if self.worker.last_error is None:

@@ -27,6 +27,7 @@ from typing import Any, Final
 
 import apsw
 
+from .checkpointer import AUTOCHECKPOINT_FRAMES
 from .config import Config
 from .errors import ConfigError
 from .replica import Replica, registry
@@ -38,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 VFS_NAME: Final = "bottomless"
 
-_AUTOCHECKPOINT_FRAMES: Final = 1000
-_RESTART_FRAMES: Final = 4000
 _WAL_VERSION: Final = b"\x02\x02"  # bytes 18 and 19 of a database in WAL mode
 
 _thread = threading.local()
@@ -278,7 +277,7 @@ def _wal_hook(connection: apsw.Connection, schema: str, frames: int) -> int:
         for other in others:
             logger.error("also, in the same transaction: %s", other)
         raise first
-    if frames >= _AUTOCHECKPOINT_FRAMES:
+    if frames >= AUTOCHECKPOINT_FRAMES:
         with contextlib.suppress(apsw.BusyError, apsw.LockedError):
             connection.wal_checkpoint(schema, apsw.SQLITE_CHECKPOINT_PASSIVE)
         replica = registry.get(connection.db_filename(schema))

@@ -161,9 +161,15 @@ class Worker:
         with self._cond:
             return 0.0 if self._oldest is None else self._clock() - self._oldest
 
-    def stop(self) -> None:
-        """Ends the thread after one more batch if something is pending. Errors are logged and kept in `last_error`."""
+    def stop(self, *, drain: bool = False) -> None:
+        """Ends the thread when nothing is pending; `drain`: after one more batch, with what pages=checkpoint has left and the sweep.
+
+        Errors are logged and kept in `last_error`.
+        """
         with self._cond:
+            if drain and self._fatal is None:
+                self._submitted += 1
+                self._ensure_thread()
             self._stopping = True
             self._cond.notify_all()
             thread = self._thread

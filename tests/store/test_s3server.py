@@ -81,7 +81,8 @@ def test_the_secret_is_not_on_a_command_line() -> None:
 
 
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "raise SystemExit(3)", "os._exit(4)", "pass"])
-def test_it_ends_with_its_parent(end: str) -> None:
+def test_it_ends_with_its_parent(end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # what a killed process leaves behind, pytest clears away
     program = f"""
         import os, signal
         from bottomless_wal.s3server import RcloneServer

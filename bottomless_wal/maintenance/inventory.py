@@ -11,15 +11,15 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from . import layout
-from .errors import BottomlessError
-from .history import Edge, Head
-from .local_index import HEADER_SIZE, Identity, IndexHeader
-from .replica import INDEX_SUFFIX
-from .replicator import home_of
-from .snapshot import WalFile
-from .standing import DRAINED
-from .store import Entry, open_store
+from .. import layout
+from ..errors import BottomlessError
+from ..history import Edge, Head
+from ..local_index import HEADER_SIZE, Identity, IndexHeader
+from ..replica import INDEX_SUFFIX
+from ..replicator import home_of
+from ..snapshot import WalFile
+from ..standing import DRAINED
+from ..store import Entry, open_store
 from .target import Target, configured, opened, stored_name
 
 __all__ = ["Inspection", "Listed", "inspect", "listing"]
@@ -115,12 +115,13 @@ def inspect(path: str | os.PathLike[str], **options: object) -> Inspection:
     """
     with opened(path, options) as target:
         local_path = target.path or os.path.realpath(path)
-        head = target.history.head(target.history.edges())
+        edges = target.history.edges()
+        head = target.history.head(edges)
         size = os.path.getsize(local_path) if os.path.exists(local_path) else None
         local = _index_of(local_path) if size else None
         foreign = local is not None and local.home != home_of(target.config, target.name)
         pending = None if local is None else _pending(local_path, local)
-        in_step, relation = _relation(target, size, None if foreign else local, pending, head)
+        in_step, relation = _relation(target, size, None if foreign else local, pending, head, edges)
         if foreign:
             relation = f"its index belongs to another bucket, endpoint or name; {relation}"
         return Inspection(local_path, target.name, target.store.describe(), size, local, pending, head, in_step, relation)
@@ -158,7 +159,7 @@ def _pending(path: str, local: IndexHeader) -> bool | None:
 
 
 def _relation(
-    target: Target, size: int | None, local: IndexHeader | None, pending: bool | None, head: Head | None
+    target: Target, size: int | None, local: IndexHeader | None, pending: bool | None, head: Head | None, edges: list[Edge]
 ) -> tuple[bool, str]:
     if not size:
         if head is None:
@@ -175,15 +176,14 @@ def _relation(
         return False, f"the local file was at the head{more}: opening it stores the difference"
     if local.txid > head.txid:
         return False, f"the local file was at txid {local.txid}, beyond the head: objects were deleted, or this is another bucket"
-    if _is_past(target, local):
+    if _is_past(target, local, edges):
         ahead = f"the history has gone on by {head.txid - local.txid} since the local file was at txid {local.txid}"
         return False, ahead + (": opening it fast-forwards" if pending is False else more)
     return False, f"the local file (txid {local.txid}, state {local.state:016x}) is no state of the history: they diverged"
 
 
-def _is_past(target: Target, local: IndexHeader) -> bool:
+def _is_past(target: Target, local: IndexHeader, edges: list[Edge]) -> bool:
     """Does the history say of txid `local.txid` that its state was the index's?"""
-    edges = target.history.edges()
     if local.txid == 0:
         return True
     for edge in edges:

@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from . import layout, vfs
-from .config import Config
-from .errors import ConfigError
-from .history import History
-from .store import Store, open_store
+from .. import layout, vfs
+from ..config import Config
+from ..errors import ConfigError
+from ..history import History
+from ..store import Store, open_store
 
 __all__ = ["Target", "configured", "opened", "stored_name"]
 

@@ -21,15 +21,15 @@ from dataclasses import dataclass
 
 import apsw
 
-from . import api, layout, vfs
-from .boot import aside, nobody_else
-from .errors import ConfigError, ConflictError, RestoreError
-from .history import Edge
-from .local_index import Backlog, Identity, IndexHeader, LocalIndex, boot_id
-from .pageview import UNKNOWN_SIZE
-from .replica import INDEX_SUFFIX, Status, registry
-from .replicator import home_of
-from .restore import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch, translated
+from .. import api, layout, vfs
+from ..boot import aside, nobody_else
+from ..errors import ConfigError, ConflictError, RestoreError
+from ..history import Edge
+from ..local_index import Backlog, Identity, IndexHeader, LocalIndex, boot_id
+from ..pageview import UNKNOWN_SIZE
+from ..replica import INDEX_SUFFIX, Status, registry
+from ..replicator import home_of
+from ..restore import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch, translated
 from .target import Target, configured, opened, stored_name
 
 __all__ = ["Restored", "reset_from_local", "restore"]
@@ -136,9 +136,7 @@ def _check(destination: str, *, force: bool) -> None:
         raise ConflictError(f"{destination} is open in this process", hint="Close every connection to it first.")
     if os.path.exists(destination):
         if os.path.getsize(destination) and not force:
-            raise ConflictError(
-                f"{destination} exists", hint="Restore elsewhere (-o PATH), or replace it with --force (force=True)."
-            )
+            raise ConflictError(f"{destination} exists", hint="Restore elsewhere (-o PATH), or replace it with --force (force=True).")
         with _exclusive(destination):
             pass
 
@@ -167,9 +165,7 @@ def _temporary_index(destination: str) -> Iterator[LocalIndex]:
             os.unlink(index.path)
 
 
-def _rebuild(
-    target: Target, into: Scratch, edges: list[Edge], head: int | None, txid: int | None, progress: Progress | None
-) -> Rebuilt:
+def _rebuild(target: Target, into: Scratch, edges: list[Edge], head: int | None, txid: int | None, progress: Progress | None) -> Rebuilt:
     width = target.config.concurrency
     if head is not None:
         if txid is not None and not 0 < txid <= head:

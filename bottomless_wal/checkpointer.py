@@ -1,0 +1,93 @@
+"""Keeps the WAL from growing without end where SQLite's own passive checkpoints cannot.
+
+Committers that wait for an upload hold read locks, so under load there is always a reader, and a passive checkpoint, however
+complete, never lets the WAL begin anew. Past a few thousand frames a RESTART checkpoint is run by a connection of our own, outside
+the replicator's lock: it holds SQLite's write lock while the readers of the moment leave, for a fraction of a second at most.
+After a commit that failed to replicate no WAL hook runs: then the passive checkpoint is made here too.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+import apsw
+
+__all__ = ["AUTOCHECKPOINT_FRAMES", "RESTART_FRAMES", "Checkpointer"]
+
+logger = logging.getLogger(__name__)
+
+AUTOCHECKPOINT_FRAMES: Final = 1000  # SQLite's default
+RESTART_FRAMES: Final = 4000
+_BUSY_MS: Final = 250  # how long writers may be held up by one attempt
+_PAUSE_SECONDS: Final = 1.0  # between attempts
+
+
+class Checkpointer:
+    """Runs checkpoints of the database that `connect` opens, in a thread of its own. Thread-safe."""
+
+    def __init__(self, path: str, connect: Callable[[], apsw.Connection], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._connect = connect
+        self._clock = clock
+        self._cond = threading.Condition()
+        self._frames = 0
+        self._not_before = 0.0
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def ask(self, frames: int) -> None:
+        """The WAL has `frames` frames: see to it."""
+        if frames < AUTOCHECKPOINT_FRAMES:
+            return
+        with self._cond:
+            if self._stopping or self._clock() < self._not_before:
+                return
+            self._frames = frames
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=f"bottomless checkpoints {self._path}", daemon=True)
+                self._thread.start()
+            self._cond.notify()
+
+    def stop(self) -> None:
+        """Ends the thread and closes its connection."""
+        with self._cond:
+            self._stopping = True
+            self._cond.notify()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        connection: apsw.Connection | None = None
+        try:
+            while True:
+                with self._cond:
+                    while not self._frames and not self._stopping:
+                        self._cond.wait()
+                    if self._stopping:
+                        return
+                    frames, self._frames = self._frames, 0
+                    self._not_before = self._clock() + _PAUSE_SECONDS
+                if connection is None:
+                    connection = self._connect()
+                    connection.set_busy_timeout(_BUSY_MS)
+                self._checkpoint(connection, frames)
+        except apsw.Error as error:
+            logger.warning("%s: no more checkpoints from here: %s", self._path, error)
+        finally:
+            if connection is not None:
+                connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+                connection.close()
+
+    def _checkpoint(self, connection: apsw.Connection, frames: int) -> None:
+        mode = apsw.SQLITE_CHECKPOINT_RESTART if frames >= RESTART_FRAMES else apsw.SQLITE_CHECKPOINT_PASSIVE
+        try:
+            total, copied = connection.wal_checkpoint(mode=mode)
+        except (apsw.BusyError, apsw.LockedError):
+            logger.debug("%s: readers kept a WAL of %d frames from being restarted", self._path, frames)
+        else:
+            logger.debug("%s: checkpoint of %d frames, %d copied", self._path, total, copied)

@@ -1,0 +1,219 @@
+"""Is the log sound? Its segments one by one, what they say of each other, and the way through them to the head.
+
+Along that way the page hashes of every state are gathered (`PageHashes`), and must give the state hash that each segment promises. Only
+keys, heads and tables are needed for that; the pages themselves are decoded when `deep` is asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from .. import layout, parallel
+from ..errors import BottomlessError, CorruptionError
+from ..history import Edge, Head, plan
+from ..restore import Progress
+from ..segment import Header
+from .page_hashes import PageHashes
+from .target import Target
+
+__all__ = ["LogAudit", "Problem"]
+
+_READ_AHEAD: Final = 48 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is not as it should be. `object` is the key of the object (the first of them), or the path of the local file.
+
+    `kind`: gap, corrupt, contradiction, body, no-log; stale, missing, superfluous, damaged (page objects); local.
+    """
+
+    kind: str
+    object: str
+    message: str
+    repaired: bool = False
+
+
+class LogAudit:
+    """The segments of one history. What is found goes to `problems` and `notes`; `hashes` follows the way to the head.
+
+    `txid`: the head's; `restorable`: the highest txid that sound segments lead to; `chain`: the way to the head, if there is one.
+    """
+
+    def __init__(self, target: Target, hashes: PageHashes, *, deep: bool, progress: Progress | None) -> None:
+        self.target = target
+        self.history = target.history
+        self.hashes = hashes
+        self.deep = deep
+        self.progress = progress
+        self.problems: list[Problem] = []
+        self.notes: list[str] = []
+        self.segments = self.bodies = self.txid = self.restorable = 0
+        self.chain: list[Edge] = []
+
+    def run(self) -> Head | None:
+        """The head, if sound segments lead there.
+
+        Raises:
+            StoreError: the bucket is missing or cannot be reached.
+        """
+        edges = self.history.edges()
+        self.segments = len(edges)
+        if not edges:
+            return None
+        self.txid = last = max(edge.post for edge in edges)
+        sound = self._sound(edges)
+        self._find_gaps(edges, sound)
+        while (chain := plan(sound, last)) is not None:
+            misfit = self._follow(chain)
+            if misfit is None:
+                self.chain, self.restorable = chain, last
+                return self._head()
+            sound.remove(misfit)
+        self.restorable = max(_reachable(sound))
+        self.notes.append(
+            f"the head cannot be rebuilt from the log, up to txid {self.restorable} can "
+            f"(bottomless-wal restore --txid {self.restorable}); page objects and local file were not compared"
+        )
+        return None
+
+    def advance(self) -> Head:
+        """The head as it is now, `hashes` and `chain` following: the history may have gone on since `run`."""
+        edges = self.history.edges(since=self.txid)
+        for edge in plan(edges, max((edge.post for edge in edges), default=self.txid), start=self.txid) or []:
+            if self._apply(edge) is not None:
+                self._follow(self.chain)  # back to what was sound
+                break
+            self.chain.append(edge)
+            self.txid = self.restorable = edge.post
+        return self._head()
+
+    def _head(self) -> Head:
+        return Head(self.txid, self.hashes.state, self.hashes.page_size, self.hashes.db_size)
+
+    def _problem(self, kind: str, key: str, message: str) -> None:
+        if not any(known.object == key and known.kind == kind for known in self.problems):
+            self.problems.append(Problem(kind, key, message.removeprefix(f"{key} ").removeprefix(f"{key}: ")))
+
+    # --- each segment by itself, and all of them together ---------------------------------------------------------------
+
+    def _sound(self, edges: list[Edge]) -> list[Edge]:
+        prefix = layout.log_prefix(self.history.name)
+        stored = {
+            entry.key.removeprefix(prefix): entry.size
+            for entry in self.target.store.list(layout.body_prefix(self.history.name))
+            if layout.parse_body_key(self.history.name, entry.key) is not None
+        }
+        self.bodies = len(stored)
+        named: set[str] = set()
+        sound: list[Edge] = []
+        states: dict[int, tuple[int, str]] = {0: (0, "")}
+        width = self.target.config.concurrency
+        if self.deep:
+            width = max(1, min(width, _READ_AHEAD // (max(edge.size for edge in edges) + 1)))
+        for at, (edge, header) in enumerate(zip(edges, parallel.ordered(self._load, edges, width), strict=True), 1):
+            if self.progress is not None:
+                self.progress(at, len(edges))
+            key = layout.segment_key(self.history.name, edge.pre, edge.post)
+            if header is None:
+                continue  # retention has taken it away since it was listed
+            if isinstance(header, BottomlessError):
+                self._problem("body" if header.message.startswith(f"{prefix}body/") else "corrupt", *_named(header, key))
+                continue
+            if header.body is not None:
+                named.add(header.body.name)
+                if stored.get(header.body.name) != header.body.size:
+                    found = stored.get(header.body.name)
+                    what = "is missing" if found is None else f"is {found} bytes long, not {header.body.size}"
+                    self._problem("body", prefix + header.body.name, f"{what}: it holds the pages of {key}")
+                    continue
+            if self._agrees(header, key, states):
+                sound.append(edge)
+        if orphans := stored.keys() - named:
+            self.notes.append(f"{len(orphans)} bodies that no sound segment names (uploads cut off; retention removes them)")
+        return sound
+
+    def _load(self, edge: Edge) -> Header | CorruptionError | None:
+        try:
+            if not self.deep:
+                return self.history.header(edge.pre, edge.post)
+            found = self.history.segment(edge.pre, edge.post)
+            if found is None:
+                return None
+            for _ in self.history.blocks(found, width=2):
+                pass
+            return found.header
+        except CorruptionError as error:
+            return error
+
+    def _agrees(self, header: Header, key: str, states: dict[int, tuple[int, str]]) -> bool:
+        told = {header.pre: header.pre_hash, **{commit.txid: commit.post for commit in header.commits}}
+        for txid, state in told.items():
+            known, by = states.get(txid, (state, ""))
+            if known != state:
+                self._problem(
+                    "contradiction", key, f"says that txid {txid} has the state {state:016x}; {by or 'every history'} says {known:016x}"
+                )
+                return False
+        for txid, state in told.items():
+            states.setdefault(txid, (state, key))
+        return True
+
+    def _find_gaps(self, edges: list[Edge], sound: list[Edge]) -> None:
+        """Where no sound segment leads on. What is there but not sound has been told already."""
+        last = self.txid
+        reached = max(_reachable(sound))
+        while reached < last:
+            beyond = [edge.pre for edge in sound if edge.pre > reached]
+            resumed = min(beyond, default=last)
+            if not any(edge.pre == reached for edge in edges):
+                until = f"; the next segment begins at txid {resumed}" if beyond else ""
+                self._problem(
+                    "gap",
+                    layout.segment_key(self.history.name, reached, reached + 1),
+                    f"is missing: nothing leads on from txid {reached}{until}",
+                )
+            reached = max(_reachable(sound, start=resumed))
+
+    # --- the way to the head --------------------------------------------------------------------------------------------
+
+    def _follow(self, chain: list[Edge]) -> Edge | None:
+        """Gathers the page hashes along `chain`. The first edge that is not sound or does not lead where it says, or None."""
+        self.hashes.clear()
+        for edge in chain:
+            wrong = self._apply(edge)
+            if wrong is not None:
+                self._problem(*wrong)
+                return edge
+        return None
+
+    def _apply(self, edge: Edge) -> tuple[str, str, str] | None:
+        key = layout.segment_key(self.history.name, edge.pre, edge.post)
+        before = self.hashes.state
+        try:
+            found = self.history.segment(edge.pre, edge.post)
+            if found is None:
+                return "gap", key, "vanished while the history was verified"
+            if not found.header.whole and found.header.pre_hash != before:
+                return "corrupt", key, f"does not follow the state {before:016x}"
+            self.hashes.apply(found.header, self.history.tables(found))
+        except CorruptionError as error:
+            return "corrupt", *_named(error, key)
+        if self.hashes.state != found.header.post_hash:
+            return "corrupt", key, f"leads to the state {self.hashes.state:016x}, not to {found.header.post_hash:016x} as it says"
+        return None
+
+
+def _named(error: BottomlessError, key: str) -> tuple[str, str]:
+    """(key, message): an error about a body names the body, not the segment that was asked for."""
+    first = error.message.split(maxsplit=1)[0].rstrip(":,")
+    return (first if "/" in first and first != key else key), error.message
+
+
+def _reachable(edges: list[Edge], *, start: int = 0) -> set[int]:
+    reached = {start}
+    for edge in sorted(edges, key=lambda edge: (edge.pre, edge.post)):
+        if edge.pre in reached:
+            reached.add(edge.post)
+    return reached

@@ -1,0 +1,223 @@
+"""Is what the bucket holds of a database sound, and does it say the same everywhere? Only reads, but for `repair_view`.
+
+    log       every segment's head and tables decode; all segments agree on the state hash of each txid; sound ones lead from 0 to the
+              head, and the page hashes along that way give each state hash on it. deep: every page of every segment and body decodes
+    view      each page object is sound and holds the page of the head; none is missing, none too many (`view_audit`)
+    local     the pages of a local file have the hashes of the head
+
+Whatever does not hold is a `Problem` that names its object. Memory does not grow with the database: page hashes go to a temporary file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+import apsw
+
+from .. import layout
+from ..errors import CorruptionError, RestoreError
+from ..history import Head
+from ..local_index import LocalIndex
+from .page_hashes import PageHashes
+from ..restore import Progress, rebuild_from_pages, scratch
+from ..segment import page_hash
+from ..snapshot import LocalDatabase, SnapshotLost
+from .log_audit import LogAudit, Problem
+from .target import Target, opened
+from .view_audit import Fault, ViewAudit
+
+__all__ = ["Report", "verify"]
+
+_LOOKS: Final = 10
+
+
+@dataclass(slots=True)
+class Report:
+    """What `verify` found. `txid`, `state_hash`, `pages` (of `page_size` bytes) are the head's; `restorable` is the highest txid that
+    sound segments lead to. `notes` are worth knowing, and no problems."""
+
+    name: str
+    store: str
+    deep: bool
+    txid: int = 0
+    state_hash: int = 0
+    page_size: int = 0
+    pages: int = 0
+    segments: int = 0
+    bodies: int = 0
+    page_objects: int = 0
+    restorable: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    received: int = 0
+    requests: int = 0
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """No problem was found, or all were repaired."""
+        return all(problem.repaired for problem in self.problems)
+
+
+def verify(
+    database: str | os.PathLike[str],
+    *,
+    deep: bool = False,
+    repair_view: bool = False,
+    local: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    **options: object,
+) -> Report:
+    """Verifies what is stored for `database`, a path or a name in the bucket (see `listing`).
+
+    `deep` decodes every page. `repair_view` puts stale and missing page objects anew from the log and deletes superfluous ones. `local`: a
+    file to compare with the head. `progress` is called with (objects looked at, objects known of). `options` are those of `connect`.
+
+    Raises:
+        RestoreError: nothing is stored under that name. StoreError: the bucket is missing or cannot be reached. ConfigError.
+    """
+    began = time.monotonic()
+    with opened(database, options) as target, _page_hashes() as hashes:
+        report = Report(target.name, target.store.describe(), deep)
+        log = LogAudit(target, hashes, deep=deep, progress=progress)
+        head = log.run()
+        report.segments, report.bodies, report.txid, report.restorable = log.segments, log.bodies, log.txid, log.restorable
+        report.problems, report.notes = log.problems, log.notes
+        if head is not None:
+            head = _verify_view(target, report, log, head, repair=repair_view, progress=progress)
+            if local is not None:
+                _compare(os.path.realpath(local), hashes, head, report)
+        elif not report.segments:
+            _verify_view_alone(target, report)
+        report.received = target.store.stats.bytes_received
+        report.requests = target.requests
+        report.seconds = time.monotonic() - began
+        return report
+
+
+@contextlib.contextmanager
+def _page_hashes() -> Iterator[PageHashes]:
+    with tempfile.TemporaryDirectory(prefix="bottomless-verify-") as directory:
+        path = os.path.join(directory, "pages")
+        index = LocalIndex(path, beside=path)
+        try:
+            with index.locked():
+                yield PageHashes(index)
+        finally:
+            index.close()
+
+
+# --- the page view -----------------------------------------------------------------------------------------------------
+
+
+def _verify_view(target: Target, report: Report, log: LogAudit, head: Head, *, repair: bool, progress: Progress | None) -> Head:
+    audit = ViewAudit(target, log.hashes, progress)
+    faults = audit.look(head)
+    report.page_objects = audit.objects
+    if faults:
+        # A writer that is at work puts its page objects after its segment: what was wrong a moment ago may be right now.
+        head = log.advance()
+        faults = audit.look(head, among=faults)
+    report.txid, report.state_hash, report.page_size, report.pages = head.txid, head.state, head.page_size, head.db_size
+    report.restorable = head.txid
+    repaired: list[Fault] = []
+    if repair and faults:
+        moved = audit.repair(head, log.chain, faults)
+        if moved is not None:
+            report.notes.append(moved)
+        else:
+            repaired, faults = faults, []
+    if repaired or target.config.pages == "commit":
+        report.problems += [_of_view(target, fault, repaired=fault in repaired) for fault in [*repaired, *faults]]
+    elif faults:
+        count = sum(fault.last - fault.first + 1 for fault in faults)
+        report.notes.append(f"{count} page objects are not as the head has them, which pages={target.config.pages} does not promise")
+    return head
+
+
+def _of_view(target: Target, fault: Fault, *, repaired: bool) -> Problem:
+    key = layout.page_key(target.name, fault.first)
+    more = f" (and {fault.last - fault.first} more, up to page {fault.last})" if fault.last > fault.first else ""
+    return Problem(fault.kind, key, fault.detail + more, repaired)
+
+
+def _verify_view_alone(target: Target, report: Report) -> None:
+    """There is no log: are the page objects a database by themselves?"""
+    with tempfile.TemporaryDirectory(prefix="bottomless-verify-") as directory:
+        path = os.path.join(directory, "database")
+        index = LocalIndex(path + "-index", beside=path)
+        try:
+            with index.locked(), scratch(path, index) as into:
+                rebuilt = rebuild_from_pages(target.history, into, width=target.config.concurrency)
+        except (RestoreError, CorruptionError) as error:
+            report.problems.append(Problem("damaged", layout.page_prefix(target.name), error.message))
+            rebuilt = None
+        else:
+            if rebuilt is None:
+                raise RestoreError(
+                    f"nothing is stored as {target.name!r} in {target.store.describe()}",
+                    hint="`bottomless-wal ls` shows what is. Is it the right bucket, and the right database_id?",
+                )
+        finally:
+            index.close()
+    if rebuilt is not None:
+        report.txid, report.state_hash, report.page_size = rebuilt.txid, rebuilt.state, rebuilt.page_size
+        report.pages = report.page_objects = rebuilt.db_size
+        report.notes.append(f"the page objects alone are a sound database at txid {rebuilt.txid}")
+    report.problems.append(
+        Problem("no-log", layout.log_prefix(target.name), "there is no log; opening the database somewhere begins a new one")
+    )
+
+
+# --- a local file ------------------------------------------------------------------------------------------------------
+
+
+def _compare(path: str, hashes: PageHashes, head: Head, report: Report) -> None:
+    if not os.path.exists(path) or os.path.getsize(path) == 0:
+        report.problems.append(Problem("local", path, "there is no such file, or it is empty"))
+        return
+
+    def connect() -> apsw.Connection:
+        return apsw.Connection(path, flags=apsw.SQLITE_OPEN_READWRITE)
+
+    local = LocalDatabase(path, connect)
+    try:
+        for look in range(_LOOKS):
+            try:
+                differing = list(_differing(local, hashes, head))
+                break
+            except SnapshotLost:
+                if look == _LOOKS - 1:
+                    raise
+    except (CorruptionError, SnapshotLost, apsw.NotADBError) as error:
+        report.problems.append(Problem("local", path, str(getattr(error, "message", error)).removeprefix(f"{path} ")))
+        return
+    finally:
+        local.close()
+    if differing:
+        report.problems.append(
+            Problem("local", path, f"differs from txid {head.txid}: {'; '.join(differing[:3])}" + ("; ..." if differing[3:] else ""))
+        )
+    else:
+        report.notes.append(f"{path} holds exactly txid {head.txid}")
+
+
+def _differing(local: LocalDatabase, hashes: PageHashes, head: Head) -> Iterator[str]:
+    with local.snapshot() as tip:
+        shape = local.shape(tip)
+        if (shape.page_size, shape.db_size) != (head.page_size, head.db_size):
+            yield f"{shape.db_size} pages of {shape.page_size} bytes, not {head.db_size} of {head.page_size}"
+        if shape.page_size != head.page_size:
+            return
+        first = count = 0
+        for pgno, page in local.pages(tip, shape):
+            if pgno <= head.db_size and page_hash(pgno, page) != hashes.of(pgno):
+                first, count = first or pgno, count + 1
+        if count:
+            yield f"{count} of its pages have another content, the first of them is page {first}"
