@@ -336,7 +336,7 @@ class Boot:
 
     def _initial(self) -> IndexHeader:
         header = self.replicator.fresh()
-        self.replicator.scan(header)
+        self.replicator.scan(header, background=True)
         return self._opened(header)
 
     def _catch_up(self, local: _Local, head: Head, edges: list[Edge]) -> IndexHeader:
@@ -356,7 +356,7 @@ class Boot:
         header.page_size, header.db_size = head.page_size, 0
         header.needs_scan = True
         # No identity: should this die half-way, the file must not pass for a descendant of the head.
-        self.replicator.scan(header, reset=True)
+        self.replicator.scan(header, reset=True, background=True)
         return self._opened(header)
 
     def _keep_local(self, head: Head, edges: list[Edge]) -> IndexHeader:
@@ -412,7 +412,7 @@ class Boot:
         # The log begins anew with the snapshot edge 0 -> target, so that the line of txids goes on.
         header = self.replicator.fresh()
         header.needs_scan = True
-        self.replicator.scan(header, target=target)
+        self.replicator.scan(header, target=target, background=True)
         header.view_txid, header.backlog = target, None
         return self._opened(header)
 

@@ -78,6 +78,7 @@ class Replica:
         self.name = layout.database_name(config.database_id, path)
         self.pid = os.getpid()
         self.opens = 0
+        self.closing = False
         self.lifecycle = threading.RLock()
         self.booted = False
         self.store = open_store(config)
@@ -144,10 +145,11 @@ class Replica:
             if worker.fatal is not None:
                 raise type(worker.fatal)(worker.fatal.message, hint=worker.fatal.hint)
             return
+        ticket = worker.submit()
         tip = self.local.tip()
         place = Position(tip.header.salt1, tip.header.salt2, tip.frames, 0, 0) if tip.header is not None else None
         try:
-            worker.wait(worker.submit(), place, for_pages=self.config.ack == "pages")
+            worker.wait(ticket, place, for_pages=self.config.ack == "pages")
         except BottomlessError:
             self.checkpointer.ask(tip.frames)
             raise
@@ -158,7 +160,11 @@ class Replica:
 
     def seal(self, new: WalHeader | None) -> None:
         """The WAL is about to be restarted with the header `new`, or truncated or deleted (None). See `standing.seal`."""
-        seal(self.index.path, self.path + "-wal", new)
+        try:
+            seal(self.index.path, self.path + "-wal", new)
+        except OSError as error:
+            # Without a seal the position proves nothing, and the next batch scans.
+            logger.warning("%s: no seal could be left: %s", self.path, error)
 
     def check_process(self) -> None:
         """Raises ReplicationError in a child that inherited the connection by a fork."""
@@ -217,6 +223,7 @@ class Replica:
         """After the application's last close: drain, let SQLite check-point and delete the WAL, mark the index clean."""
         with self.lifecycle:
             if not self.booted:
+                self.store.close()
                 return
             self.booted = False
             self.drain()
@@ -251,7 +258,7 @@ class Registry:
     """The replicas of this process, by real path."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._replicas: dict[str, Replica] = {}
         # Never freed: closing an inherited connection in a child would act on files that are the parent's.
         self._inherited: list[Replica] = []
@@ -272,7 +279,8 @@ class Registry:
             ConfigError: it is open with other settings. ConflictError: another file maps to its name.
         """
         with self._lock:
-            replica = self._replicas.get(path)
+            while (replica := self._replicas.get(path)) is not None and replica.closing:
+                self._lock.wait()
             if replica is None:
                 made = Replica(path, config, connect)
                 for other in self._replicas.values():
@@ -292,22 +300,22 @@ class Registry:
             return replica
 
     def release(self, replica: Replica) -> None:
-        """One open less; the last one closes the replica."""
-        with replica.lifecycle:
+        """One open less; the last one closes the replica. Who opens the file meanwhile waits."""
+        with self._lock:
+            replica.opens -= 1
+            if replica.opens:
+                return
+            replica.closing = True
+        try:
+            replica.close()
+        finally:
             with self._lock:
-                replica.opens -= 1
-                last = replica.opens == 0
-            if last:
-                try:
-                    replica.close()
-                finally:
-                    with self._lock:
-                        if self._replicas.get(replica.path) is replica and replica.opens == 0:
-                            del self._replicas[replica.path]
+                del self._replicas[replica.path]
+                self._lock.notify_all()
 
     def after_fork(self) -> None:
         """In the child: every inherited replica is the parent's."""
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         for replica in self._replicas.values():
             replica.abandon()
         self._inherited.extend(self._replicas.values())

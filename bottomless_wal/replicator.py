@@ -152,10 +152,11 @@ class Replicator:
             self._commit(header, change)
         return True
 
-    def scan(self, header: IndexHeader, *, reset: bool = False, target: int | None = None) -> None:
+    def scan(self, header: IndexHeader, *, reset: bool = False, target: int | None = None, background: bool = False) -> None:
         """Hashes a whole snapshot and stores the pages that differ from the index as the next commit.
 
         `reset`: stores all pages, as the whole new database. `target`: as the edge 0 -> target (a log rebuilt from page objects).
+        `background`: nobody waits for the page objects of this one.
         """
         # Seals up to here speak of what the snapshot will contain; a later one must be looked at.
         header.seal_sequence = max(header.seal_sequence, self.index.seal_sequence())
@@ -173,7 +174,7 @@ class Replicator:
                 whole=whole, reset=reset and pre > 0, pre=pre, post=post, level=self.config.level,
             )  # fmt: skip
             if change is not None:
-                self._commit(header, change, scanned=True, target=target)
+                self._commit(header, change, scanned=True, target=target, background=background)
                 return
             header.needs_scan = False
             header.position = position_of(self.local, tip)
@@ -222,7 +223,9 @@ class Replicator:
 
     # --- put -----------------------------------------------------------------------------------------------------------
 
-    def _commit(self, header: IndexHeader, change: Change, *, scanned: bool = False, target: int | None = None) -> None:
+    def _commit(
+        self, header: IndexHeader, change: Change, *, scanned: bool = False, target: int | None = None, background: bool = False
+    ) -> None:
         """Stores `change` as the edge txid -> txid + 1 and records it; then the page objects."""
         if not change.pgnos and change.db_size == header.db_size and not change.reset and header.txid > 0:
             # Frames that changed nothing: the state is what it was, only the position moves.
@@ -271,7 +274,7 @@ class Replicator:
             header.identity = Identity.of(self.local.path)
         self._record(header, edge, change.pgnos, change.hashes, date_ms, change.change_counter)
         self.on_logged(header.position)
-        if edge.whole:
+        if background:
             self.view.postpone(header)
         else:
             self.view.put(header, change.pages())

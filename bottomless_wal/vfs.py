@@ -284,3 +284,12 @@ def _wal_hook(connection: apsw.Connection, schema: str, frames: int) -> int:
         if replica is not None:
             replica.checkpointed(frames)
     return apsw.SQLITE_OK
+
+
+def _after_fork() -> None:
+    global _install_lock
+    _install_lock = threading.Lock()
+    _parked.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)

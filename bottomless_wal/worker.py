@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Final
 
 from .config import Config
-from .errors import BottomlessError, ConflictError, FencedError, ReplicationError
+from .errors import BottomlessError, ConflictError, FencedError, ReplicationError, StoreError
 from .local_index import IndexHeader, LocalIndex
 from .replicator import Replicator
 from .snapshot import LocalDatabase, SnapshotLost
@@ -272,6 +272,8 @@ class Worker:
                     self._replicator.view.sweep(self._replicator.header())
         except BottomlessError as failure:
             error = self._as_replication_error(failure)
+        except OSError as failure:
+            error = self._as_replication_error(StoreError(f"{self._index.path}: {failure}", hint="Is the disk full?"))
         except Exception as failure:
             logger.exception("replication of %s failed in a way that was not foreseen", self._local.path)
             error = ReplicationError(

@@ -57,7 +57,7 @@ def diagnose(*, clock: Callable[[], float] = time.perf_counter, wall: Callable[[
     Raises:
         ConfigError: an unknown option or a bad value.
     """
-    config = configured({"create_bucket": Config.load(options).create_bucket, **options})
+    config = configured(options)
     config = config.changed(retry_timeout=min(config.retry_timeout, _PATIENCE))
     with contextlib.closing(open_store(config)) as store:
         return list(_checks(config, store, clock, wall))
@@ -183,13 +183,14 @@ def _create_only(store: Store) -> Check:
 
 def _times(store: Store, key: str, clock: Callable[[], float], wall: Callable[[], float]) -> Iterator[Check]:
     times: list[float] = []
-    offsets: list[tuple[float, float]] = []
+    skews: list[float] = []
     try:
         for _ in range(_PUTS):
             before, began = wall(), clock()
-            receipt = store.put(key, b"round trip")
+            date = store.put(key, b"round trip").date
             times.append(clock() - began)
-            offsets.append((before, receipt.date - wall()))
+            # The answer's Date is in whole seconds, and of some moment between question and answer.
+            skews.append(min(0.0, date + 1 - before) or max(0.0, date - wall()))
     except BottomlessError as error:
         yield Check("round trip", "failed", error.message, error.hint)
         return
@@ -199,18 +200,13 @@ def _times(store: Store, key: str, clock: Callable[[], float], wall: Callable[[]
         yield Check("round trip", "warning", detail, "A commit waits for two or more of them: ack=log, or a server nearby, is faster.")
     else:
         yield Check("round trip", "ok", detail)
-    # A Date header has whole seconds, and was true at some moment between question and answer.
-    skew = min((late for _, late in offsets), key=abs)
-    skew = 0.0 if abs(skew) <= 1.0 + max(times) else skew
-    direction = "behind" if skew > 0 else "ahead of"
-    if skew == 0.0:
-        yield Check("clock", "ok", "this machine's and the server's agree, to a second")
-    elif abs(skew) < _CLOCK_WARNING:
-        yield Check("clock", "ok", f"this machine's is {abs(skew):.0f} s {direction} the server's")
-    else:
-        state = "failed" if abs(skew) >= _CLOCK_REFUSED else "warning"
-        detail = f"this machine's is {abs(skew):.0f} s {direction} the server's"
-        yield Check("clock", state, detail, "Set this machine's clock (NTP): servers refuse requests that are minutes off.")
+    skew = min(skews, key=abs)
+    if abs(skew) < _CLOCK_WARNING:
+        yield Check("clock", "ok", f"this machine's and the server's agree, to {max(1.0, abs(skew)):.0f} s")
+        return
+    state = "failed" if abs(skew) >= _CLOCK_REFUSED else "warning"
+    detail = f"this machine's is {abs(skew):.0f} s {'behind' if skew > 0 else 'ahead of'} the server's"
+    yield Check("clock", state, detail, "Set this machine's clock (NTP): servers refuse requests that are minutes off.")
 
 
 def _ms(seconds: float) -> str:

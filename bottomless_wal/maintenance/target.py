@@ -33,15 +33,14 @@ class Target:
 
 
 def configured(options: Mapping[str, object]) -> Config:
-    """The settings that `connect(**options)` would have; but nothing here makes a bucket, unless `create_bucket` is among `options`.
+    """The settings that `connect(**options)` would have.
 
     Raises:
         ConfigError: an unknown option or a bad value.
     """
     # The defaults given to register() hold for every database of this process.
     installed = vfs._installed
-    config = Config.load(installed.defaults if installed is not None else {}, options)
-    return config if "create_bucket" in options else config.changed(create_bucket=False)
+    return Config.load(installed.defaults if installed is not None else {}, options)
 
 
 def stored_name(database: str | os.PathLike[str], database_id: str) -> tuple[str, str | None]:

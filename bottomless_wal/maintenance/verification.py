@@ -24,11 +24,11 @@ from .. import layout
 from ..errors import CorruptionError, RestoreError
 from ..history import Head
 from ..local_index import LocalIndex
-from .page_hashes import PageHashes
 from ..restore import Progress, rebuild_from_pages, scratch
 from ..segment import page_hash
 from ..snapshot import LocalDatabase, SnapshotLost
 from .log_audit import LogAudit, Problem
+from .page_hashes import PageHashes
 from .target import Target, opened
 from .view_audit import Fault, ViewAudit
 

@@ -1,0 +1,387 @@
+"""The WAL is checkpointed, restarted, truncated and deleted between commits, by us and by strangers: the position is carried, or a scan finds out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import apsw
+import pytest
+from worlds import Machine, World, child, refusal, replica_of, rows
+
+import bottomless_wal
+from bottomless_wal import ReplicationError
+from bottomless_wal.snapshot import LocalDatabase
+
+CHECKPOINTS = {
+    "passive": apsw.SQLITE_CHECKPOINT_PASSIVE,
+    "full": apsw.SQLITE_CHECKPOINT_FULL,
+    "restart": apsw.SQLITE_CHECKPOINT_RESTART,
+    "truncate": apsw.SQLITE_CHECKPOINT_TRUNCATE,
+}
+
+
+@pytest.fixture
+def scans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The paths of databases that were read as a whole."""
+    seen: list[str] = []
+    real = LocalDatabase.pages
+
+    def pages(self: LocalDatabase, *arguments: object) -> object:
+        seen.append(self.path)
+        return real(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LocalDatabase, "pages", pages)
+    yield seen
+
+
+def _opened(world: World, **options: object) -> tuple[Machine, apsw.Connection]:
+    here = world.machine()
+    con = here.connect(**options)
+    con.execute("CREATE TABLE t(x)")
+    bottomless_wal.flush(con)
+    return here, con
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_commits_before_and_after_checkpoints(world: World, scans: list[str], kind: str) -> None:
+    here, con = _opened(world)
+    scans.clear()
+    for n in range(12):
+        con.execute("INSERT INTO t VALUES (?)", (n,))
+        if n % 3:
+            con.wal_checkpoint(mode=CHECKPOINTS[kind])
+        world.stored(con)
+    assert scans == [], "a WAL that we restarted ourselves needs no scan"
+    con.close()
+    world.comes_back(here)
+
+
+def test_automatic_checkpoints_keep_the_wal_small_and_need_no_scan(world: World, scans: list[str]) -> None:
+    here, con = _opened(world, pages="off")
+    scans.clear()
+    for _ in range(60):
+        con.execute("INSERT INTO t VALUES (randomblob(300000))")  # about 75 frames each
+    assert os.path.getsize(here.path("app.db-wal")) < 8 << 20
+    assert scans == []
+    assert world.bucket.log_image("app.db") == con.serialize("main")
+
+
+def test_a_reader_that_stays_lets_the_wal_grow_only_so_far(world: World) -> None:
+    here, con = _opened(world, pages="off")
+    reader = here.connect(pages="off")
+    reader.execute("BEGIN; SELECT * FROM t")
+    con.executemany("INSERT INTO t VALUES (randomblob(100000))", [()] * 60)
+    reader.execute("COMMIT")
+    con.executemany("INSERT INTO t VALUES (randomblob(100000))", [()] * 60)
+    con.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+    assert os.path.getsize(here.path("app.db-wal")) == 0
+    assert world.bucket.log_image("app.db") == con.serialize("main")
+
+
+def test_journal_size_limit_cuts_the_wal(world: World, scans: list[str]) -> None:
+    here, con = _opened(world)
+    con.execute("PRAGMA journal_size_limit=8192")
+    scans.clear()
+    for _ in range(3):
+        con.execute("INSERT INTO t VALUES (randomblob(200000))")
+        con.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_RESTART)
+        con.execute("INSERT INTO t VALUES (1)")
+        world.stored(con)
+        assert os.path.getsize(here.path("app.db-wal")) <= 16 * 4120
+    assert scans == []
+    con.close()
+    world.comes_back(here)
+
+
+def test_persist_wal(world: World) -> None:
+    here, con = _opened(world)
+    replica_of(con)
+    flag = bytearray((1).to_bytes(4, "little"))
+    import ctypes
+
+    number = ctypes.c_int(1)
+    assert con.file_control("main", apsw.SQLITE_FCNTL_PERSIST_WAL, ctypes.addressof(number))
+    con.execute("INSERT INTO t VALUES (1)")
+    con.close()
+    con = here.connect()
+    con.execute("INSERT INTO t VALUES (2)")
+    world.stored(con)
+    assert flag
+
+
+def test_a_rolled_back_first_transaction_of_a_new_wal(world: World, scans: list[str]) -> None:
+    _, con = _opened(world)
+    con.execute("PRAGMA cache_size=3")
+    con.execute("INSERT INTO t VALUES (1)")
+    con.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_RESTART)
+    scans.clear()
+    for _ in range(2):
+        con.execute("BEGIN")
+        con.executemany("INSERT INTO t VALUES (randomblob(4000))", [()] * 20)  # spills: the header and frames are written
+        con.execute("ROLLBACK")
+    con.execute("INSERT INTO t VALUES (2)")
+    world.stored(con)
+    assert scans == []
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_restarts_while_commits_are_pending(world: World, kind: str) -> None:
+    here, con = _opened(world, ack="local", interval=60)
+    for n in range(10):
+        con.execute("INSERT INTO t VALUES (?)", (n,))
+        if n % 4 == 3:
+            con.wal_checkpoint(mode=CHECKPOINTS[kind])
+    bottomless_wal.flush(con)
+    world.stored(con)
+    con.execute("INSERT INTO t VALUES (99)")
+    con.close()
+    world.comes_back(here)
+
+
+# --- strangers ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_commit_by_the_stock_vfs_goes_with_the_next_one(world: World) -> None:
+    here, con = _opened(world)
+    stranger = here.stock()
+    stranger.execute("INSERT INTO t VALUES (1)")
+    con.execute("INSERT INTO t VALUES (2)")
+    world.stored(con)
+    stranger.execute("INSERT INTO t VALUES (3)")
+    bottomless_wal.flush(con)
+    world.stored(con)
+    con.close()
+    stranger.close()
+
+
+@pytest.mark.parametrize("kind", ["restart", "truncate"])
+@pytest.mark.parametrize("another_process", [False, True], ids=["here", "elsewhere"])
+def test_a_stranger_restarts_the_wal(world: World, kind: str, another_process: bool) -> None:
+    here, con = _opened(world)
+    con.execute("INSERT INTO t VALUES (1)")
+    for n in range(3):
+        if another_process:
+            child(
+                f"""
+con = apsw.Connection({here.path()!r})
+con.execute("INSERT INTO t VALUES (10)")
+con.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_{kind.upper()})
+con.execute("INSERT INTO t VALUES (11)")
+con.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_{kind.upper()})
+""",
+                options=world.options,
+            )
+        else:
+            stranger = here.stock()
+            stranger.execute("INSERT INTO t VALUES (10)")
+            stranger.wal_checkpoint(mode=CHECKPOINTS[kind])
+            stranger.execute("INSERT INTO t VALUES (11)")
+            stranger.wal_checkpoint(mode=CHECKPOINTS[kind])
+            stranger.close()
+        con.execute("INSERT INTO t VALUES (?)", (n,))
+        world.stored(con)
+    assert rows(con) == 10
+    con.close()
+    world.comes_back(here)
+
+
+def test_a_stranger_writes_while_nobody_has_it_open(world: World, scans: list[str]) -> None:
+    here, con = _opened(world)
+    con.close()
+    stranger = here.stock()
+    stranger.execute("INSERT INTO t VALUES (1); PRAGMA user_version=5")
+    stranger.close()
+    scans.clear()
+    con = here.connect()
+    assert world.bucket.log_image("app.db") == con.serialize("main")
+    assert scans, "only a scan can find what was done behind our back"
+    con.execute("INSERT INTO t VALUES (2)")
+    con.close()
+    world.comes_back(here)
+
+
+def test_a_stranger_leaves_a_wal_behind(world: World) -> None:
+    here, con = _opened(world)
+    con.close()
+    child(
+        f"""
+con = apsw.Connection({here.path()!r})
+con.execute("INSERT INTO t VALUES (1)")
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+        options=world.options,
+        check=False,
+    )
+    assert os.path.getsize(here.path("app.db-wal"))
+    con = here.connect()
+    assert rows(con) == 1
+    bottomless_wal.flush(con)
+    world.stored(con)
+
+
+def test_a_stranger_goes_back_to_a_rollback_journal(world: World) -> None:
+    here, con = _opened(world)
+    con.close()
+    stranger = here.stock()
+    assert stranger.execute("PRAGMA journal_mode=delete").get == "delete"
+    stranger.execute("INSERT INTO t VALUES (1)")
+    stranger.close()
+    con = here.connect()
+    assert con.execute("PRAGMA journal_mode").get == "wal"
+    bottomless_wal.flush(con)
+    world.stored(con)
+    con.execute("INSERT INTO t VALUES (2)")
+    con.close()
+    world.comes_back(here)
+
+
+def test_a_stranger_changes_the_page_size(world: World) -> None:
+    here, con = _opened(world)
+    con.executemany("INSERT INTO t VALUES (randomblob(3000))", [()] * 20)
+    con.close()
+    stranger = here.stock()
+    stranger.execute("PRAGMA journal_mode=delete; PRAGMA page_size=1024; VACUUM; PRAGMA journal_mode=wal").fetchall()
+    stranger.close()
+    con = here.connect()
+    assert rows(con, "PRAGMA page_size") == 1024
+    bottomless_wal.flush(con)
+    world.stored(con)
+    assert world.bucket.segment("app.db", world.bucket.head("app.db") - 1, world.bucket.head("app.db")).reset
+    con.execute("INSERT INTO t VALUES (2)")
+    con.close()
+    world.comes_back(here)
+
+
+# --- close and open again ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_clean_reopen_scans_nothing_and_takes_few_requests(two_worlds: World, scans: list[str]) -> None:
+    here, con = _opened(two_worlds)
+    con.executemany("INSERT INTO t VALUES (randomblob(2000))", [()] * 20)
+    con.close()
+    scans.clear()
+    for n in range(3):
+        con = here.connect()
+        assert scans == [], "a clean reopen reads nothing as a whole"
+        requests = bottomless_wal.status(con).requests
+        assert sum(requests.values()) - requests.get("head", 0) <= 3, requests
+        assert requests.get("put", 0) + requests.get("create", 0) == 0
+        if n != 1:
+            con.execute("INSERT INTO t VALUES (1)")
+        con.close()
+    two_worlds.comes_back(here)
+
+
+def test_a_reopen_after_a_kill_scans_nothing_while_the_machine_stays_up(world: World, scans: list[str]) -> None:
+    here = world.machine()
+    for _ in range(2):
+        child(
+            f"""
+con = connect({here.path()!r})
+con.execute("CREATE TABLE IF NOT EXISTS t(x)")
+con.execute("INSERT INTO t VALUES (1)")
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+            options=world.options,
+            check=False,
+        )
+    con = here.connect()
+    assert rows(con) == 2
+    assert scans == []
+    bottomless_wal.flush(con)
+    world.stored(con)
+
+
+def test_after_a_reboot_of_the_machine_it_scans(world: World, scans: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    here = world.machine()
+    child(
+        f"""
+con = connect({here.path()!r})
+con.execute("CREATE TABLE t(x)")
+con.execute("INSERT INTO t VALUES (1)")
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+        options=world.options,
+        check=False,
+    )
+    for module in ("boot", "local_index"):
+        monkeypatch.setattr(f"bottomless_wal.{module}.boot_id", lambda: b"another boot id!")
+    con = here.connect()
+    assert scans
+    assert rows(con) == 1
+    con.execute("INSERT INTO t VALUES (2)")
+    world.stored(con, view=False)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "garbage", "torn-entry", "another's"])
+def test_the_index_is_only_a_cache(world: World, damage: str) -> None:
+    here, con = _opened(world)
+    con.executemany("INSERT INTO t VALUES (randomblob(2000))", [()] * 20)
+    con.close()
+    path = here.path("app.db-bottomless")
+    content = bytearray(here.bytes("app.db-bottomless"))
+    if damage == "missing":
+        os.unlink(path)
+    else:
+        if damage == "empty":
+            content.clear()
+        elif damage == "garbage":
+            content[:] = os.urandom(len(content))
+        elif damage == "torn-entry":
+            content[16384 + 16 * 5 : 16384 + 16 * 6] = bytes(16)
+        else:
+            other = world.machine()
+            stranger = other.connect("other.db")
+            stranger.execute("CREATE TABLE other(x)")
+            stranger.close()
+            content[:] = other.bytes("other.db-bottomless")
+        with open(path, "wb") as file:
+            file.write(content)
+    con = here.connect()
+    con.execute("INSERT INTO t VALUES (7)")
+    if damage == "torn-entry":
+        con.execute("DELETE FROM t")
+        con.execute("VACUUM")
+    bottomless_wal.flush(con)
+    world.stored(con)
+    con.close()
+    world.comes_back(here)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "garbage"])
+def test_the_index_is_lost_while_the_database_is_open(world: World, damage: str) -> None:
+    here, con = _opened(world)
+    path = here.path("app.db-bottomless")
+    con.execute("INSERT INTO t VALUES (1)")
+    if damage == "missing":
+        os.unlink(path)
+    else:
+        with open(path, "r+b") as file:
+            if damage == "empty":
+                file.truncate(0)
+            else:
+                file.write(os.urandom(16384))
+    con.execute("INSERT INTO t VALUES (2)")
+    con.execute("INSERT INTO t VALUES (3)")
+    world.stored(con, view=False)
+    bottomless_wal.flush(con)
+    world.stored(con)
+    con.close()
+    world.comes_back(here)
+
+
+def test_pending_commits_survive_a_close_a_restart_and_a_new_wal(world: World) -> None:
+    here, con = _opened(world)
+    refusal(con).log()
+    for n in range(3):
+        with pytest.raises(ReplicationError):
+            con.execute("INSERT INTO t VALUES (?)", (n,))
+    con.close()
+    stranger = here.stock()
+    stranger.execute("INSERT INTO t VALUES (9)")
+    stranger.close()
+    con = here.connect()
+    assert rows(con) == 4
+    assert world.bucket.log_image("app.db") == con.serialize("main")
+    con.close()
