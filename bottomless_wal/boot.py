@@ -199,6 +199,9 @@ class Boot:
             return None
         if header.identity != Identity.of(self.local.path) or not (header.clean or header.boot == boot_id()):
             return None
+        if self.index.state(header.db_size) != header.state:
+            logger.warning("%s is damaged: it will be made anew", self.index.path)
+            return None
         with self.local.pinned():
             found = standing(self.local, header, self.local.tip())
         return header if found in (Standing.COVERED, Standing.FRAMES) else None
@@ -287,7 +290,7 @@ class Boot:
         now = Identity.of(self.local.path)
         if header is None or header.home != self.replicator.home or header.identity is None or now is None:
             return False
-        if (header.txid, header.state) != (head.txid, head.state) or header.page_size != local.page_size:
+        if (header.txid, header.state) != (head.txid, head.state):
             return False
         if (header.identity.device, header.identity.inode) != (now.device, now.inode):
             return False

@@ -42,6 +42,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
+import operator
 import os
 import struct
 import sys
@@ -317,6 +319,13 @@ class LocalIndex:
         numbers = _big_endian(array("Q", data[: len(data) // 8 * 8]))
         numbers.extend([0] * (2 * count - len(numbers)))
         return numbers[0::2], numbers[1::2]
+
+    def state(self, db_size: int) -> int:
+        """The state hash that the entries of a database of `db_size` pages give."""
+        state = 0
+        for first in range(1, db_size + 1, _LONGEST_RUN):
+            state = functools.reduce(operator.xor, self.entries(first, min(_LONGEST_RUN, db_size - first + 1))[0], state)
+        return state
 
     def hashes(self, pgnos: Sequence[int]) -> list[int]:
         """The page hashes of `pgnos` (ascending), read in runs."""

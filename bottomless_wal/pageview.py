@@ -8,7 +8,8 @@ Invariants:
 * Nothing is put that is not in the log: a page is put only while its hash is the one that the local index recorded from a stored
   segment. A page that has changed locally since is passed over; the commit that carries the change puts it.
 * One operation per key at a time: everything here runs under the local index's lock.
-* "The view is complete up to v" (`IndexHeader.view_complete`) is never claimed early. The log alone is authoritative.
+* "The view is complete up to v" (`IndexHeader.view_complete`) means: the object of every page that has not changed since v is current.
+  It is never claimed early. The log alone is authoritative.
 * Objects past the end of a shrunken database are swept later, off the commit path, where a late DELETE cannot hit a page that has come back.
 """
 
@@ -93,7 +94,9 @@ class PageView:
             StoreError: they were not all stored; the backlog is as it was.
             SnapshotLost: see `LocalDatabase.page`.
         """
-        self._into_backlog(header, upto=header.txid)
+        if header.backlog is None:
+            # A pass has a fixed end: pages that change meanwhile wait for the next, or no pass would ever come to its end.
+            self._into_backlog(header, upto=header.txid)
         backlog = header.backlog
         if backlog is None:
             return

@@ -211,10 +211,7 @@ class Replicator:
         header.page_size, header.db_size = head.page_size, head.db_size
         header.view_size = UNKNOWN_SIZE
         header.proved_ms = int(self.history.store.now() * 1000)
-        state = 0
-        for first in range(1, head.db_size + 1, 65536):
-            for known in self.index.entries(first, min(65536, head.db_size - first + 1))[0]:
-                state ^= known
+        state = self.index.state(head.db_size)
         if state != head.state:
             raise CorruptionError(
                 f"the segments of {self.history.name!r} give the state {state:016x} at txid {head.txid}, not {head.state:016x}",

@@ -33,6 +33,7 @@ _GATHER_MOST: Final = 0.005
 _RETRY_FIRST: Final = 1.0
 _RETRY_MOST: Final = 30.0
 _FILL_PAGES: Final = 32
+_FILL_PAUSE: Final = 0.25  # between two turns of the page view's backlog while commits are waiting
 
 
 class Worker:
@@ -74,6 +75,7 @@ class Worker:
         self._flush_wanted = 0
         self._flush_done = 0
         self._behind = False
+        self._fill_turn = 0.0
         self._retry_wait = 0.0
         self._retry_at: float | None = None
         replicator.on_logged = self._publish
@@ -221,6 +223,9 @@ class Worker:
         """Waits, with the condition held, for something to do."""
         while True:
             now = self._clock()
+            may_fill = self._behind and self._retry_at is None and self._fatal is None
+            if may_fill and not self._stopping and now >= self._fill_turn:
+                return "fill"  # its turn has come, even while commits never pause
             pending = self._submitted > max(self._done, self._failed)
             retry = self._retry_at is not None and now >= self._retry_at
             if self._fatal is not None:
@@ -236,7 +241,7 @@ class Worker:
                 continue
             if self._stopping:
                 return "stop"
-            if self._behind and self._retry_at is None and self._fatal is None:
+            if may_fill:
                 return "fill"
             self._cond.wait(None if self._retry_at is None else max(0.0, self._retry_at - now))
 
@@ -264,12 +269,10 @@ class Worker:
                     header = self._reboot()
                 behind = self._replicator.view.behind(header)
             if behind and (flushing or (stopping and self._config.pages == "checkpoint")):
-                while self._fill_some(_FILL_PAGES * 8):
-                    pass
+                self._fill_all()
                 behind = False
             if flushing or stopping:
-                with self._index.locked():
-                    self._replicator.view.sweep(self._replicator.header())
+                self._sweep()
         except BottomlessError as failure:
             error = self._as_replication_error(failure)
         except OSError as failure:
@@ -284,6 +287,24 @@ class Worker:
         with self._cond:
             self._concluded(ticket, error, began, company, behind)
 
+    def _fill_all(self) -> None:
+        try:
+            while self._fill_some(_FILL_PAGES * 8, everything=True):
+                logger.debug("%s: filling the page view", self._local.path)
+        except StoreError as failure:
+            raise ReplicationError(
+                f"everything committed to {self._local.path} is in the log, but not all page objects are stored: {failure.message}",
+                hint="Nothing is lost. They are put with the next flush(), or in the background. " + failure.hint,
+            ) from failure
+
+    def _sweep(self) -> None:
+        try:
+            with self._index.locked():
+                self._replicator.view.sweep(self._replicator.header())
+        except StoreError as failure:
+            # Superfluous objects harm nobody.
+            logger.warning("%s: page objects past its end stay until the next time: %s", self._local.path, failure.message)
+
     def _concluded(self, ticket: int, error: BottomlessError | None, began: float, company: int, behind: bool) -> None:
         now = self._clock()
         if error is None:
@@ -294,7 +315,8 @@ class Worker:
             self._oldest = None if self._submitted == ticket else began
             self._company = company
             self._round_trip = (self._round_trip * 3 + (now - began)) / 4 if self._round_trip else now - began
-            self._behind = behind and self._config.pages == "commit"
+            # With pages=checkpoint the view is behind on purpose, until a checkpoint has asked for it.
+            self._behind = behind and (self._config.pages == "commit" or self._behind)
         else:
             if self._error is None or self._error.message != error.message:
                 logger.error("%s", error.message)
@@ -321,8 +343,9 @@ class Worker:
             return
         with self._cond:
             self._behind = more
+            self._fill_turn = self._clock() + _FILL_PAUSE
 
-    def _fill_some(self, most: int) -> bool:
+    def _fill_some(self, most: int, *, everything: bool = False) -> bool:
         with self._index.locked():
             header = self._replicator.header()
             with self._local.pinned():
@@ -330,7 +353,9 @@ class Worker:
                 if self._local.wal.header() != tip.header:
                     return True  # a restart is under way
                 self._replicator.view.fill(header, tip, most=most)
-            return self._replicator.view.behind(header)
+            if everything:
+                return self._replicator.view.behind(header)
+            return header.backlog is not None
 
     def _as_replication_error(self, failure: BottomlessError) -> BottomlessError:
         if isinstance(failure, ReplicationError | FencedError | ConflictError):

@@ -51,8 +51,8 @@ class Check:
         return self.state != "failed"
 
 
-def diagnose(*, clock: Callable[[], float] = time.perf_counter, wall: Callable[[], float] = time.time, **options: object) -> list[Check]:
-    """Tries out the store that `connect(**options)` would use. `clock` and `wall` are for tests.
+def diagnose(**options: object) -> list[Check]:
+    """Tries out the store that `connect(**options)` would use.
 
     Raises:
         ConfigError: an unknown option or a bad value.
@@ -60,7 +60,7 @@ def diagnose(*, clock: Callable[[], float] = time.perf_counter, wall: Callable[[
     config = configured(options)
     config = config.changed(retry_timeout=min(config.retry_timeout, _PATIENCE))
     with contextlib.closing(open_store(config)) as store:
-        return list(_checks(config, store, clock, wall))
+        return list(_checks(config, store, time.perf_counter, time.time))
 
 
 def _checks(config: Config, store: Store, clock: Callable[[], float], wall: Callable[[], float]) -> Iterator[Check]:

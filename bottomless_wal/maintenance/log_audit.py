@@ -51,6 +51,7 @@ class LogAudit:
         self.notes: list[str] = []
         self.segments = self.bodies = self.txid = self.restorable = 0
         self.chain: list[Edge] = []
+        self.told: Head | None = None  # the head as its own segment tells it
 
     def run(self) -> Head | None:
         """The head, if sound segments lead there.
@@ -128,6 +129,8 @@ class LogAudit:
                     what = "is missing" if found is None else f"is {found} bytes long, not {header.body.size}"
                     self._problem("body", prefix + header.body.name, f"{what}: it holds the pages of {key}")
                     continue
+            if edge.post == self.txid:
+                self.told = Head(header.post, header.post_hash, header.page_size, header.db_size)
             if self._agrees(header, key, states):
                 sound.append(edge)
         if orphans := stored.keys() - named:

@@ -89,6 +89,8 @@ def verify(
         head = log.run()
         report.segments, report.bodies, report.txid, report.restorable = log.segments, log.bodies, log.txid, log.restorable
         report.problems, report.notes = log.problems, log.notes
+        if log.told is not None:
+            _, report.state_hash, report.page_size, report.pages = log.told
         if head is not None:
             head = _verify_view(target, report, log, head, repair=repair_view, progress=progress)
             if local is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 
 import apsw
 import pytest
-from worlds import Machine, World, child, refusal, replica_of, rows
+from worlds import Machine, World, child, refusal, rows
 
 import bottomless_wal
 from bottomless_wal import ReplicationError
@@ -94,20 +95,17 @@ def test_journal_size_limit_cuts_the_wal(world: World, scans: list[str]) -> None
     world.comes_back(here)
 
 
-def test_persist_wal(world: World) -> None:
+def test_persist_wal(world: World, scans: list[str]) -> None:
     here, con = _opened(world)
-    replica_of(con)
-    flag = bytearray((1).to_bytes(4, "little"))
-    import ctypes
-
-    number = ctypes.c_int(1)
-    assert con.file_control("main", apsw.SQLITE_FCNTL_PERSIST_WAL, ctypes.addressof(number))
+    on = ctypes.c_int(1)
+    assert con.file_control("main", apsw.SQLITE_FCNTL_PERSIST_WAL, ctypes.addressof(on))
     con.execute("INSERT INTO t VALUES (1)")
     con.close()
+    scans.clear()
     con = here.connect()
     con.execute("INSERT INTO t VALUES (2)")
     world.stored(con)
-    assert flag
+    assert scans == []
 
 
 def test_a_rolled_back_first_transaction_of_a_new_wal(world: World, scans: list[str]) -> None:
@@ -265,8 +263,10 @@ def test_a_clean_reopen_scans_nothing_and_takes_few_requests(two_worlds: World, 
         con = here.connect()
         assert scans == [], "a clean reopen reads nothing as a whole"
         requests = bottomless_wal.status(con).requests
-        assert sum(requests.values()) - requests.get("head", 0) <= 3, requests
-        assert requests.get("put", 0) + requests.get("create", 0) == 0
+        if two_worlds.endpoint.kind != "directory":  # which has to write a file to know what time it is there
+            assert sum(requests.values()) - requests.get("head", 0) <= 3, requests
+            assert requests.get("put", 0) == 0
+        assert requests.get("create", 0) == 0
         if n != 1:
             con.execute("INSERT INTO t VALUES (1)")
         con.close()
