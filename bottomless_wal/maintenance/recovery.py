@@ -78,11 +78,14 @@ def restore(
         _check(destination, force=force)
         edges = target.history.edges()
         head = max(edge.post for edge in edges) if edges else None
-        with _temporary_index(destination) as index, scratch(destination, index) as into:
+        # The lock that keeps others from opening the new file is let go last: closing our descriptor of it would drop SQLite's locks.
+        with contextlib.ExitStack() as last, _temporary_index(destination) as index, scratch(destination, index) as into:
             rebuilt = _rebuild(target, into, edges, head, txid, progress)
             # Opening the very database that was restored need not look through it once more.
             own = rebuilt.txid == head and target.name == layout.database_name(target.config.database_id, destination)
-            _put_in_place(destination, into, _index_header(target, rebuilt) if own else None, force=force)
+            old = last.enter_context(_nobody_opens(destination))
+            _check(destination, force=force)
+            _put_in_place(destination, into, old, _index_header(target, rebuilt) if own else None)
         logger.info("%s: restored at txid %d (%d pages)", destination, rebuilt.txid, rebuilt.db_size)
         return Restored(
             path=destination,
@@ -202,33 +205,38 @@ def _index_header(target: Target, rebuilt: Rebuilt) -> IndexHeader:
     return header
 
 
-def _put_in_place(destination: str, into: Scratch, header: IndexHeader | None, *, force: bool) -> None:
-    """`header` None: whoever opens the file next has to find out by itself where it stands."""
-    old = LocalIndex(destination + INDEX_SUFFIX, beside=destination)
-    existed = os.path.exists(old.path)
-    done = False
+@contextlib.contextmanager
+def _nobody_opens(destination: str) -> Iterator[LocalIndex]:
+    """Holds the lock of the index beside `destination`, which every boot takes first."""
+    index = LocalIndex(destination + INDEX_SUFFIX, beside=destination)
+    existed = os.path.exists(index.path)
     try:
-        with old.locked():  # nobody boots meanwhile
-            _check(destination, force=force)
-            with _exclusive(destination):
-                mode = os.stat(destination if os.path.exists(destination) else into.index.path).st_mode
-                os.fchmod(into.fd, mode & 0o777)
-                with _companions_gone(destination):
-                    os.rename(into.path, destination)
-            done = True
-            if header is None:
-                os.unlink(old.path)
-                return
-            header.identity = Identity.of(destination)
-            header.change_counter = int.from_bytes(os.pread(into.fd, 4, 24), "big")
-            into.index.save(header)
-            into.index.sync()
-            os.rename(into.index.path, old.path)
+        with index.locked():
+            try:
+                yield index
+            except BaseException:
+                if not existed:
+                    os.unlink(index.path)
+                raise
     finally:
-        old.close()
-        if not done and not existed:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(old.path)
+        index.close()
+
+
+def _put_in_place(destination: str, into: Scratch, old: LocalIndex, header: IndexHeader | None) -> None:
+    """`header` None: whoever opens the file next has to find out by itself where it stands."""
+    with _exclusive(destination):
+        mode = os.stat(destination if os.path.exists(destination) else into.index.path).st_mode
+        os.fchmod(into.fd, mode & 0o777)
+        with _companions_gone(destination):
+            os.rename(into.path, destination)
+    if header is None:
+        os.unlink(old.path)
+        return
+    header.identity = Identity.of(destination)
+    header.change_counter = int.from_bytes(os.pread(into.fd, 4, 24), "big")
+    into.index.save(header)
+    into.index.sync()
+    os.rename(into.index.path, old.path)
 
 
 @contextlib.contextmanager

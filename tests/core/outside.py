@@ -120,7 +120,7 @@ class Bucket:
     def page_numbers(self, name: str) -> list[int]:
         """Which pages have an object."""
         found = (re.fullmatch(re.escape(name) + r"-(\d{12})", key) for key in self.keys(f"{name}-0"))
-        return [int(match[1]) for match in found if match]
+        return [int(match[1]) for match in found if match and int(match[1])]
 
     def log_image(self, name: str, upto: int | None = None) -> bytes:
         """The database file that the commits 0 -> 1 -> ... give, every hash and link looked at."""

@@ -372,10 +372,10 @@ def test_odd_names(any_world: World, name: str) -> None:
 
 def test_a_name_that_is_no_utf8_is_refused_clearly(world: World) -> None:
     here = world.machine()
-    for path in (os.fsencode(here.path("latin-\xe4".encode("latin-1").decode("utf-8", "surrogateescape"))), here.path("latin-\udce4.db")):
-        with pytest.raises((ConfigError, UnicodeEncodeError, TypeError)) as caught:
-            bottomless_wal.connect(path, **world.options)  # type: ignore[arg-type]
-        assert isinstance(caught.value, ConfigError), caught.value
+    for path in (here.path("latin-\udce4.db"), Path(here.path("latin-\udce4.db"))):
+        with pytest.raises(ConfigError) as caught:
+            bottomless_wal.connect(path, **world.options)
+        assert caught.value.hint
     assert here.files() == {}
 
 
@@ -428,7 +428,9 @@ def test_the_restored_file_keeps_the_mode_of_the_one_it_replaces(world: World) -
 
 def _as_nobody(script: str, *arguments: str, world: World) -> subprocess.CompletedProcess[str]:
     """Root may write anywhere: so the script runs as somebody else (as itself, if the tests do not run as root)."""
-    return child("os.getuid() == 0 and os.setuid(65534)\n" + script, *arguments, options=world.options)
+    # What is imported late may lie where only root can read.
+    late = "import uuid, bottomless_wal.store.directory\n"
+    return child(f"{late}os.getuid() == 0 and os.setuid(65534)\n" + script, *arguments, options=world.options)
 
 
 def test_a_directory_that_cannot_be_written(world: World) -> None:
@@ -561,7 +563,7 @@ def test_boot_waits_for_a_server_that_comes_back(world: World, monkeypatch: pyte
 # --- not a database --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [b"no database at all\n" * 100, b"x", b"SQLite format 3\0" + bytes(20), os.urandom(8192)])
+@pytest.mark.parametrize("content", [b"no database at all\n" * 100, b"SQLite format 3\0" + bytes(20), bytes(8192)], ids=["text", "only the magic", "zeros"])
 def test_a_file_that_is_no_database(two_worlds: World, content: bytes) -> None:
     here = two_worlds.machine()
     Path(here.path()).write_bytes(content)
