@@ -45,6 +45,10 @@ def connect(
     """
     name = register()
     text = os.fspath(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{text!r} is no UTF-8, which SQLite demands of file names", hint="Rename the file.") from error
     with vfs.arguments(options):
         connection = apsw.Connection(text, flags=flags, vfs=name)
     try:

@@ -121,6 +121,7 @@ class Boot:
         self.policy = policy
         self.progress = progress
         self.action: Action | None = None
+        self.identity: Identity | None = None
 
     def run(self, *, reset: bool = False) -> IndexHeader:
         """Looks, decides and acts (`_run`), and looks again when other processes changed the WAL meanwhile."""
@@ -129,6 +130,11 @@ class Boot:
                 return self._run(reset=reset)
             except SnapshotLost as lost:
                 logger.info("%s: %s: looking again", self.local.path, lost)
+            except (apsw.NotADBError, apsw.CorruptError) as error:
+                raise CorruptionError(
+                    f"{self.local.path} is no sound SQLite database: {error}",
+                    hint="Open the right file, or move this one away: with nothing at the path, the state in the bucket is restored.",
+                ) from error
         raise ReplicationError(f"{self.local.path} kept changing while it was opened", hint="Open it again.")
 
     def _run(self, *, reset: bool) -> IndexHeader:
@@ -139,9 +145,9 @@ class Boot:
             StoreError, RestoreError, CorruptionError: nothing was changed.
         """
         path = self.local.path
+        self.identity = Identity.of(path)
         empty = not os.path.exists(path) or os.path.getsize(path) == 0
         if not empty:
-            self._convert()
             self.replicator.settle()
         known = None if empty else self._known_header()
         if known is not None and not reset:
@@ -219,21 +225,17 @@ class Boot:
         return any(layout.parse_page_key(name, e.key) is not None for e in self.history.store.list(layout.page_prefix(name)))
 
     def _convert(self) -> None:
-        """A rollback-journal database becomes a WAL one; a hot journal is rolled back on the way."""
+        """A rollback-journal database becomes a WAL one. Only once it is decided that the local file stays."""
+        self.local.close()
         with self._plain() as connection:
-            try:
-                if connection.execute("PRAGMA journal_mode").get == "wal":
-                    return
-                reach("before conversion")
-                if connection.execute("PRAGMA journal_mode=wal").get != "wal":
-                    raise ConflictError(
-                        f"{self.local.path} cannot be switched to WAL mode",
-                        hint="Another program has it open, or its file system has no shared memory. Close it and open again.",
-                    )
-            except apsw.NotADBError as error:
-                raise CorruptionError(
-                    f"{self.local.path} is not an SQLite database: {error}", hint="Open the right file, or move this one away."
-                ) from error
+            if connection.execute("PRAGMA journal_mode").get == "wal":
+                return
+            reach("before conversion")
+            if connection.execute("PRAGMA journal_mode=wal").get != "wal":
+                raise ConflictError(
+                    f"{self.local.path} cannot be switched to WAL mode",
+                    hint="Another program has it open, or its file system has no shared memory. Close it and open again.",
+                )
 
     @contextlib.contextmanager
     def _plain(self) -> Iterator[apsw.Connection]:
@@ -330,7 +332,7 @@ class Boot:
         return header
 
     def _start(self) -> IndexHeader:
-        self._set_stale_files_aside()
+        # Files left beside an empty database are SQLite's to judge: another process may be making it a database right now.
         return self._opened(self.replicator.fresh())
 
     def _resume(self, header: IndexHeader) -> IndexHeader:
@@ -338,11 +340,13 @@ class Boot:
         return self.replicator.batch()
 
     def _initial(self) -> IndexHeader:
+        self._convert()
         header = self.replicator.fresh()
         self.replicator.scan(header, background=True)
         return self._opened(header)
 
     def _catch_up(self, local: _Local, head: Head, edges: list[Edge]) -> IndexHeader:
+        self._convert()
         header = self.index.load()
         if header is not None and header.home == self.replicator.home and (header.txid, header.state) == (head.txid, head.state):
             header.needs_scan = True
@@ -354,6 +358,7 @@ class Boot:
         return self._take_over(local, head, edges)
 
     def _reset(self, head: Head) -> IndexHeader:
+        self._convert()
         header = self.replicator.fresh()
         header.txid, header.state = head.txid, head.state
         header.page_size, header.db_size = head.page_size, 0
@@ -369,6 +374,8 @@ class Boot:
             self.local.path,
             head.txid,
         )
+        self._convert()
+        self.replicator.held = True
         header = self.replicator.fresh()
         self.replicator.learn(header, head, edges)
         header.needs_scan = True
@@ -394,18 +401,26 @@ class Boot:
                 connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
             except apsw.BusyError as error:
                 raise _open_elsewhere(self.local.path) from error
+        self.identity = Identity.of(self.local.path)
         return self._restore(head, edges)
 
-    def _restore(self, head: Head, edges: list[Edge]) -> IndexHeader:
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody has the file open, and it is still what it was when the decision was made."""
         self.local.close()
-        with nobody_else(self.local.path), scratch(self.local.path, self.index) as into:
+        with nobody_else(self.local.path):
+            if Identity.of(self.local.path) != self.identity:
+                raise SnapshotLost(f"{self.local.path} was written to meanwhile")
+            yield
+
+    def _restore(self, head: Head, edges: list[Edge]) -> IndexHeader:
+        with self._alone(), scratch(self.local.path, self.index) as into:
             header = self.replicator.fresh()
             rebuilt = rebuild(self.history, into, head.txid, edges, width=self.replicator.config.concurrency, progress=self.progress)
             return self._put_in_place(into, rebuilt, header)
 
     def _restore_pages(self) -> IndexHeader:
-        self.local.close()
-        with nobody_else(self.local.path), scratch(self.local.path, self.index) as into:
+        with self._alone(), scratch(self.local.path, self.index) as into:
             header = self.replicator.fresh()
             rebuilt = rebuild_from_pages(self.history, into, width=self.replicator.config.concurrency, progress=self.progress)
             if rebuilt is None:
@@ -421,12 +436,12 @@ class Boot:
 
     def _put_in_place(self, into: Scratch, rebuilt: Rebuilt, header: IndexHeader) -> IndexHeader:
         path = self.local.path
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.fchmod(into.fd, os.stat(path).st_mode & 0o777)
-        if not os.path.exists(path):
+        except FileNotFoundError:
             os.fchmod(into.fd, 0o666 & ~_umask())
         self.local.close()
-        self._set_stale_files_aside()
+        aside(path)
         reach("before rename")
         os.rename(into.path, path)
         _sync_directory(path)
@@ -444,9 +459,6 @@ class Boot:
             header.view_txid = header.txid
         logger.info("%s: restored at txid %d (%d pages)", path, header.txid, header.db_size)
         return self._opened(header)
-
-    def _set_stale_files_aside(self) -> None:
-        aside(self.local.path)
 
     def _conflict(self, local: _Local, head: Head) -> ConflictError:
         return ConflictError(

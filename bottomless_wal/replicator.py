@@ -81,6 +81,8 @@ class Replicator:
         self.view = PageView(config, local, index, history)
         self.on_logged = on_logged
         self._sleep = sleep
+        self.held = False
+        """initial_replication=skip: nothing is sent before the next commit, not even by a close."""
         self._fenced: FencedError | None = None
         self._backfilled: tuple[object, ...] | None = None
         self._suspect: tuple[Identity | None, float] | None = None

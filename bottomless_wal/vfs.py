@@ -29,7 +29,7 @@ import apsw
 
 from .checkpointer import AUTOCHECKPOINT_FRAMES
 from .config import Config
-from .errors import ConfigError
+from .errors import ConfigError, ReplicationError
 from .replica import Replica, registry
 from .wal import WalHeader
 
@@ -85,6 +85,11 @@ class _MainFile(apsw.VFSFile):
 
     def _phase_two(self, replica: Replica) -> None:
         try:
+            if self._has_moved():
+                raise ReplicationError(
+                    f"{replica.path} was deleted or replaced while this connection had it open: its commit stands in a file without a name",
+                    hint="Close every connection to it. Opening the path again restores the state in the bucket.",
+                )
             if self._in_wal_mode(replica):
                 replica.committed()
             else:
@@ -101,6 +106,12 @@ class _MainFile(apsw.VFSFile):
             parked = _parked.get(self._connection)
             if parked is not None:
                 parked.pop(replica.path, None)
+
+    def _has_moved(self) -> bool:
+        """Is the file at the path another one by now, or none?"""
+        answer = ctypes.c_int(0)
+        super().xFileControl(apsw.SQLITE_FCNTL_HAS_MOVED, ctypes.addressof(answer))
+        return bool(answer.value)
 
     def _in_wal_mode(self, replica: Replica) -> bool:
         """Without a `-wal` file it can only be the switch to WAL itself, or somebody deleted the file under us."""

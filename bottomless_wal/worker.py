@@ -85,6 +85,7 @@ class Worker:
     def submit(self) -> int:
         """There is something to replicate. Returns a ticket for `wait`."""
         with self._cond:
+            self._replicator.held = False
             self._submitted += 1
             if self._oldest is None:
                 self._oldest = self._clock()
@@ -123,6 +124,7 @@ class Worker:
         """
         end = None if timeout is None else self._clock() + timeout
         with self._cond:
+            self._replicator.held = False
             ticket = self._submitted = self._submitted + 1
             self._urgent = ticket
             self._flush_wanted = ticket
@@ -169,7 +171,7 @@ class Worker:
         Errors are logged and kept in `last_error`.
         """
         with self._cond:
-            if drain and self._fatal is None:
+            if drain and self._fatal is None and not self._replicator.held:
                 self._submitted += 1
                 self._ensure_thread()
             self._stopping = True

@@ -23,6 +23,7 @@ import apsw
 
 from .. import api, layout, vfs
 from ..boot import aside, nobody_else
+from ..crashpoints import reach
 from ..errors import ConfigError, ConflictError, RestoreError
 from ..history import Edge
 from ..local_index import Backlog, Identity, IndexHeader, LocalIndex, boot_id
@@ -228,7 +229,9 @@ def _put_in_place(destination: str, into: Scratch, old: LocalIndex, header: Inde
         mode = os.stat(destination if os.path.exists(destination) else into.index.path).st_mode
         os.fchmod(into.fd, mode & 0o777)
         with _companions_gone(destination):
+            reach("before rename")
             os.rename(into.path, destination)
+    reach("after rename")
     if header is None:
         os.unlink(old.path)
         return

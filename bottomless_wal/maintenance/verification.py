@@ -122,10 +122,13 @@ def _verify_view(target: Target, report: Report, log: LogAudit, head: Head, *, r
     audit = ViewAudit(target, log.hashes, progress)
     faults = audit.look(head)
     report.page_objects = audit.objects
+    began = head.txid
     if faults:
         # A writer that is at work puts its page objects after its segment: what was wrong a moment ago may be right now.
+        faults = audit.look(log.advance(), among=faults)
         head = log.advance()
-        faults = audit.look(head, among=faults)
+        if head.txid > began:
+            faults = audit.settled(faults, began)
     report.txid, report.state_hash, report.page_size, report.pages = head.txid, head.state, head.page_size, head.db_size
     report.restorable = head.txid
     repaired: list[Fault] = []
@@ -197,7 +200,7 @@ def _compare(path: str, hashes: PageHashes, head: Head, report: Report) -> None:
             except SnapshotLost:
                 if look == _LOOKS - 1:
                     raise
-    except (CorruptionError, SnapshotLost, apsw.NotADBError) as error:
+    except (apsw.Error, SnapshotLost) as error:
         report.problems.append(Problem("local", path, str(getattr(error, "message", error)).removeprefix(f"{path} ")))
         return
     finally:

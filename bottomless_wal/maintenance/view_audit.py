@@ -57,6 +57,17 @@ class ViewAudit:
         checked = parallel.ordered(lambda pgno: (pgno, self._read(pgno)), pgnos, self.target.config.concurrency)
         return list(_merged(fault for pgno, found in checked if (fault := self._judge(pgno, found, head, lock)) is not None))
 
+    def settled(self, faults: Iterable[Fault], since: int) -> list[Fault]:
+        """Without the pages that were changed after txid `since`: their objects may just be on their way."""
+        return list(
+            _merged(
+                Fault(fault.kind, pgno, pgno, fault.detail)
+                for fault in faults
+                for pgno in range(fault.first, fault.last + 1)
+                if self.hashes.changed_by(pgno) <= since
+            )
+        )
+
     def _all(self, head: Head) -> Iterator[Fault]:
         """The listing and the pages side by side: both ascend."""
         lock, expected = lock_page(head.page_size), 1

@@ -436,8 +436,11 @@ def _as_nobody(script: str, *arguments: str, world: World) -> subprocess.Complet
 def test_a_directory_that_cannot_be_written(world: World) -> None:
     _history(world)
     here = world.machine()
-    for path in (here.directory, *here.directory.parents):
-        if os.stat(path).st_uid == os.getuid() and path != Path("/tmp"):
+    # Somebody else may do everything, but in that directory.
+    for path in (*world.root.rglob("*"), world.root):
+        os.chmod(path, 0o777)
+    for path in world.root.parents:
+        if os.stat(path).st_uid == os.getuid() and not os.stat(path).st_mode & 0o5:
             os.chmod(path, os.stat(path).st_mode | 0o055)
     os.chmod(here.directory, 0o555)
     script = """
