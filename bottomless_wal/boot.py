@@ -24,6 +24,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import islice
 from typing import Final
 
 import apsw
@@ -31,7 +32,7 @@ import apsw
 from . import layout, parallel
 from .crashpoints import reach
 from .errors import ConflictError, CorruptionError, ReplicationError, StoreError
-from .history import Edge, Head
+from .history import Edge, Head, plan
 from .local_index import Backlog, Identity, IndexHeader, boot_id
 from .pageview import UNKNOWN_SIZE
 from .replicator import Replicator
@@ -131,8 +132,9 @@ class Boot:
             except SnapshotLost as lost:
                 logger.info("%s: %s: looking again", self.local.path, lost)
             except (apsw.NotADBError, apsw.CorruptError) as error:
+                what = "not an SQLite database" if isinstance(error, apsw.NotADBError) else "a damaged SQLite database"
                 raise CorruptionError(
-                    f"{self.local.path} is no sound SQLite database: {error}",
+                    f"{self.local.path} is {what}: {error}",
                     hint="Open the right file, or move this one away: with nothing at the path, the state in the bucket is restored.",
                 ) from error
         raise ReplicationError(f"{self.local.path} kept changing while it was opened", hint="Open it again.")
@@ -184,11 +186,9 @@ class Boot:
             return self._restore(head_state, edges)
         if local is None:
             raise AssertionError("every other action needs a local state")
-        if self.action is Action.RESUME:
-            return self._take_over(local, head_state, edges)
         if self.action is Action.FAST_FORWARD:
             return self._fast_forward(head_state, edges)
-        if self.action is Action.CATCH_UP:
+        if self.action in (Action.RESUME, Action.CATCH_UP):
             return self._catch_up(local, head_state, edges)
         if self.action is Action.RESET:
             return self._reset(head_state)
@@ -332,7 +332,9 @@ class Boot:
         return header
 
     def _start(self) -> IndexHeader:
-        # Files left beside an empty database are SQLite's to judge: another process may be making it a database right now.
+        # Files beside an empty one are SQLite's to judge: another process may be making it a database right now.
+        if not os.path.exists(self.local.path):
+            aside(self.local.path)
         return self._opened(self.replicator.fresh())
 
     def _resume(self, header: IndexHeader) -> IndexHeader:
@@ -385,12 +387,43 @@ class Boot:
     def _take_over(self, local: _Local, head: Head, edges: list[Edge]) -> IndexHeader:
         """The local file is, or descends from, the head, and the index was lost or stale: it is made anew."""
         header = self.replicator.fresh()
-        self.replicator.learn(header, head, edges)
+        if local.state == head.state:
+            self._learn_locally(header, head, edges)
+        else:
+            self.replicator.learn(header, head, edges)
         header.needs_scan = True  # finds the position, and the difference if there is one
         header.change_counter = local.change_counter
         header.identity = Identity.of(self.local.path)
         self.replicator.scan(header)
         return self._opened(header)
+
+    def _learn_locally(self, header: IndexHeader, head: Head, edges: list[Edge]) -> None:
+        """The local file is the head: its own pages give the index. Only what the page view has missed is asked of the log."""
+        last = max(edges, key=lambda edge: (edge.post, edge.pre))
+        found = self.history.header(last.pre, last.post)
+        view_txid = min(found.view_txid, head.txid) if found is not None else 0
+        with self.local.snapshot() as tip:
+            pages = self.local.pages(tip, self.local.shape(tip))
+            while some := list(islice(pages, 4096)):
+                self.index.record([pgno for pgno, _ in some], [page_hash(pgno, page) for pgno, page in some], view_txid)
+        if self.index.state(head.db_size) != head.state:
+            raise SnapshotLost(f"{self.local.path} was written to meanwhile")
+        chain = plan(edges, head.txid, start=view_txid)
+        if chain is None:
+            logger.info("%s: the page view is put anew, for nothing tells what it has missed", self.local.path)
+            view_txid, chain = 0, []
+            for first in range(1, head.db_size + 1, 65536):
+                hashes = self.index.entries(first, min(65536, head.db_size - first + 1))[0]
+                self.index.record(range(first, first + len(hashes)), hashes, head.txid)
+        for edge in chain:
+            segment = self.history.segment(edge.pre, edge.post)
+            missed = [] if segment is None else [row for row in self.history.tables(segment) if row[0] <= head.db_size]
+            pgnos = [pgno for pgno, _ in missed]
+            self.index.record(pgnos, self.index.hashes(pgnos), edge.post)
+        header.txid, header.state = head.txid, head.state
+        header.page_size, header.db_size = head.page_size, head.db_size
+        header.view_txid, header.view_size = view_txid, UNKNOWN_SIZE
+        header.proved_ms = int(self.history.store.now() * 1000)
 
     def _fast_forward(self, head: Head, edges: list[Edge]) -> IndexHeader:
         # The main file must be whole by itself before its WAL goes: a crash in between leaves an earlier state, not a torn one.

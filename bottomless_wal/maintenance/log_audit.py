@@ -20,6 +20,7 @@ from .target import Target
 __all__ = ["LogAudit", "Problem"]
 
 _READ_AHEAD: Final = 48 << 20
+_FRESH_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class LogAudit:
         self.notes: list[str] = []
         self.segments = self.bodies = self.txid = self.restorable = 0
         self.chain: list[Edge] = []
+        self._made = 0.0
         self.told: Head | None = None  # the head as its own segment tells it
 
     def run(self) -> Head | None:
@@ -89,6 +91,10 @@ class LogAudit:
             self.chain.append(edge)
             self.txid = self.restorable = edge.post
         return self._head()
+
+    def fresh(self) -> bool:
+        """Was the head made only just now, by the server's clock?"""
+        return self.target.store.now() - self._made < _FRESH_SECONDS
 
     def _head(self) -> Head:
         return Head(self.txid, self.hashes.state, self.hashes.page_size, self.hashes.db_size)
@@ -203,6 +209,7 @@ class LogAudit:
             self.hashes.apply(found.header, self.history.tables(found))
         except CorruptionError as error:
             return "corrupt", *_named(error, key)
+        self._made = found.header.commits[-1].time_ms / 1000
         if self.hashes.state != found.header.post_hash:
             return "corrupt", key, f"leads to the state {self.hashes.state:016x}, not to {found.header.post_hash:016x} as it says"
         return None

@@ -14,7 +14,7 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -35,6 +35,8 @@ from .view_audit import Fault, ViewAudit
 __all__ = ["Report", "verify"]
 
 _LOOKS: Final = 10
+_LOOKS_AGAIN: Final = 6
+_PAUSE: Final = 0.2
 
 
 @dataclass(slots=True)
@@ -118,17 +120,32 @@ def _page_hashes() -> Iterator[PageHashes]:
 # --- the page view -----------------------------------------------------------------------------------------------------
 
 
-def _verify_view(target: Target, report: Report, log: LogAudit, head: Head, *, repair: bool, progress: Progress | None) -> Head:
+def _verify_view(
+    target: Target,
+    report: Report,
+    log: LogAudit,
+    head: Head,
+    *,
+    repair: bool,
+    progress: Progress | None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Head:
     audit = ViewAudit(target, log.hashes, progress)
     faults = audit.look(head)
     report.page_objects = audit.objects
     began = head.txid
-    if faults:
+    for look in range(_LOOKS_AGAIN):
+        if not faults:
+            break
         # A writer that is at work puts its page objects after its segment: what was wrong a moment ago may be right now.
+        if look:
+            sleep(_PAUSE)
         faults = audit.look(log.advance(), among=faults)
         head = log.advance()
         if head.txid > began:
-            faults = audit.settled(faults, began)
+            faults = audit.unchanged_since(began, faults)
+        if not (audit.unchanged_since(head.txid - 1, faults) != faults and log.fresh()):
+            break
     report.txid, report.state_hash, report.page_size, report.pages = head.txid, head.state, head.page_size, head.db_size
     report.restorable = head.txid
     repaired: list[Fault] = []

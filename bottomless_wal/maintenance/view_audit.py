@@ -57,14 +57,14 @@ class ViewAudit:
         checked = parallel.ordered(lambda pgno: (pgno, self._read(pgno)), pgnos, self.target.config.concurrency)
         return list(_merged(fault for pgno, found in checked if (fault := self._judge(pgno, found, head, lock)) is not None))
 
-    def settled(self, faults: Iterable[Fault], since: int) -> list[Fault]:
-        """Without the pages that were changed after txid `since`: their objects may just be on their way."""
+    def unchanged_since(self, txid: int, faults: Iterable[Fault]) -> list[Fault]:
+        """Without the pages that were changed after `txid`: their objects may just be on their way."""
         return list(
             _merged(
                 Fault(fault.kind, pgno, pgno, fault.detail)
                 for fault in faults
                 for pgno in range(fault.first, fault.last + 1)
-                if self.hashes.changed_by(pgno) <= since
+                if self.hashes.changed_by(pgno) <= txid
             )
         )
 

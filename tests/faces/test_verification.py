@@ -218,7 +218,7 @@ def test_a_repair_stops_when_the_history_goes_on(shop: Shop, monkeypatch: pytest
     assert not report.ok
     assert found(report) == [("missing", shop.page(2))]
     assert "went on during the repair" in report.notes[-1]
-    assert shop.page(2) not in shop.keys()
+    assert shop.page(2) not in shop.keys(layout.page_prefix("app.db"))
 
 
 def test_a_view_that_nobody_promised(shop: Shop) -> None:
@@ -295,5 +295,5 @@ def test_page_objects_without_a_log(shop: Shop) -> None:
 
 def test_nothing_is_stored(shop: Shop) -> None:
     shop.trade()
-    with pytest.raises(RestoreError, match="nothing is stored as 'nothing.db'"):
+    with pytest.raises(RestoreError, match=r"nothing is stored as 'nothing\.db'"):
         bottomless_wal.verify(shop.path.with_name("nothing.db"), **shop.options)

@@ -1,0 +1,249 @@
+"""Many threads, many connections, several processes on one file: all are covered, and company makes fewer segments than commits."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import apsw
+import pytest
+from worlds import Machine, World, refusal, rows, spawn
+
+import bottomless_wal
+
+
+def _together(count: int, work: Callable[[int], None]) -> None:
+    """Runs `work(0..count-1)` in threads, and raises the first error of any."""
+    errors: list[BaseException] = []
+
+    def run(number: int) -> None:
+        try:
+            work(number)
+        except BaseException as error:  # noqa: BLE001 - raised below
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _made(world: World, **options: object) -> tuple[Machine, apsw.Connection]:
+    here = world.machine()
+    con = here.connect(**options)
+    con.execute("CREATE TABLE t(thread, n)")
+    bottomless_wal.flush(con)
+    return here, con
+
+
+@pytest.mark.parametrize("ack", ["pages", "log", "local"])
+def test_threads_with_a_connection_each(world: World, ack: str) -> None:
+    here, con = _made(world, ack=ack)
+
+    def work(number: int) -> None:
+        mine = here.connect(ack=ack)
+        mine.set_busy_timeout(30000)
+        for n in range(20):
+            mine.execute("INSERT INTO t VALUES (?, ?)", (number, n))
+        mine.close()
+
+    _together(8, work)
+    assert rows(con) == 160
+    bottomless_wal.flush(con)
+    world.stored(con)
+    con.close()
+    world.comes_back(here)
+
+
+def test_each_row_is_stored_when_its_own_commit_returns(world: World) -> None:
+    here, con = _made(world, ack="log")
+    del con
+
+    def work(number: int) -> None:
+        mine = here.connect(ack="log")
+        mine.set_busy_timeout(30000)
+        for n in range(8):
+            mark = f"mark {number} {n} {os.urandom(4).hex()}"
+            mine.execute("INSERT INTO t VALUES (?, ?)", (number, mark))
+            assert mark.encode() in world.bucket.log_image("app.db")
+
+    _together(4, work)
+
+
+def test_group_commit_makes_fewer_segments_than_commits(world: World) -> None:
+    here, con = _made(world)
+    store = refusal(con)
+    store.rules.append(lambda kind, key: time.sleep(0.02) if kind == "create" else None)
+    before = world.bucket.head("app.db")
+
+    def work(number: int) -> None:
+        mine = here.connect()
+        mine.set_busy_timeout(30000)
+        for n in range(10):
+            mine.execute("INSERT INTO t VALUES (?, ?)", (number, n))
+
+    began = time.monotonic()
+    _together(8, work)
+    took = time.monotonic() - began
+    segments = world.bucket.head("app.db") - before
+    assert segments < 45, "80 commits of 8 threads"
+    assert took < 80 * 0.02, "which is what one at a time would take at least"
+    positions = sum(len(world.bucket.segment("app.db", pre, post).positions) for pre, post in world.bucket.edges("app.db")[before:])
+    assert positions == 80, "each local commit is listed"
+    world.stored(con)
+
+
+def test_one_connection_used_by_many_threads_in_turn(world: World) -> None:
+    here, con = _made(world)
+    lock = threading.Lock()
+
+    def work(number: int) -> None:
+        for n in range(10):
+            with lock:
+                con.execute("INSERT INTO t VALUES (?, ?)", (number, n))
+
+    _together(4, work)
+    world.stored(con)
+    con.close()
+    world.comes_back(here)
+
+
+def test_threads_commit_while_others_checkpoint_and_vacuum(world: World) -> None:
+    here, con = _made(world)
+    stop = threading.Event()
+
+    def checkpoints() -> None:
+        mine = here.connect()
+        kinds = [apsw.SQLITE_CHECKPOINT_PASSIVE, apsw.SQLITE_CHECKPOINT_FULL, apsw.SQLITE_CHECKPOINT_RESTART, apsw.SQLITE_CHECKPOINT_TRUNCATE]
+        count = 0
+        while not stop.is_set():
+            try:
+                mine.wal_checkpoint(mode=kinds[count % 4])
+                if count % 10 == 9:
+                    mine.execute("VACUUM")
+            except (apsw.BusyError, apsw.LockedError):
+                pass
+            count += 1
+
+    other = threading.Thread(target=checkpoints)
+    other.start()
+
+    def work(number: int) -> None:
+        mine = here.connect()
+        mine.set_busy_timeout(30000)
+        for n in range(25):
+            mine.execute("INSERT INTO t VALUES (?, randomblob(5000))", (number,))
+            if n % 10 == 9:
+                mine.execute("DELETE FROM t WHERE thread = ? AND rowid % 2", (number,))
+
+    try:
+        _together(3, work)
+    finally:
+        stop.set()
+        other.join()
+    bottomless_wal.flush(con)
+    world.stored(con)
+    con.close()
+    world.comes_back(here)
+
+
+def test_two_databases_do_not_hold_each_other_up(world: World) -> None:
+    here, con = _made(world)
+    other = here.connect("other.db")
+    other.execute("CREATE TABLE t(x)")
+    gate = threading.Event()
+    refusal(con).rules.append(lambda kind, key: None if gate.wait(20) else None)
+    thread = threading.Thread(target=lambda: con.execute("INSERT INTO t VALUES (1, 1)"))
+    thread.start()
+    try:
+        other.execute("INSERT INTO t VALUES (1)")
+        world.stored(other, "other.db")
+    finally:
+        gate.set()
+        thread.join()
+
+
+PROCESS = """
+import threading
+con = connect(argv[0])
+con.set_busy_timeout(60000)
+def work(number):
+    mine = connect(argv[0])
+    mine.set_busy_timeout(60000)
+    for n in range(int(argv[2])):
+        mine.execute("INSERT INTO t VALUES (?, ?)", (f"{argv[1]}.{number}", n))
+        print(f"{argv[1]}.{number} {n}", flush=True)
+    mine.close()
+threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+[t.start() for t in threads]; [t.join() for t in threads]
+con.close()
+"""
+
+
+@pytest.mark.parametrize("ack", ["pages", "log", "local"])
+def test_several_processes_on_one_file(two_worlds: World, ack: str) -> None:
+    here, con = _made(two_worlds, ack=ack)
+    if ack == "log":
+        con.close()  # the processes come and go by themselves
+    processes = [spawn(PROCESS, here.path(), str(n), "8", options={**two_worlds.options, "ack": ack}) for n in range(2)]
+    for process in processes:
+        out, err = process.communicate(timeout=90)
+        assert process.returncode == 0, err
+        assert len(out.splitlines()) == 24
+    if ack == "log":
+        con = here.connect(ack=ack)
+    assert rows(con) == 48
+    bottomless_wal.flush(con)
+    two_worlds.stored(con)
+    con.close()
+    two_worlds.comes_back(here)
+
+
+def test_a_process_that_is_killed_leaves_no_lock_behind(world: World) -> None:
+    here, con = _made(world)
+    process = spawn(PROCESS, here.path(), "0", "100000", options=world.options)
+    assert process.stdout is not None
+    acknowledged = [process.stdout.readline() for _ in range(10)]
+    process.kill()
+    acknowledged += process.communicate()[0].splitlines()
+    con.set_busy_timeout(30000)
+    con.execute("INSERT INTO t VALUES ('survivor', 1)")
+    bottomless_wal.flush(con)
+    world.stored(con)
+    # What it was told is stored; and at most one commit of each of its threads that it was not.
+    done = {f"{thread} {n}" for thread, n in con.execute("SELECT thread, n FROM t")}
+    assert {line.strip() for line in acknowledged} <= done
+    con.close()
+    world.comes_back(here)
+
+
+def test_the_wal_does_not_grow_without_end_while_commits_never_pause(world: World) -> None:
+    here, con = _made(world, pages="off")
+    stop = threading.Event()
+    largest = 0
+
+    def work() -> None:
+        mine = here.connect(pages="off")
+        mine.set_busy_timeout(30000)
+        while not stop.is_set():
+            mine.execute("INSERT INTO t VALUES (1, randomblob(16000))")
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + 30
+    while time.monotonic() < end and rows(con) < 4000:  # some 20,000 frames
+        time.sleep(0.05)
+        largest = max(largest, os.path.getsize(here.path("app.db-wal")))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert rows(con) >= 2000
+    assert largest < 10000 * 4120, f"{largest // 4120} frames"
+    bottomless_wal.flush(con)
+    assert world.bucket.log_image("app.db") == con.serialize("main")
