@@ -55,6 +55,7 @@ class _MainFile(apsw.VFSFile):
         self._connection = 0
         self._converting = False
         super().__init__("", filename, flags)
+        self._read_only = bool(flags[1] & apsw.SQLITE_OPEN_READONLY)
 
     def xFileControl(self, op: int, ptr: int) -> bool:
         if op == apsw.SQLITE_FCNTL_COMMIT_PHASETWO:
@@ -67,6 +68,9 @@ class _MainFile(apsw.VFSFile):
         return super().xFileControl(op, ptr)
 
     def xLock(self, level: int) -> None:
+        if self._read_only and level > apsw.SQLITE_LOCK_SHARED:
+            # SQLite asks for more at the last close, and takes no for an answer; the system's own no would reach the caller as an error.
+            raise apsw.BusyError("opened read-only")
         if level == apsw.SQLITE_LOCK_RESERVED and self._replica is not None:
             self._replica.check_process()
             if not self._converting:

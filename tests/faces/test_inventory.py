@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import apsw
 import pytest
@@ -72,29 +73,20 @@ def test_a_file_and_its_history(shop: Shop) -> None:
     connection.close()
 
 
-def test_a_file_with_commits_that_are_not_stored(shop: Shop) -> None:
+def test_a_file_with_commits_that_are_not_stored(shop: Shop, tmp_path: Path) -> None:
     shop.trade()
-    child = os.fork()
-    if child == 0:
-        os.rename(shop.store.describe().split("'")[1], shop.path.parent.parent / "unplugged")
-        connection = shop.open(retry_timeout=0)
-        os._exit(0 if connection else 1)
-    os.waitpid(child, 0)
-    if (shop.path.parent.parent / "unplugged").exists():
-        os.rename(shop.path.parent.parent / "unplugged", shop.store.describe().split("'")[1])
+    bucket = tmp_path / shop.endpoint.bucket
     child = os.fork()
     if child == 0:
         connection = shop.open()
-        bucket = shop.store.describe().split("'")[1]
-        os.rename(bucket, bucket + "-unplugged")
+        bucket.rename(tmp_path / "unplugged")
         try:
             connection.execute("INSERT INTO sales(goods) VALUES ('not stored')")
         except bottomless_wal.ReplicationError:
             os._exit(7)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    bucket = shop.store.describe().split("'")[1]
-    os.rename(bucket + "-unplugged", bucket)
+    (tmp_path / "unplugged").rename(bucket)
     seen = inspect(shop)
     assert (seen.in_step, seen.pending) == (False, True)
     assert "not stored yet" in seen.relation
