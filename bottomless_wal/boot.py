@@ -20,30 +20,29 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import islice
 from typing import Final
 
 import apsw
 
-from . import layout, parallel
+from . import layout
 from .crashpoints import reach
 from .errors import ConflictError, CorruptionError, ReplicationError, StoreError
 from .history import Edge, Head, plan
 from .local_index import Backlog, Identity, IndexHeader, boot_id
 from .pageview import UNKNOWN_SIZE
+from .placing import LocalState, Relation, local_state, relate
+from .replacement import aside, nobody_else, open_elsewhere, put_in_place
 from .replicator import Replicator
 from .restore import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch
-from .segment import Header, page_hash
+from .segment import page_hash
 from .snapshot import SnapshotLost
 from .staging import IndexLost
-from .standing import Standing, position_of, standing
-from .wal import Position
+from .standing import Standing, standing
 
-__all__ = ["Action", "Boot", "Relation", "Remote", "aside", "decide", "nobody_else"]
+__all__ = ["Action", "Boot", "Relation", "Remote", "decide"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,15 +55,6 @@ class Remote(Enum):
     NOTHING = auto()
     PAGES = auto()
     HISTORY = auto()
-
-
-class Relation(Enum):
-    """How a local state that is not empty stands to a history."""
-
-    HEAD = auto()
-    EARLIER = auto()
-    DESCENDS = auto()
-    UNKNOWN = auto()
 
 
 class Action(Enum):
@@ -98,17 +88,6 @@ def decide(empty: bool, remote: Remote, relation: Relation | None, policy: str) 
     if relation is Relation.DESCENDS:
         return Action.CATCH_UP
     return _POLICY[policy]
-
-
-@dataclass(frozen=True, slots=True)
-class _Local:
-    """The local state, found by a scan: its hash, its end in the WAL, and what it looks like."""
-
-    state: int
-    position: Position | None
-    page_size: int
-    db_size: int
-    change_counter: int
 
 
 class Boot:
@@ -167,11 +146,14 @@ class Boot:
         if reset and not empty and head_state is not None:
             self.action = Action.RESET
             return self._reset(head_state)
-        local: _Local | None = None
+        local: LocalState | None = None
         relation: Relation | None = None
         if not empty and head_state is not None:
-            local = self._scan(known)
-            relation = self._relate(local, head_state, edges)
+            local = local_state(self.local, known)
+            relation = relate(
+                local, head_state, edges, self.local, self.index, self.history,
+                home=self.replicator.home, width=self.replicator.config.concurrency,
+            )  # fmt: skip
         self.action = decide(empty, remote, relation, self.policy)
         logger.info("%s: %s", path, self.action.name.lower().replace("_", " "))
         if self.action is Action.START:
@@ -245,84 +227,6 @@ class Boot:
         finally:
             connection.close()
 
-    # --- relations -----------------------------------------------------------------------------------------------------
-
-    def _scan(self, known: IndexHeader | None) -> _Local:
-        """The local state. The index already knows it when it can be believed and nothing is pending."""
-        with self.local.snapshot() as tip:
-            shape = self.local.shape(tip)
-            position = position_of(self.local, tip)
-            if known is not None and known.position == position:
-                return _Local(known.state, position, known.page_size, known.db_size, shape.change_counter)
-            state = 0
-            for pgno, page in self.local.pages(tip, shape):
-                state ^= page_hash(pgno, page)
-            return _Local(state, position, shape.page_size, shape.db_size, shape.change_counter)
-
-    def _relate(self, local: _Local, head: Head, edges: list[Edge]) -> Relation:
-        if local.state == head.state:
-            return Relation.HEAD
-        if self._is_earlier(local, edges):
-            return Relation.EARLIER
-        return Relation.DESCENDS if self._descends(local, head) or self._continues(head, edges) else Relation.UNKNOWN
-
-    def _is_earlier(self, local: _Local, edges: list[Edge]) -> bool:
-        """Is the local state, by its hash or by its place in a WAL, one that a segment lists? Newest first."""
-
-        def load(edge: Edge) -> Header | None:
-            try:
-                return self.history.header(edge.pre, edge.post)
-            except CorruptionError as error:
-                logger.warning("%s", error.message)
-                return None
-
-        newest_first = sorted(edges, key=lambda edge: (-edge.post, -edge.pre))
-        for header in parallel.ordered(load, newest_first, self.replicator.config.concurrency):
-            if header is None:
-                continue
-            if any(commit.post == local.state for commit in header.commits) or header.pre_hash == local.state != 0:
-                return True
-            if local.position is not None and local.position in header.positions:
-                return True
-        return False
-
-    def _descends(self, local: _Local, head: Head) -> bool:
-        """Did the index stand at the head, and did this very file go on from there?"""
-        header = self.index.load()
-        now = Identity.of(self.local.path)
-        if header is None or header.home != self.replicator.home or header.identity is None or now is None:
-            return False
-        if (header.txid, header.state) != (head.txid, head.state):
-            return False
-        if (header.identity.device, header.identity.inode) != (now.device, now.inode):
-            return False
-        if local.change_counter < header.change_counter:
-            return False
-        known, position = header.position, local.position
-        if known is None or position is None:
-            return True
-        restarts = (position.salt1 - known.salt1) & 0xFFFFFFFF
-        if restarts:
-            return restarts < 1 << 31
-        return position.salt2 == known.salt2 and position.frame >= known.frame
-
-    def _continues(self, head: Head, edges: list[Edge]) -> bool:
-        """Does the local WAL begin with the very frames that the head's commit ended with?"""
-        last = max(edges, key=lambda edge: (edge.post, edge.pre))
-        header = self.history.header(last.pre, last.post)
-        if header is None or header.post != head.txid or not header.positions:
-            return False
-        position = header.positions[-1]
-        with self.local.pinned():
-            tip = self.local.tip()
-            return (
-                tip.header is not None
-                and self.local.wal.header() == tip.header
-                and (position.salt1, position.salt2) == (tip.header.salt1, tip.header.salt2)
-                and 0 < position.frame <= tip.frames
-                and self.local.wal.position(tip.header, position.frame) == position
-            )
-
     # --- the actions ---------------------------------------------------------------------------------------------------
 
     def _opened(self, header: IndexHeader) -> IndexHeader:
@@ -347,7 +251,7 @@ class Boot:
         self.replicator.scan(header, background=True)
         return self._opened(header)
 
-    def _catch_up(self, local: _Local, head: Head, edges: list[Edge]) -> IndexHeader:
+    def _catch_up(self, local: LocalState, head: Head, edges: list[Edge]) -> IndexHeader:
         self._convert()
         header = self.index.load()
         if header is not None and header.home == self.replicator.home and (header.txid, header.state) == (head.txid, head.state):
@@ -384,7 +288,7 @@ class Boot:
         header.identity = Identity.of(self.local.path)
         return self._opened(header)
 
-    def _take_over(self, local: _Local, head: Head, edges: list[Edge]) -> IndexHeader:
+    def _take_over(self, local: LocalState, head: Head, edges: list[Edge]) -> IndexHeader:
         """The local file is, or descends from, the head, and the index was lost or stale: it is made anew."""
         header = self.replicator.fresh()
         if local.state == head.state:
@@ -433,7 +337,7 @@ class Boot:
             try:
                 connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
             except apsw.BusyError as error:
-                raise _open_elsewhere(self.local.path) from error
+                raise open_elsewhere(self.local.path) from error
         self.identity = Identity.of(self.local.path)
         return self._restore(head, edges)
 
@@ -469,16 +373,8 @@ class Boot:
 
     def _put_in_place(self, into: Scratch, rebuilt: Rebuilt, header: IndexHeader) -> IndexHeader:
         path = self.local.path
-        try:
-            os.fchmod(into.fd, os.stat(path).st_mode & 0o777)
-        except FileNotFoundError:
-            os.fchmod(into.fd, 0o666 & ~_umask())
         self.local.close()
-        aside(path)
-        reach("before rename")
-        os.rename(into.path, path)
-        _sync_directory(path)
-        reach("after rename")
+        put_in_place(into.path, into.fd, path)
         header.txid, header.state = rebuilt.txid, rebuilt.state
         header.page_size, header.db_size = rebuilt.page_size, rebuilt.db_size
         header.view_txid = min(rebuilt.view_txid, rebuilt.txid)
@@ -493,69 +389,12 @@ class Boot:
         logger.info("%s: restored at txid %d (%d pages)", path, header.txid, header.db_size)
         return self._opened(header)
 
-    def _conflict(self, local: _Local, head: Head) -> ConflictError:
+    def _conflict(self, local: LocalState, head: Head) -> ConflictError:
         return ConflictError(
-            f"{self.local.path} (state {local.state:016x}, {local.db_size} pages) is no state of the history of {self.history.name!r} in "
-            f"{self.history.store.describe()} (head: txid {head.txid}, state {head.state:016x}, {head.db_size} pages). Nothing was changed",
-            hint="To go on from the remote history: move the local file away, or `bottomless-wal restore --force`. To make the local file the "
-            "truth: `bottomless-wal reset --from-local`, or open it with initial_replication=force (a reset at once) or skip (at the next commit).",
+            f"{self.local.path} (state {local.state:016x}, {local.db_size} pages) is no state of the history of {self.history.name!r} "
+            f"in {self.history.store.describe()} (head: txid {head.txid}, state {head.state:016x}, {head.db_size} pages). "
+            "Nothing was changed",
+            hint="To go on from the remote history: move the local file away, or `bottomless-wal restore --force`. To make the local "
+            "file the truth: `bottomless-wal reset --from-local`, or open it with initial_replication=force (a reset at once) or skip "
+            "(at the next commit).",
         )
-
-
-def _open_elsewhere(path: str) -> ConflictError:
-    return ConflictError(
-        f"{path} has to be replaced by the state in the bucket, and is open elsewhere",
-        hint="Close every connection to it, in all processes, and open it again.",
-    )
-
-
-@contextlib.contextmanager
-def nobody_else(path: str) -> Iterator[None]:
-    """Holds SQLite's exclusive lock on the file at `path`, if there is one, while it is replaced.
-
-    Raises:
-        ConflictError: a connection, of whatever process, has it open.
-    """
-    if not os.path.exists(path):
-        yield
-        return
-    file = apsw.VFSFile("", path, [apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_MAIN_DB, 0])
-    try:
-        try:
-            file.xLock(apsw.SQLITE_LOCK_SHARED)
-            file.xLock(apsw.SQLITE_LOCK_EXCLUSIVE)
-        except apsw.BusyError as error:
-            raise _open_elsewhere(path) from error
-        try:
-            yield
-        finally:
-            file.xUnlock(apsw.SQLITE_LOCK_NONE)
-    finally:
-        file.xClose()
-
-
-def aside(path: str) -> None:
-    """Renames leftovers of an earlier file at `path`: beside a restored file a stale WAL would silently open the old database."""
-    for ending in ("-wal", "-journal"):
-        if os.path.exists(path + ending) and os.path.getsize(path + ending) == 0:
-            os.unlink(path + ending)
-        if os.path.exists(path + ending):
-            target = f"{path}{ending}-stale-{secrets.token_hex(4)}"
-            logger.warning("%s belongs to no database: renamed to %s", path + ending, target)
-            os.rename(path + ending, target)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path + "-shm")
-
-
-def _umask() -> int:
-    current = os.umask(0o077)
-    os.umask(current)
-    return current
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

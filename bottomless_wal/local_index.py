@@ -2,32 +2,7 @@
 
 Like SQLite's `-shm` it is only a cache: when it is missing, stale, dirty or damaged, one scan of the database rebuilds it.
 Its file is also the replicator's lock between processes (`flock`, which belongs to an open file description, so that two
-threads must still exclude each other by a mutex). All numbers are big-endian:
-
-    offset  size  field
-         0     8  magic "BWALIDX1"
-         8     4  flags: 1 needs scan, 2 closed cleanly, 4 the WAL is gone, 8 identity known
-        12     4  page size in bytes, 0 before the first commit
-        16    16  home: hash of the endpoint, the bucket and the database's name in it
-        32    16  writer id, for messages only
-        48    16  boot id of the machine
-        64     8  txid
-        72     8  state hash
-        80     4  database size in pages
-        84     4  change counter of page 1
-        88     8  view txid: the page objects of every commit up to here were put ...
-        96    20  ... except those of a backlog: pages of commits in (from, to], from the cursor on (u64, u64, u32)
-       116     4  view size: no page object beyond this number exists
-       120     8  milliseconds since 1970, the server's, at which txid was last proved to be the head
-       128    20  WAL position (wal.Position)
-       148    40  identity of the main file: device, inode, size, mtime_ns, ctime_ns
-       188     8  sequence number of the last seal that this header takes into account
-       196     4  number of intents
-       200    8n  intents: post hashes under which txid + 1 may have been put
-             4  CRC-32 of everything before
-     15872    52  the seal: sequence u64, flags u32 (1 covered, 2 from gone, 4 to gone, 8 from anywhere), salts u32 u32,
-                  position 20, CRC-32
-     16384  16 a page  entries, page 1 first: u64 page hash, u64 txid of the last change
+threads must still exclude each other by a mutex). The bytes are told by `index_format`.
 
 Invariants:
 
@@ -45,215 +20,20 @@ import fcntl
 import functools
 import operator
 import os
-import struct
 import sys
 import threading
-import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, TypeVar
 
+from .index_format import ENTRY_SIZE, HEADER_SIZE, MAX_INTENTS, SEAL_OFFSET, SEAL_SIZE, Backlog, Identity, IndexHeader, Seal
 from .wal import Position
 
 __all__ = ["ENTRY_SIZE", "HEADER_SIZE", "MAX_INTENTS", "Backlog", "Identity", "IndexHeader", "LocalIndex", "Seal", "boot_id"]
 
-MAGIC: Final = b"BWALIDX1"
-HEADER_SIZE: Final = 16384
-ENTRY_SIZE: Final = 16
-SEAL_OFFSET: Final = 15872
-_FIXED: Final = struct.Struct(">8sII16s16s16sQQIIQQQIIQ20sQQQQQQI")
-_SEAL: Final = struct.Struct(">QIII20s")
-MAX_INTENTS: Final = (SEAL_OFFSET - _FIXED.size - 4) // 8
-_NEEDS_SCAN, _CLEAN, _GONE, _IDENTITY = 1, 2, 4, 8
-_NO_POSITION: Final = bytes(20)
 _LONGEST_RUN: Final = 65536
 
 R = TypeVar("R")
-
-
-class Identity(NamedTuple):
-    """What `stat` says of the main file; any change behind our back changes it."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-    @classmethod
-    def of(cls, path: str) -> Identity | None:
-        """The identity of the file at `path`, or None when there is none."""
-        try:
-            st = os.stat(path)
-        except FileNotFoundError:
-            return None
-        return cls(st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
-
-
-class Backlog(NamedTuple):
-    """Page objects still to be put: of pages last changed by commits in (after, upto], page `cursor` and beyond."""
-
-    after: int
-    upto: int
-    cursor: int
-
-
-class Seal(NamedTuple):
-    """What a restart of the WAL leaves behind: the WAL with the salts `before` ended, and `after` is the position in what follows.
-
-    `covered`: the position that the index had then covered all of that WAL. `before` None: there was no WAL; `after` None: there is none now.
-    `anywhere`: whatever the index's position was, it proves nothing any more.
-    """
-
-    sequence: int
-    before: tuple[int, int] | None
-    after: Position | None
-    covered: bool
-    anywhere: bool = False
-
-    def encode(self) -> bytes:
-        """The record's bytes."""
-        flags = self.covered | (self.before is None) << 1 | (self.after is None) << 2 | self.anywhere << 3
-        body = _SEAL.pack(self.sequence, flags, *(self.before or (0, 0)), self.after.pack() if self.after else _NO_POSITION)
-        return body + struct.pack(">I", zlib.crc32(body))
-
-    @classmethod
-    def decode(cls, data: bytes) -> Seal | None:
-        """The inverse; None for anything that `encode` did not write."""
-        if len(data) != _SEAL.size + 4 or zlib.crc32(data[:-4]) != struct.unpack_from(">I", data, _SEAL.size)[0]:
-            return None
-        sequence, flags, salt1, salt2, position = _SEAL.unpack_from(data)
-        if not sequence:
-            return None
-        return cls(
-            sequence,
-            None if flags & 2 else (salt1, salt2),
-            None if flags & 4 else Position.unpack(position),
-            bool(flags & 1),
-            bool(flags & 8),
-        )
-
-
-@dataclass(slots=True)
-class IndexHeader:
-    """The index's header, as a value. `position` None: there is no WAL, the main file holds everything."""
-
-    home: bytes
-    writer: bytes
-    boot: bytes
-    page_size: int = 0
-    txid: int = 0
-    state: int = 0
-    db_size: int = 0
-    change_counter: int = 0
-    view_txid: int = 0
-    backlog: Backlog | None = None
-    view_size: int = 0
-    proved_ms: int = 0
-    position: Position | None = None
-    needs_scan: bool = False
-    clean: bool = False
-    identity: Identity | None = None
-    seal_sequence: int = 0
-    intents: list[int] = field(default_factory=list)
-
-    @property
-    def view_complete(self) -> int:
-        """The txid up to which the page view holds everything."""
-        return self.view_txid if self.backlog is None else min(self.view_txid, self.backlog.after)
-
-    def absorb(self, seal: Seal | None) -> None:
-        """Follows what a restart of the WAL has left behind since this header was written."""
-        if seal is None or seal.sequence <= self.seal_sequence:
-            return
-        self.seal_sequence = seal.sequence
-        here = None if self.position is None else (self.position.salt1, self.position.salt2)
-        if seal.anywhere or (seal.before == here and not seal.covered):
-            self.needs_scan = True
-        elif seal.before == here:
-            self.position = seal.after
-
-    def encode(self) -> bytes:
-        """The header's bytes, at most HEADER_SIZE."""
-        flags = (
-            self.needs_scan * _NEEDS_SCAN | self.clean * _CLEAN | (self.position is None) * _GONE | (self.identity is not None) * _IDENTITY
-        )
-        fixed = _FIXED.pack(
-            MAGIC,
-            flags,
-            self.page_size,
-            self.home,
-            self.writer,
-            self.boot,
-            self.txid,
-            self.state,
-            self.db_size,
-            self.change_counter,
-            self.view_txid,
-            *(self.backlog or (0, 0, 0)),
-            self.view_size,
-            self.proved_ms,
-            self.position.pack() if self.position else _NO_POSITION,
-            *(self.identity or (0, 0, 0, 0, 0)),
-            self.seal_sequence,
-            len(self.intents),
-        )
-        body = fixed + struct.pack(f">{len(self.intents)}Q", *self.intents)
-        return body + struct.pack(">I", zlib.crc32(body))
-
-    @classmethod
-    def decode(cls, data: bytes) -> IndexHeader | None:
-        """The inverse of `encode`; None for anything that it did not write."""
-        if len(data) < _FIXED.size + 4 or not data.startswith(MAGIC):
-            return None
-        (
-            _magic,
-            flags,
-            page_size,
-            home,
-            writer,
-            boot,
-            txid,
-            state,
-            db_size,
-            change_counter,
-            view_txid,
-            after,
-            upto,
-            cursor,
-            view_size,
-            proved_ms,
-            position,
-            *identity,
-            seal_sequence,
-            intents,
-        ) = _FIXED.unpack_from(data)
-        end = _FIXED.size + 8 * intents
-        if intents > MAX_INTENTS or len(data) < end + 4:
-            return None
-        if zlib.crc32(data[:end]) != struct.unpack_from(">I", data, end)[0]:
-            return None
-        return cls(
-            home=home,
-            writer=writer,
-            boot=boot,
-            page_size=page_size,
-            txid=txid,
-            state=state,
-            db_size=db_size,
-            change_counter=change_counter,
-            view_txid=view_txid,
-            backlog=Backlog(after, upto, cursor) if upto else None,
-            view_size=view_size,
-            proved_ms=proved_ms,
-            position=None if flags & _GONE else Position.unpack(position),
-            needs_scan=bool(flags & _NEEDS_SCAN),
-            clean=bool(flags & _CLEAN),
-            identity=Identity(*identity) if flags & _IDENTITY else None,
-            seal_sequence=seal_sequence,
-            intents=list(struct.unpack_from(f">{intents}Q", data, _FIXED.size)),
-        )
 
 
 def boot_id() -> bytes:
@@ -371,8 +151,8 @@ class LocalIndex:
     def leave_seal(path: str, judge: Callable[[IndexHeader], tuple[Position | None, bool] | None]) -> None:
         """Writes the next seal of the index at `path`, if there is one. For the holder of SQLite's write lock, who alone does so.
 
-        `judge` is given the header as it stands and answers (position after it, covered), or None to leave everything as it is. A header that
-        cannot be read is answered by a seal that asks for a scan.
+        `judge` is given the header as it stands and answers (position after it, covered), or None to leave everything as it is.
+        A header that cannot be read is answered by a seal that asks for a scan.
         """
 
         def write(fd: int) -> None:
@@ -426,7 +206,7 @@ class LocalIndex:
 
 def _read(fd: int) -> tuple[IndexHeader | None, Seal | None]:
     data = os.pread(fd, HEADER_SIZE, 0)
-    return IndexHeader.decode(data), Seal.decode(data[SEAL_OFFSET : SEAL_OFFSET + _SEAL.size + 4])
+    return IndexHeader.decode(data), Seal.decode(data[SEAL_OFFSET : SEAL_OFFSET + SEAL_SIZE])
 
 
 def _peek(fd: int) -> IndexHeader | None:

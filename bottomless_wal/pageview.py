@@ -10,7 +10,8 @@ Invariants:
 * One operation per key at a time: everything here runs under the local index's lock.
 * "The view is complete up to v" (`IndexHeader.view_complete`) means: the object of every page that has not changed since v is current.
   It is never claimed early. The log alone is authoritative.
-* Objects past the end of a shrunken database are swept later, off the commit path, where a late DELETE cannot hit a page that has come back.
+* Objects past the end of a shrunken database are swept later, off the commit path, where a late DELETE cannot hit a page that
+  has come back.
 """
 
 from __future__ import annotations

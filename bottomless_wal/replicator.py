@@ -9,7 +9,8 @@ A batch goes through these states; whoever is killed between two of them leaves 
     record    page hashes, then the index's header                     killed between: as before
     view      page objects (`pageview`), then the view txid            killed within: the backlog is put by the next batch
 
-Two rules carry the rest. *A position proves itself* (`standing`), or everything is scanned. *Own attempts are told by content*: a taken key is ours if and only if its pre hash is ours and its post hash is among our intents; anything else is a rival.
+Two rules carry the rest. *A position proves itself* (`standing`), or everything is scanned. *Own attempts are told by content*: a
+taken key is ours if and only if its pre hash is ours and its post hash is among our intents; anything else is a rival.
 """
 
 from __future__ import annotations

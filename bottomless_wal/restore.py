@@ -206,8 +206,8 @@ def rebuild_from_pages(history: History, into: Scratch, *, width: int = 8, progr
         state ^= hashes[pgno]
     if newest is not None and not bare and state != newest.post_hash:
         raise RestoreError(
-            f"the page objects of {history.name!r} are no single state: state hash {state:016x}, but the newest of them (txid {newest.txid}) "
-            f"says {newest.post_hash:016x}",
+            f"the page objects of {history.name!r} are no single state: state hash {state:016x}, but the newest of them "
+            f"(txid {newest.txid}) says {newest.post_hash:016x}",
             hint="A commit was cut off while they were written, and there is no log to restore from. Restore an older copy of the bucket.",
         )
     os.ftruncate(into.fd, db_size * page_size)

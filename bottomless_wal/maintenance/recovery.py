@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import apsw
 
 from .. import api, layout, vfs
-from ..boot import aside, nobody_else
+from ..replacement import aside, nobody_else
 from ..crashpoints import reach
 from ..errors import ConfigError, ConflictError, RestoreError
 from ..history import Edge

@@ -55,13 +55,11 @@ class Bucket:
                 ),
             )
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def listing(self, prefix: str = "") -> list[str]:
         """All keys that begin with `prefix`, sorted; none if there is no bucket."""
         if self._root is not None:
             found = [
-                os.path.relpath(os.path.join(directory, file), self._root)
-                for directory, _, files in os.walk(self._root)
-                for file in files
+                os.path.relpath(os.path.join(directory, file), self._root) for directory, _, files in os.walk(self._root) for file in files
             ]
             return sorted(key for key in found if key.startswith(prefix) and not key.startswith(".tmp/"))
         try:
@@ -101,13 +99,13 @@ class Bucket:
 
     def content(self) -> dict[str, bytes]:
         """Every object: to compare before and after."""
-        return {key: self.get(key) for key in self.keys()}
+        return {key: self.get(key) for key in self.listing()}
 
     # --- of one database -----------------------------------------------------------------------------------------------
 
     def edges(self, name: str) -> list[tuple[int, int]]:
         """(pre, post) of every segment of the database `name`, ascending."""
-        found = (re.fullmatch(re.escape(name) + "-wal/([0-9a-f]{16})-([0-9a-f]{16})", key) for key in self.keys(f"{name}-wal/"))
+        found = (re.fullmatch(re.escape(name) + "-wal/([0-9a-f]{16})-([0-9a-f]{16})", key) for key in self.listing(f"{name}-wal/"))
         return sorted((int(match[1], 16), int(match[2], 16)) for match in found if match)
 
     def head(self, name: str) -> int:
@@ -119,7 +117,7 @@ class Bucket:
 
     def page_numbers(self, name: str) -> list[int]:
         """Which pages have an object."""
-        found = (re.fullmatch(re.escape(name) + r"-(\d{12})", key) for key in self.keys(f"{name}-0"))
+        found = (re.fullmatch(re.escape(name) + r"-(\d{12})", key) for key in self.listing(f"{name}-0"))
         return [int(match[1]) for match in found if match and int(match[1])]
 
     def log_image(self, name: str, upto: int | None = None) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
 
 import pytest
 from worlds import Machine, World, spawn
@@ -46,19 +46,22 @@ con.close()
 
 
 @pytest.fixture
-def acknowledged() -> Iterator[set[str]]:
-    yield set()
+def acknowledged() -> set[str]:
+    """The rows whose commit has returned."""
+    return set()
 
 
-def _die(world: World, machine: Machine, point: str, passes: int, tag: str, known: set[str], *, size: str = "small", **options: object) -> bool:
+def _die(
+    world: World, machine: Machine, point: str, passes: int, tag: str, known: set[str], *, size: str = "small", **options: object
+) -> bool:
     """Runs the script until it dies at `point`; whether it did."""
-    import json
-
     process = spawn(SCRIPT, machine.path(), point, str(passes), json.dumps(options), tag, size, options=world.options)
     out, err = process.communicate(timeout=60)
     assert process.returncode in (0, -9), f"exit {process.returncode}\n{out}\n{err}"
-    for line in out.splitlines():
-        word, _, name = line.partition(" ")
+    for line in out.splitlines(keepends=True):
+        word, _, name = line.rstrip("\n").partition(" ")
+        if not line.endswith("\n"):
+            break  # cut off by the kill
         if word == "row":
             known.add(name)
         elif word == "gone":
@@ -116,7 +119,9 @@ def test_killed_and_killed_again_in_place(world: World, acknowledged: set[str], 
 
 
 @pytest.mark.parametrize("ack", ["log", "local"])
-@pytest.mark.parametrize("point", ["before intent", "before put", "after put", "before header", "before view", "within view", "before seal", "after seal"])
+@pytest.mark.parametrize(
+    "point", ["before intent", "before put", "after put", "before header", "before view", "within view", "before seal", "after seal"]
+)
 def test_killed_with_another_ack(world: World, acknowledged: set[str], point: str, ack: str) -> None:
     here = world.machine()
     for round_ in range(2):
@@ -145,15 +150,13 @@ def test_killed_after_the_body_of_a_large_commit(world: World, acknowledged: set
 @pytest.mark.parametrize("old", [False, True], ids=["restore", "fast-forward"])
 def test_killed_while_it_restores(world: World, acknowledged: set[str], point: str, old: bool) -> None:
     first = world.machine()
-    assert not _die(world, first, "before reset" if point == "x" else "within adopt", 0, "first", acknowledged)
+    assert not _die(world, first, "within adopt", 0, "first", acknowledged)
     here = first
     if old:
         assert not _die(world, world.machine(), "within adopt", 0, "second", acknowledged)
     else:
         here = world.machine()
-    before = set(here.files())
     assert _die(world, here, point, 0, "third", set())
-    del before
     _whole(world, here, acknowledged)
     world.comes_back(here)
 
@@ -204,5 +207,3 @@ def test_every_point_is_covered_here() -> None:
 def test_an_unknown_point_is_refused() -> None:
     with pytest.raises(ValueError, match="no crash point"):
         crashpoints.arm("before lunch", lambda: None)
-
-

@@ -355,7 +355,7 @@ def test_a_lost_answer_of_the_very_first_commit(world: World) -> None:
 
 
 def test_a_lost_answer_and_then_a_rival(world: World) -> None:
-    here, con = _opened(world)
+    _, con = _opened(world)
     store = refusal(con)
     store.lose_answers()
     with pytest.raises(ReplicationError):
@@ -364,7 +364,6 @@ def test_a_lost_answer_and_then_a_rival(world: World) -> None:
     with pytest.raises(FencedError):
         con.execute("INSERT INTO t VALUES (2)")
     assert world.bucket.head("app.db") == 3
-    del here
 
 
 # --- pruning must not reopen a key ---------------------------------------------------------------------------------------------------
@@ -416,8 +415,6 @@ def test_rivals_at_the_same_moment_have_one_winner_for_each_txid(world: World) -
         shutil.copy2(entry, there.directory)
     script = """
 con = connect(argv[0], retry_timeout=5)
-print("ready", flush=True)
-sys.stdin.readline() if False else time.sleep(0.1)
 done = 0
 try:
     for n in range(30):

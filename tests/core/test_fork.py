@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from worlds import World, child, rows
 
@@ -98,7 +104,6 @@ def test_workers_of_multiprocessing(world: World, method: str) -> None:
     source.write_text(
         f"""
 import multiprocessing, sys, json
-sys.path[:0] = {[str(path) for path in __import__("sys").path if "bottomless" in path or "/work" in path or "main" in path]!r}
 import bottomless_wal
 options = json.loads(sys.argv[1])
 def work(n):
@@ -116,16 +121,10 @@ if __name__ == "__main__":
     con.execute("INSERT INTO t VALUES ('parent')")
 """
     )
-    import json
-    import subprocess
-    import sys
-    from pathlib import Path
-
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, str(source), json.dumps({**world.options, "ack": "local", "interval": 30}), here.path()],
-        capture_output=True, text=True, timeout=60, cwd=root, env={**__import__("os").environ, "PYTHONPATH": str(root)}, check=False,
-    )  # fmt: skip
+    arguments = [sys.executable, str(source), json.dumps({**world.options, "ack": "local", "interval": 30}), here.path()]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     con = world.machine().connect()
     assert rows(con) == 4

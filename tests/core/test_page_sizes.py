@@ -97,4 +97,4 @@ def test_a_database_beyond_the_lock_byte(world: World) -> None:
     with open(here.path(), "rb") as one, open(elsewhere.path(), "rb") as two:
         while block := one.read(1 << 24):
             assert block == two.read(1 << 24)
-    assert layout.page_key("app.db", lock) not in world.bucket.keys()
+    assert layout.page_key("app.db", lock) not in world.bucket.listing()

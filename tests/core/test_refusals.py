@@ -248,7 +248,7 @@ def test_what_has_no_file_is_not_replicated(world: World, path: str) -> None:
         return
     world.connections.append(con)
     con.execute("CREATE TABLE t(x); INSERT INTO t VALUES (1)")
-    assert world.bucket.keys() == []
+    assert world.bucket.listing() == []
 
 
 def test_vacuum_into_makes_a_copy(world: World) -> None:
@@ -271,7 +271,7 @@ def test_a_temporary_database_and_a_memory_database_may_be_attached(world: World
     con.execute("CREATE TABLE t(x); ATTACH ':memory:' AS m; ATTACH '' AS s; CREATE TABLE m.t(x); CREATE TABLE s.t(x)")
     con.execute("BEGIN; INSERT INTO main.t VALUES (1); INSERT INTO m.t VALUES (2); INSERT INTO s.t VALUES (3); COMMIT")
     world.stored(con)
-    assert {key.split("-")[0] for key in world.bucket.keys()} == {"app.db"}
+    assert {key.split("-")[0] for key in world.bucket.listing()} == {"app.db"}
 
 
 def test_a_stock_database_may_be_attached_and_shares_a_transaction(world: World) -> None:

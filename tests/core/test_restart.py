@@ -1,10 +1,9 @@
-"""The WAL is checkpointed, restarted, truncated and deleted between commits, by us and by strangers: the position is carried, or a scan finds out."""
+"""The WAL is checkpointed, restarted, truncated and deleted between commits: the position is carried across, or a scan finds out."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
 
 import apsw
 import pytest
@@ -23,7 +22,7 @@ CHECKPOINTS = {
 
 
 @pytest.fixture
-def scans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The paths of databases that were read as a whole."""
     seen: list[str] = []
     real = LocalDatabase.pages
@@ -33,7 +32,7 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return real(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(LocalDatabase, "pages", pages)
-    yield seen
+    return seen
 
 
 def _opened(world: World, **options: object) -> tuple[Machine, apsw.Connection]:

@@ -127,7 +127,12 @@ def test_threads_commit_while_others_checkpoint_and_vacuum(world: World) -> None
     stop = threading.Event()
 
     def checkpoints() -> None:
-        kinds = [apsw.SQLITE_CHECKPOINT_PASSIVE, apsw.SQLITE_CHECKPOINT_FULL, apsw.SQLITE_CHECKPOINT_RESTART, apsw.SQLITE_CHECKPOINT_TRUNCATE]
+        kinds = [
+            apsw.SQLITE_CHECKPOINT_PASSIVE,
+            apsw.SQLITE_CHECKPOINT_FULL,
+            apsw.SQLITE_CHECKPOINT_RESTART,
+            apsw.SQLITE_CHECKPOINT_TRUNCATE,
+        ]
         with contextlib.closing(here.connect()) as mine:
             for count in itertools.count():
                 if stop.is_set():
@@ -163,7 +168,7 @@ def test_two_databases_do_not_hold_each_other_up(world: World) -> None:
     other = here.connect("other.db")
     other.execute("CREATE TABLE t(x)")
     gate = threading.Event()
-    refusal(con).rules.append(lambda kind, key: None if gate.wait(20) else None)
+    refusal(con).hold(gate)
     thread = threading.Thread(target=lambda: con.execute("INSERT INTO t VALUES (1, 1)"))
     thread.start()
     try:

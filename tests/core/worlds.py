@@ -139,6 +139,15 @@ class Refusal:
         """From now on no page object is stored."""
         self.rules.append(lambda kind, key: _fail(kind == "put" and "-wal/" not in key, key))
 
+    def hold(self, until: threading.Event, kind: str = "") -> None:
+        """From now on requests (of `kind` alone, if given) wait for the event."""
+
+        def rule(what: str, key: str) -> None:
+            if kind in ("", what):
+                assert until.wait(30), f"{what} {key}: nobody let it go on"
+
+        self.rules.append(rule)
+
     def lose_answers(self, times: int = 1) -> None:
         """The next `times` segments are stored, and nobody hears of it."""
         left = [times]
@@ -201,9 +210,7 @@ def spawn(script: str, *arguments: str, options: Mapping[str, Any]) -> subproces
         "def connect(path, **more):\n"
         "    return bottomless_wal.connect(path, **{**options, **more})\n"
     )
-    return subprocess.Popen(
-        [sys.executable, "-c", prelude + script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen([sys.executable, "-c", prelude + script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def rows(con: apsw.Connection, query: str = "SELECT count(*) FROM t") -> Any:

@@ -1,0 +1,145 @@
+"""Where a local state stands in a history, told by content: its hash, its place in a WAL, and what the local index remembers.
+
+    HEAD      its state hash is the head's
+    EARLIER   a segment lists its state hash, or its place in the WAL: a power loss, an old image of the machine
+    DESCENDS  it came from the head by local commits: the local index stood at the head, on the same inode, page 1's change counter has
+              not gone back, and a WAL that survives goes on where the index left it; or the WAL begins with the very frames
+              that the head's commit ended with
+    UNKNOWN   anything else
+
+They are asked in this order, so that an old backup copied over the file is EARLIER, and never passes for a descendant.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from . import parallel
+from .errors import CorruptionError
+from .history import Edge, Head, History
+from .local_index import Identity, IndexHeader, LocalIndex
+from .segment import Header, page_hash
+from .snapshot import LocalDatabase
+from .standing import DRAINED, position_of
+from .wal import Position
+
+__all__ = ["LocalState", "Relation", "local_state", "relate"]
+
+logger = logging.getLogger(__name__)
+
+
+class Relation(Enum):
+    """How a local state that is not empty stands to a history."""
+
+    HEAD = auto()
+    EARLIER = auto()
+    DESCENDS = auto()
+    UNKNOWN = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class LocalState:
+    """The local state: its hash, its end in the WAL, page size in bytes, size in pages, page 1's change counter."""
+
+    state: int
+    position: Position | None
+    page_size: int
+    db_size: int
+    change_counter: int
+
+
+def local_state(local: LocalDatabase, known: IndexHeader | None) -> LocalState:
+    """The local state, by a scan; `known`, an index that can be believed, spares it when nothing is pending.
+
+    Raises:
+        SnapshotLost, CorruptionError: as `LocalDatabase.pages`.
+    """
+    with local.snapshot() as tip:
+        shape = local.shape(tip)
+        position = position_of(local, tip)
+        if known is not None and known.position == position:
+            return LocalState(known.state, position, known.page_size, known.db_size, shape.change_counter)
+        state = 0
+        for pgno, page in local.pages(tip, shape):
+            state ^= page_hash(pgno, page)
+        return LocalState(state, position, shape.page_size, shape.db_size, shape.change_counter)
+
+
+def relate(
+    found: LocalState, head: Head, edges: list[Edge], local: LocalDatabase, index: LocalIndex, history: History, *, home: bytes, width: int
+) -> Relation:
+    """The relation of `found` to the history with `edges` and `head`; `index` is locked and of `home`, `width` requests go at once.
+
+    Raises:
+        StoreError: the history could not be read. (Segments that are damaged are passed over, with a warning.)
+    """
+    if found.state == head.state:
+        return Relation.HEAD
+    if _is_earlier(found, edges, history, width):
+        return Relation.EARLIER
+    header = index.load()
+    if header is not None and header.home == home and _descends(found, head, header, local):
+        return Relation.DESCENDS
+    return Relation.DESCENDS if _continues(head, edges, local, history) else Relation.UNKNOWN
+
+
+def _is_earlier(found: LocalState, edges: list[Edge], history: History, width: int) -> bool:
+    """Is the local state, by its hash or by its place in a WAL, one that a segment lists? Newest first."""
+
+    def load(edge: Edge) -> Header | None:
+        try:
+            return history.header(edge.pre, edge.post)
+        except CorruptionError as error:
+            logger.warning("%s", error.message)
+            return None
+
+    newest_first = sorted(edges, key=lambda edge: (-edge.post, -edge.pre))
+    for header in parallel.ordered(load, newest_first, width):
+        if header is None:
+            continue
+        if any(commit.post == found.state for commit in header.commits) or (header.pre and header.pre_hash == found.state):
+            return True
+        if found.position is not None and found.position in header.positions:
+            return True
+    return False
+
+
+def _descends(found: LocalState, head: Head, header: IndexHeader, local: LocalDatabase) -> bool:
+    """Did the index stand at the head, and did this very file go on from there?"""
+    now = Identity.of(local.path)
+    if header.identity is None or now is None or (header.txid, header.state) != (head.txid, head.state):
+        return False
+    if (header.identity.device, header.identity.inode) != (now.device, now.inode):
+        return False
+    if found.change_counter < header.change_counter:
+        return False
+    known, position = header.position, found.position
+    if known is None or position is None:
+        return True
+    restarts = (position.salt1 - known.salt1) & 0xFFFFFFFF  # salt 1 increments at each restart
+    if restarts:
+        return restarts < 1 << 31
+    return known.frame == DRAINED or _begins_with(known, local)
+
+
+def _continues(head: Head, edges: list[Edge], local: LocalDatabase, history: History) -> bool:
+    """Does the local WAL begin with the very frames that the head's commit ended with?"""
+    last = max(edges, key=lambda edge: (edge.post, edge.pre))
+    header = history.header(last.pre, last.post)
+    if header is None or header.post != head.txid or not header.positions:
+        return False
+    return header.positions[-1].frame > 0 and _begins_with(header.positions[-1], local)
+
+
+def _begins_with(position: Position, local: LocalDatabase) -> bool:
+    with local.pinned():
+        tip = local.tip()
+        return (
+            tip.header is not None
+            and local.wal.header() == tip.header
+            and (position.salt1, position.salt2) == (tip.header.salt1, tip.header.salt2)
+            and position.frame <= tip.frames
+            and local.wal.position(tip.header, position.frame) == position
+        )
