@@ -239,6 +239,7 @@ class Boot:
         # Files beside an empty one are SQLite's to judge: another process may be making it a database right now.
         if not os.path.exists(self.local.path):
             aside(self.local.path)
+        self.replicator.held = True
         return self._opened(self.replicator.fresh())
 
     def _resume(self, header: IndexHeader) -> IndexHeader:
@@ -264,6 +265,7 @@ class Boot:
         return self._take_over(local, head, edges)
 
     def _reset(self, head: Head) -> IndexHeader:
+        reach("before reset")
         self._convert()
         header = self.replicator.fresh()
         header.txid, header.state = head.txid, head.state

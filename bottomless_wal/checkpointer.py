@@ -24,6 +24,7 @@ AUTOCHECKPOINT_FRAMES: Final = 1000  # SQLite's default
 RESTART_FRAMES: Final = 4000
 _BUSY_MS: Final = 250  # how long writers may be held up by one attempt
 _PAUSE_SECONDS: Final = 1.0  # between attempts
+_SHORT_PAUSE_SECONDS: Final = 0.1  # ... once the WAL is twice as long as it should be
 
 
 class Checkpointer:
@@ -71,10 +72,12 @@ class Checkpointer:
                     if self._stopping:
                         return
                     frames, self._frames = self._frames, 0
-                    self._not_before = self._clock() + _PAUSE_SECONDS
+                    self._not_before = self._clock() + (_PAUSE_SECONDS if frames < 2 * RESTART_FRAMES else _SHORT_PAUSE_SECONDS)
                 if connection is None:
                     connection = self._connect()
                     connection.set_busy_timeout(_BUSY_MS)
+                    # A connection that has never read does not know the WAL, and checkpoints nothing.
+                    connection.execute("PRAGMA schema_version").fetchall()
                 self._checkpoint(connection, frames)
         except apsw.Error as error:
             logger.warning("%s: no more checkpoints from here: %s", self._path, error)

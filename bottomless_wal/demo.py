@@ -264,6 +264,7 @@ def _come_back(story: _Story) -> None:
         _check_rows(story, connection)
         story.check(connection.execute("PRAGMA integrity_check").get == "ok", "PRAGMA integrity_check: ok")
         story.check(connection.execute("PRAGMA foreign_key_check").fetchall() == [], "PRAGMA foreign_key_check: ok")
+        api.flush(connection)  # page objects that the kill has cut off are put again
     finally:
         connection.close()
     head = story.head

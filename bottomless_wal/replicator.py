@@ -83,7 +83,7 @@ class Replicator:
         self.on_logged = on_logged
         self._sleep = sleep
         self.held = False
-        """initial_replication=skip: nothing is sent before the next commit, not even by a close."""
+        """Nothing is sent before the next commit, not even by a close: initial_replication=skip, or a new database."""
         self._fenced: FencedError | None = None
         self._backfilled: tuple[object, ...] | None = None
         self._suspect: tuple[Identity | None, float] | None = None

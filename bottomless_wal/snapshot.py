@@ -220,7 +220,6 @@ class LocalDatabase:
         """(committed, backfilled) frames; None when SQLite is busy."""
         if self._monitor is None:
             self._monitor = self._connect()
-            self._touch(self._monitor)
         try:
             frames, backfilled = self._monitor.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
             if frames < 0:

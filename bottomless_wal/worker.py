@@ -3,9 +3,10 @@
     committer: its commit stands locally ──► submit(its place in the WAL) ──► waits until that place is covered
     worker:    wanted ──► gathers company ──► batch, under the index's lock ──► served, or failed ──► fills the page view when idle
 
-A committer is served when the position that the log has reached covers its frame, or when a batch that looked at the WAL after it had
-submitted came to its end. A failed batch fails everyone that had submitted before it began: an outage costs each one
-`retry_timeout`. What is pending then is tried again in the background, and with the next commit, `flush()` or open. Ctrl-C ends a wait, never an upload.
+A committer is served when the position that the log has reached covers its frame, or when a batch that looked at the WAL after
+it had submitted came to its end. A failed batch fails everyone that had submitted before it began: an outage costs each one
+`retry_timeout`. What is pending then is tried again in the background, and with the next commit, `flush()` or open. Ctrl-C ends a
+wait, never an upload.
 """
 
 from __future__ import annotations

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 import apsw
 
 from .. import api, layout, vfs
-from ..replacement import aside, nobody_else
 from ..crashpoints import reach
 from ..errors import ConfigError, ConflictError, RestoreError
 from ..history import Edge
 from ..local_index import Backlog, Identity, IndexHeader, LocalIndex, boot_id
 from ..pageview import UNKNOWN_SIZE
+from ..replacement import aside, nobody_else
 from ..replica import INDEX_SUFFIX, Status, registry
 from ..replicator import home_of
 from ..restore import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch, translated

@@ -44,7 +44,8 @@ class Bucket:
             import boto3
             from botocore.config import Config
 
-            self._client = boto3.client(
+            # A session of its own: the default one keeps the credentials that it found first.
+            self._client = boto3.Session().client(
                 "s3",
                 endpoint_url=place.url,
                 region_name="us-east-1",
@@ -220,7 +221,7 @@ def read_segment(data: bytes, get_body: Any) -> Segment:
     pages = _pages(body, page_size)
     assert len(pages) == count
     return Segment(
-        pre, post, pre_hash, post_hash, page_size, db_size, bool(flags & 1), view_txid, commits, positions, pages, suffix  # type: ignore[arg-type]
+        pre, post, pre_hash, post_hash, page_size, db_size, bool(flags & 1), view_txid, commits, positions, pages, suffix
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ con.execute("VACUUM")
 bottomless_wal.flush(con)
 with con:
     for n in range(3):
-        con.execute("INSERT INTO t VALUES (?, randomblob(?))", (f"{argv[4]} d {n}", 9000000 if argv[5] == "large" else 100))
+        con.execute("INSERT INTO t VALUES (?, randomblob(?))", (f"{argv[4]} d {n}", 6000000 if argv[5] == "large" else 100))
 for n in range(3):
     print("row", f"{argv[4]} d {n}", flush=True)
 con.close()
@@ -135,7 +135,7 @@ def test_killed_with_another_ack(world: World, acknowledged: set[str], point: st
     assert acknowledged <= there
     if not acknowledged:
         return
-    assert world.bucket.log_image("app.db") == here.bytes()
+    assert world.bucket.log_image("app.db") == here.content()
 
 
 def test_killed_after_the_body_of_a_large_commit(world: World, acknowledged: set[str]) -> None:

@@ -50,6 +50,21 @@ def test_the_policy_is_asked_in_the_last_row_alone() -> None:
         assert len(answers) == (3 if (empty, remote, relation) == (False, Remote.HISTORY, Relation.UNKNOWN) else 1)
 
 
+# On the directory store with each policy, which must not matter; and on an S3 server.
+EVERYWHERE = pytest.mark.parametrize(
+    ("two_worlds", "policy"), [*(("directory", policy) for policy in POLICIES), ("moto", "error")], indirect=["two_worlds"]
+)
+DIVERGED = pytest.mark.parametrize(
+    ("two_worlds", "how"),
+    [
+        ("directory", "another database"),
+        ("directory", "overtaken"),
+        ("directory", "overtaken while it wrote"),
+        ("moto", "overtaken"),
+    ],
+    indirect=["two_worlds"],
+)
+
 # --- end to end --------------------------------------------------------------------------------------------------------------------
 
 
@@ -84,7 +99,7 @@ def _history(world: World) -> Machine:
     return machine
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@EVERYWHERE
 @pytest.mark.parametrize("missing", [True, False], ids=["missing", "empty"])
 def test_nothing_here_and_nothing_there(two_worlds: World, actions: list[str], policy: str, missing: bool) -> None:
     here = two_worlds.machine()
@@ -99,7 +114,7 @@ def test_nothing_here_and_nothing_there(two_worlds: World, actions: list[str], p
     two_worlds.comes_back(here)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@EVERYWHERE
 @pytest.mark.parametrize("missing", [True, False], ids=["missing", "empty"])
 def test_nothing_here_and_a_history_there(two_worlds: World, actions: list[str], policy: str, missing: bool) -> None:
     lost = _history(two_worlds)
@@ -115,11 +130,11 @@ def test_nothing_here_and_a_history_there(two_worlds: World, actions: list[str],
     con.execute("INSERT INTO t VALUES (3)")
     assert two_worlds.bucket.edges("app.db")[-1] == (4, 5)
     con.close()
-    assert here.bytes() != lost.bytes()
+    assert here.content() != lost.content()
     two_worlds.comes_back(here)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@EVERYWHERE
 @pytest.mark.parametrize("journal", ["wal", "delete"])
 def test_a_database_here_and_nothing_there(two_worlds: World, actions: list[str], policy: str, journal: str) -> None:
     here = two_worlds.machine()
@@ -139,7 +154,7 @@ def test_a_database_here_and_nothing_there(two_worlds: World, actions: list[str]
     two_worlds.comes_back(here)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@EVERYWHERE
 @pytest.mark.parametrize("index", ["kept", "lost"])
 def test_the_head_here(two_worlds: World, actions: list[str], policy: str, index: str) -> None:
     here = _history(two_worlds)
@@ -155,7 +170,7 @@ def test_the_head_here(two_worlds: World, actions: list[str], policy: str, index
     two_worlds.comes_back(here)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@EVERYWHERE
 @pytest.mark.parametrize("index", ["kept", "lost"])
 def test_an_earlier_state_here(two_worlds: World, actions: list[str], policy: str, index: str) -> None:
     old = _history(two_worlds)
@@ -188,7 +203,7 @@ def _pending(world: World) -> Machine:
     return here
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@EVERYWHERE
 def test_a_descendant_of_the_head_here(two_worlds: World, actions: list[str], policy: str) -> None:
     here = _history(two_worlds)
     stranger = here.stock()
@@ -204,7 +219,7 @@ def test_a_descendant_of_the_head_here(two_worlds: World, actions: list[str], po
     two_worlds.comes_back(here)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@EVERYWHERE
 def test_pending_commits_here(two_worlds: World, policy: str) -> None:
     here = _pending(two_worlds)
     assert two_worlds.bucket.head("app.db") == 4
@@ -237,19 +252,16 @@ def _diverged(world: World, how: str) -> Machine:
     return here
 
 
-HOW = ["another database", "overtaken", "overtaken while it wrote"]
-
-
-@pytest.mark.parametrize("how", HOW)
+@DIVERGED
 def test_diverged_and_the_policy_is_error(two_worlds: World, actions: list[str], how: str) -> None:
     here = _diverged(two_worlds, how)
-    before, file = two_worlds.bucket.content(), here.bytes()
+    before, file = two_worlds.bucket.content(), here.content()
     for _ in range(2):
         actions.clear()
         with pytest.raises(ConflictError) as caught:
             here.connect()
         assert actions == ["CONFLICT"]
-    assert here.bytes() == file, "the local file is untouched"
+    assert here.content() == file, "the local file is untouched"
     assert two_worlds.bucket.content() == before, "and so is the bucket"
     assert "txid" in caught.value.message
     for way in ("restore --force", "reset --from-local", "initial_replication=force", "skip"):
@@ -258,7 +270,7 @@ def test_diverged_and_the_policy_is_error(two_worlds: World, actions: list[str],
     assert stock.execute("PRAGMA integrity_check").get == "ok"
 
 
-@pytest.mark.parametrize("how", HOW)
+@DIVERGED
 def test_diverged_and_the_policy_is_force(two_worlds: World, actions: list[str], how: str) -> None:
     here = _diverged(two_worlds, how)
     head = two_worlds.bucket.head("app.db")
@@ -274,7 +286,7 @@ def test_diverged_and_the_policy_is_force(two_worlds: World, actions: list[str],
     two_worlds.comes_back(here)
 
 
-@pytest.mark.parametrize("how", HOW)
+@DIVERGED
 def test_diverged_and_the_policy_is_skip(two_worlds: World, actions: list[str], how: str) -> None:
     here = _diverged(two_worlds, how)
     before = two_worlds.bucket.content()
@@ -307,7 +319,7 @@ def test_a_diverged_rollback_database_is_not_even_converted(world: World) -> Non
     files = here.files()
     with pytest.raises(ConflictError):
         here.connect()
-    assert here.bytes() == files["app.db"]
+    assert here.content() == files["app.db"]
 
 
 def test_force_with_another_page_size(world: World) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from typing import Any
 
 import apsw
 import pytest
@@ -15,7 +16,7 @@ from bottomless_wal import ConflictError, FencedError, ReplicationError
 from bottomless_wal.store import Receipt
 
 
-def _opened(world: World, **options: object) -> tuple[Machine, apsw.Connection]:
+def _opened(world: World, **options: Any) -> tuple[Machine, apsw.Connection]:
     here = world.machine()
     con = here.connect(**options)
     con.execute("CREATE TABLE t(x)")
@@ -53,12 +54,12 @@ def test_a_fenced_replica_is_a_conflict_at_the_next_open(world: World) -> None:
     with pytest.raises(FencedError):
         con.execute("INSERT INTO t VALUES (1)")
     con.close()
-    before, files = world.bucket.content(), here.bytes()
+    before, files = world.bucket.content(), here.content()
     with pytest.raises(ConflictError) as caught:
         here.connect()
     assert "initial_replication=force" in caught.value.hint
     assert world.bucket.content() == before
-    assert here.bytes() == files
+    assert here.content() == files
 
 
 def test_an_overtaken_replica_that_has_written_nothing_follows_at_the_next_open(world: World) -> None:
@@ -108,7 +109,7 @@ def test_force_makes_the_local_file_the_head_at_once(two_worlds: World) -> None:
 def test_skip_uploads_nothing_at_the_open_and_the_difference_with_the_next_commit(two_worlds: World) -> None:
     world = two_worlds
     here, con = _opened(world)
-    _rival(world, "con.executemany('INSERT INTO t VALUES (randomblob(2000))', [()] * 50)")
+    _rival(world, "with con: con.executemany('INSERT INTO t VALUES (randomblob(2000))', [()] * 50)")
     with pytest.raises(FencedError):
         con.execute("INSERT INTO t VALUES (1)")
     con.close()
@@ -178,7 +179,7 @@ def test_an_old_backup_copied_over_the_file_is_no_descendant(world: World) -> No
     here, con = _opened(world)
     con.execute("INSERT INTO t VALUES (1)")
     con.close()
-    backup = here.bytes()
+    backup = here.content()
     con = here.connect()
     con.execute("INSERT INTO t VALUES (2)")
     for n in range(3):
@@ -198,12 +199,12 @@ def test_an_old_backup_copied_over_the_file_is_no_descendant(world: World) -> No
     other.execute("INSERT INTO t VALUES ('from elsewhere')")
     other.close()
     with open(here.path(), "r+b") as file:
-        file.write(stock.bytes())
+        file.write(stock.content())
         file.truncate()
-    before = here.bytes()
+    before = here.content()
     with pytest.raises(ConflictError):
         here.connect()
-    assert here.bytes() == before
+    assert here.content() == before
 
 
 # --- the same beginning --------------------------------------------------------------------------------------------------------------
@@ -230,10 +231,10 @@ except (bottomless_wal.FencedError, bottomless_wal.ConflictError) as error:
     assert words == ["lost", "won"], answers
     winner = [out.startswith("won") for out, _ in answers].index(True)
     loser = machines[1 - winner]
-    content = loser.bytes()
+    content = loser.content()
     with pytest.raises(ConflictError):
         loser.connect()
-    assert loser.bytes() == content
+    assert loser.content() == content
     con = world.machine().connect()
     assert rows(con, f"SELECT count(*) FROM t WHERE x = {winner}") == 1000
 

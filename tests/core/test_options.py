@@ -58,7 +58,7 @@ def test_each_place_wins_over_the_one_before(world: World, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_has_one_name_in_all_four_places(world: World, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "endpoint": world.options["endpoint"] + "/sub",
         "bucket": "other",
         "database_id": "x",
@@ -75,7 +75,7 @@ def test_every_option_has_one_name_in_all_four_places(world: World, monkeypatch:
     }
     value = values[name]
     path = world.machine().path()
-    where: dict[str, object] = {"endpoint": world.options["endpoint"], "create_bucket": True}
+    where: dict[str, Any] = {"endpoint": world.options["endpoint"], "create_bucket": True}
     if name == "endpoint":
         os.mkdir(str(value).removeprefix("file://"))
     where.pop(name, None)

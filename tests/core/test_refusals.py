@@ -171,7 +171,7 @@ def test_read_only_neither_boots_nor_uploads(world: World, how: str) -> None:
     con.close()
     assert world.bucket.content() == before
     assert not os.path.exists(reading.path("app.db-bottomless"))
-    assert reading.bytes() == here.bytes()
+    assert reading.content() == here.content()
 
 
 def test_read_only_of_a_missing_file_is_no_restore(world: World) -> None:

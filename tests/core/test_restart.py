@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from typing import Any
 
 import apsw
 import pytest
@@ -35,7 +36,7 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def _opened(world: World, **options: object) -> tuple[Machine, apsw.Connection]:
+def _opened(world: World, **options: Any) -> tuple[Machine, apsw.Connection]:
     here = world.machine()
     con = here.connect(**options)
     con.execute("CREATE TABLE t(x)")
@@ -319,7 +320,7 @@ def test_the_index_is_only_a_cache(world: World, damage: str) -> None:
     con.executemany("INSERT INTO t VALUES (randomblob(2000))", [()] * 20)
     con.close()
     path = here.path("app.db-bottomless")
-    content = bytearray(here.bytes("app.db-bottomless"))
+    content = bytearray(here.content("app.db-bottomless"))
     if damage == "missing":
         os.unlink(path)
     else:
@@ -334,7 +335,7 @@ def test_the_index_is_only_a_cache(world: World, damage: str) -> None:
             stranger = other.connect("other.db")
             stranger.execute("CREATE TABLE other(x)")
             stranger.close()
-            content[:] = other.bytes("other.db-bottomless")
+            content[:] = other.content("other.db-bottomless")
         with open(path, "wb") as file:
             file.write(content)
     con = here.connect()

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import apsw
 import pytest
@@ -36,7 +37,7 @@ def _together(count: int, work: Callable[[int], None]) -> None:
 
 
 @contextlib.contextmanager
-def _another(machine: Machine, **options: object) -> Iterator[apsw.Connection]:
+def _another(machine: Machine, **options: Any) -> Iterator[apsw.Connection]:
     """A connection of a thread's own, patient, closed at the end."""
     con = machine.connect(**options)
     con.set_busy_timeout(30000)
@@ -46,7 +47,7 @@ def _another(machine: Machine, **options: object) -> Iterator[apsw.Connection]:
         con.close()
 
 
-def _made(world: World, **options: object) -> tuple[Machine, apsw.Connection]:
+def _made(world: World, **options: Any) -> tuple[Machine, apsw.Connection]:
     here = world.machine()
     con = here.connect(**options)
     con.execute("CREATE TABLE t(thread, n)")

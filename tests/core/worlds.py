@@ -49,7 +49,7 @@ class Machine:
         self.world.connections.append(con)
         return con
 
-    def bytes(self, file: str = "app.db") -> bytes:
+    def content(self, file: str = "app.db") -> bytes:
         return (self.directory / file).read_bytes()
 
     def files(self) -> dict[str, bytes]:
@@ -66,6 +66,7 @@ class World:
     options: dict[str, Any]
     connections: list[apsw.Connection] = field(default_factory=list)
     count: int = 0
+    _bucket: Bucket | None = None
 
     def machine(self) -> Machine:
         """A new, empty one."""
@@ -76,7 +77,10 @@ class World:
 
     @property
     def bucket(self) -> Bucket:
-        return Bucket(self.endpoint)
+        """The store from outside."""
+        if self._bucket is None:
+            self._bucket = Bucket(self.endpoint)
+        return self._bucket
 
     def stored(self, con: apsw.Connection, name: str = "app.db", *, schema: str = "main", view: bool = True) -> None:
         """What the store holds now is, byte for byte, what the connection sees: by the log, and by the page objects."""
@@ -88,7 +92,7 @@ class World:
     def comes_back(self, machine: Machine, file: str = "app.db", name: str | None = None) -> bytes:
         """Nobody has the file open: its bytes are those of the log, of the page view, and of a boot on an empty machine."""
         name = name or layout.database_name(str(self.options.get("database_id", "")), file)
-        content = machine.bytes(file)
+        content = machine.content(file)
         assert not os.path.exists(machine.path(file) + "-wal"), "the last close leaves no WAL"
         assert self.bucket.log_image(name) == content, "the log is not the file"
         assert self.bucket.view_image(name) == content, "the page view is not the file"
@@ -98,7 +102,7 @@ class World:
         con = elsewhere.connect(file)
         assert con.execute("PRAGMA integrity_check").get == "ok"
         con.close()
-        assert elsewhere.bytes(file) == content, "what came back is not what was lost"
+        assert elsewhere.content(file) == content, "what came back is not what was lost"
         return content
 
 

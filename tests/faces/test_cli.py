@@ -34,6 +34,7 @@ def run(shop: Shop, *arguments: object, **environ: str) -> subprocess.CompletedP
     )
 
 
+@pytest.mark.parametrize("any_shop", ["rclone"], indirect=True)
 def test_from_the_outside(any_shop: Shop) -> None:
     any_shop.trade()
     copy = any_shop.path.with_name("copy.db")
@@ -144,7 +145,7 @@ def test_doctor(shop: Shop, cli: Cli) -> None:
         (["nonsense"], 2, "No such command"),
         (["restore", "app.db", "--txid", "0"], 2, "txid"),
         (["status", "/"], 2, "directory"),
-        (["shell", "/no/such/place/app.db"], 2, "cannot write"),
+        (["--endpoint", "file:///no/such/place", "shell", "/no/such/place/app.db"], 3, "no/such/place"),
     ],
 )
 def test_errors_are_told_without_a_traceback(

@@ -57,9 +57,13 @@ def test_a_file_is_opened_replicated(shop: Shop) -> None:
 def test_global_options_hold_for_open(shop: Shop) -> None:
     shop.trade()
     place = ["--endpoint", shop.endpoint.url, "--bucket", shop.endpoint.bucket]
+    script = (
+        ".open file:new.db?vfs=bottomless\nPRAGMA journal_mode=wal;\nCREATE TABLE t(x);\n"
+        ".open file:app.db?vfs=bottomless\nSELECT count(*) FROM sales;\n"
+    )
     done = subprocess.run(
         [sys.executable, "-m", "bottomless_wal", *place, "shell"],
-        input=".open file:new.db?vfs=bottomless\nPRAGMA journal_mode=wal;\nCREATE TABLE t(x);\n.open file:app.db?vfs=bottomless\nSELECT count(*) FROM sales;\n",
+        input=script,
         env={**shop.environ(), "LIBSQL_BOTTOMLESS_ENDPOINT": "http://127.0.0.1:9"},
         cwd=shop.path.parent,
         capture_output=True,
@@ -73,12 +77,12 @@ def test_global_options_hold_for_open(shop: Shop) -> None:
 
 def test_exit_codes(shop: Shop) -> None:
     assert shell(shop, ".exit 7\n").returncode == 7
-    done = shell(shop, "SELECT * FROM nothing;\nSELECT 5;\n", "app.db")
+    done = shell(shop, "SELECT * FROM nowhere;\nSELECT 5;\n", "app.db")
     assert (done.returncode, done.stdout) == (0, "5\n")
     assert "no such table" in done.stderr
-    done = shell(shop, ".bail on\nSELECT * FROM nothing;\nSELECT 5;\n", "app.db")
+    done = shell(shop, ".bail on\nSELECT * FROM nowhere;\nSELECT 5;\n", "app.db")
     assert (done.returncode, done.stdout) == (1, "")
-    done = shell(shop, "", "app.db", "SELECT * FROM nothing", "SELECT 5")
+    done = shell(shop, "", "app.db", "SELECT * FROM nowhere", "SELECT 5")
     assert done.returncode == 1
     assert done.stderr.count("no such table") == 1
     assert "Traceback" not in done.stderr
