@@ -34,9 +34,9 @@ from .history import Edge, Head, plan
 from .local_index import Backlog, Identity, IndexHeader, boot_id
 from .pageview import UNKNOWN_SIZE
 from .placing import LocalState, Relation, local_state, relate
+from .rebuild import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch
 from .replacement import aside, nobody_else, open_elsewhere, put_in_place
 from .replicator import Replicator
-from .restore import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch
 from .segment import page_hash
 from .snapshot import SnapshotLost
 from .staging import IndexLost

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import logging
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from . import layout, parallel, segment
@@ -90,6 +90,19 @@ class History:
         found = segment.decode(data, name=key)
         _check_ends(found.header, pre, post, key)
         return found
+
+    def resets(self, edges: Iterable[Edge], *, width: int) -> list[Edge]:
+        """Those of `edges` that are resets, found by reading all their headers: for when nothing else leads on."""
+
+        def load(edge: Edge) -> Edge | None:
+            try:
+                found = self.header(edge.pre, edge.post)
+            except CorruptionError as error:
+                logger.warning("%s", error.message)
+                return None
+            return edge if found is not None and found.reset else None
+
+        return [edge for edge in parallel.ordered(load, list(edges), width) if edge is not None]
 
     def header(self, pre: int, post: int) -> Header | None:
         """The header of the edge alone, without loading its pages; None when it is not there. Raises as `segment`."""
@@ -207,10 +220,12 @@ class History:
         return self.store.create(layout.segment_key(self.name, header.pre, header.post), data)
 
 
-def plan(edges: Iterable[Edge], target: int, *, start: int = 0, overlapping: bool = False) -> list[Edge] | None:
+def plan(
+    edges: Iterable[Edge], target: int, *, start: int = 0, overlapping: bool = False, wholes: Collection[tuple[int, int]] = ()
+) -> list[Edge] | None:
     """The cheapest chain of edges from txid `start` to `target`; None if there is none.
 
-    Cost is the number of requests and bytes. With `overlapping`, an edge may also begin before the state reached so far: its pages
+    `wholes` are edges (pre, post) known to carry a whole database, so that the chain may begin with them. Cost is the number of requests and bytes. With `overlapping`, an edge may also begin before the state reached so far: its pages
     are those of its end, so it leads there from any state that it spans.
     """
     usable = sorted((e for e in edges if e.post <= target), key=lambda e: (e.post, e.pre))
@@ -219,6 +234,8 @@ def plan(edges: Iterable[Edge], target: int, *, start: int = 0, overlapping: boo
         if edge.post <= start:
             continue
         sources = [t for t in best if edge.pre <= t < edge.post] if overlapping else [edge.pre] if edge.pre in best else []
+        if (edge.pre, edge.post) in wholes:
+            sources.append(start)
         for source in sources:
             cost = best[source][0] + edge.size + _REQUEST_COST
             if edge.post not in best or cost < best[edge.post][0]:

@@ -31,8 +31,8 @@ from .crashpoints import reach
 from .errors import BottomlessError, ConfigError, ConflictError, ReplicationError
 from .history import History
 from .local_index import Identity, IndexHeader, LocalIndex
+from .rebuild import Progress
 from .replicator import Replicator
-from .restore import Progress
 from .snapshot import LocalDatabase
 from .standing import seal
 from .store import open_store

@@ -196,6 +196,9 @@ class Replicator:
         """
         chain = plan(edges, head.txid)
         if chain is None:
+            resets = self.history.resets(edges, width=self.config.concurrency)
+            chain = plan(edges, head.txid, wholes={(edge.pre, edge.post) for edge in resets})
+        if chain is None:
             raise RestoreError(
                 f"the history of {self.history.name!r} has a gap before txid {head.txid}",
                 hint="`bottomless-wal verify` shows where. `bottomless-wal reset --from-local` starts over from the local file.",

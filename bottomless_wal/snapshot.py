@@ -228,6 +228,10 @@ class LocalDatabase:
                 frames, backfilled = self._monitor.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
         except (apsw.BusyError, apsw.LockedError):
             return None
+        except apsw.ConnectionClosedError:
+            # An application that closes "all connections" of the process closes ours too: open another.
+            self._monitor = None
+            return None
         return max(frames, 0), max(backfilled, 0)
 
     @staticmethod
@@ -239,14 +243,16 @@ class LocalDatabase:
     @contextlib.contextmanager
     def pinned(self) -> Iterator[None]:
         """Holds a read transaction: no frame that is committed now is overwritten or outdated in the main file."""
-        if self._pin is None:
-            self._pin = self._connect()
-        pin = self._pin
         for attempt in range(int(_ASK_AGAIN_SECONDS / 0.0005)):
+            if self._pin is None:
+                self._pin = self._connect()
+            pin = self._pin
             try:
                 pin.execute("BEGIN")
                 self._touch(pin)
                 break
+            except apsw.ConnectionClosedError:
+                self._pin = None  # see `_ask`
             except (apsw.BusyError, apsw.LockedError):
                 pin.execute("ROLLBACK")
                 logger.debug("%s: busy while pinning (attempt %d)", self.path, attempt + 1)
@@ -256,7 +262,8 @@ class LocalDatabase:
         try:
             yield
         finally:
-            pin.execute("ROLLBACK")
+            with contextlib.suppress(apsw.ConnectionClosedError):
+                pin.execute("ROLLBACK")
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[Tip]:
@@ -422,6 +429,7 @@ class LocalDatabase:
             monitor, self._monitor = self._monitor, None
         for connection in (pin, monitor):
             if connection is not None:
-                if checkpoint:
-                    connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
-                connection.close()
+                with contextlib.suppress(apsw.ConnectionClosedError):
+                    if checkpoint:
+                        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
+                    connection.close()

@@ -33,7 +33,7 @@ from .errors import ConfigError, ReplicationError
 from .replica import Replica, registry
 from .wal import WalHeader
 
-__all__ = ["VFS_NAME", "arguments", "connect_own", "install"]
+__all__ = ["VFS_NAME", "arguments", "connect_own", "defaults", "install"]
 
 logger = logging.getLogger(__name__)
 
@@ -252,6 +252,11 @@ def install(defaults: Mapping[str, object]) -> None:
             apsw.connection_hooks.append(_on_connect)
         else:
             _installed.defaults = {**_installed.defaults, **defaults}
+
+
+def defaults() -> dict[str, object]:
+    """The defaults that `install` was given so far."""
+    return dict(_installed.defaults) if _installed is not None else {}
 
 
 @contextlib.contextmanager

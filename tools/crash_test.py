@@ -55,9 +55,7 @@ def writer(args: argparse.Namespace) -> None:
                 amount = rng.randint(1, 100)
                 connection.execute("BEGIN IMMEDIATE")
                 connection.execute("UPDATE account SET balance = balance - ? WHERE id = ?", (amount, one))
-                connection.execute(
-                    "INSERT INTO ledger VALUES(?, ?, ?, randomblob(?))", (tag, one, -amount, rng.choice((10, 300, 6000)))
-                )
+                connection.execute("INSERT INTO ledger VALUES(?, ?, ?, randomblob(?))", (tag, one, -amount, rng.choice((10, 300, 6000))))
                 connection.execute("UPDATE account SET balance = balance + ? WHERE id = ?", (amount, other))
                 connection.execute("INSERT INTO ledger VALUES(?, ?, ?, NULL)", (tag, other, amount))
                 connection.execute("COMMIT")

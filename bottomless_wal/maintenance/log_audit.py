@@ -12,7 +12,7 @@ from typing import Final
 from .. import layout, parallel
 from ..errors import BottomlessError, CorruptionError
 from ..history import Edge, Head, plan
-from ..restore import Progress
+from ..rebuild import Progress
 from ..segment import Header
 from .page_hashes import PageHashes
 from .target import Target

@@ -27,10 +27,10 @@ from ..errors import ConfigError, ConflictError, RestoreError
 from ..history import Edge
 from ..local_index import Backlog, Identity, IndexHeader, LocalIndex, boot_id
 from ..pageview import UNKNOWN_SIZE
+from ..rebuild import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch, translated
 from ..replacement import aside, nobody_else
 from ..replica import INDEX_SUFFIX, Status, registry
 from ..replicator import home_of
-from ..restore import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch, translated
 from .target import Target, configured, opened, stored_name
 
 __all__ = ["Restored", "reset_from_local", "restore"]

@@ -39,8 +39,7 @@ def configured(options: Mapping[str, object]) -> Config:
         ConfigError: an unknown option or a bad value.
     """
     # The defaults given to register() hold for every database of this process.
-    installed = vfs._installed
-    return Config.load(installed.defaults if installed is not None else {}, options)
+    return Config.load(vfs.defaults(), options)
 
 
 def stored_name(database: str | os.PathLike[str], database_id: str) -> tuple[str, str | None]:

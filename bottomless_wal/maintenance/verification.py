@@ -24,7 +24,7 @@ from .. import layout
 from ..errors import CorruptionError, RestoreError
 from ..history import Head
 from ..local_index import LocalIndex
-from ..restore import Progress, rebuild_from_pages, scratch
+from ..rebuild import Progress, rebuild_from_pages, scratch
 from ..segment import page_hash
 from ..snapshot import LocalDatabase, SnapshotLost
 from .log_audit import LogAudit, Problem

@@ -18,8 +18,8 @@ from ..errors import CorruptionError
 from ..history import Edge, Head
 from ..local_index import LocalIndex
 from ..page_object import PAGE_OBJECT_LIMIT, PageTrailer, decode_page_object, encode_page_object
+from ..rebuild import Progress
 from ..replica import INDEX_SUFFIX
-from ..restore import Progress
 from ..segment import Page, lock_page, page_hash
 from .page_hashes import PageHashes
 from .target import Target

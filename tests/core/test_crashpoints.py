@@ -169,7 +169,7 @@ def test_killed_while_it_adopts(world: World, acknowledged: set[str]) -> None:
     world.comes_back(here)
 
 
-@pytest.mark.parametrize("point", ["before conversion", "before reset", "before put", "after put", "before header", "after open"])
+@pytest.mark.parametrize("point", ["before conversion", "before put", "after put", "before header", "after open"])
 @pytest.mark.parametrize("journal", ["delete", "wal"])
 def test_killed_in_an_initial_replication(world: World, point: str, journal: str) -> None:
     here = world.machine()

@@ -262,9 +262,7 @@ def test_raising_in_phase_two_calls_the_rollback_hook(watch: Any, t: apsw.Connec
 
 
 @pytest.mark.parametrize("how", ["close(force)", "collected"])
-def test_an_error_at_a_forced_close_reaches_nobody(
-    watch: Any, t: apsw.Connection, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_at_a_forced_close_reaches_nobody(watch: Any, t: apsw.Connection, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a cursor closed by force or collected, the error goes to `sys.unraisablehook` only: log it, keep it in `status`."""
     printed: list[type[BaseException]] = []
     monkeypatch.setattr("sys.unraisablehook", lambda unraisable: printed.append(unraisable.exc_type))
@@ -346,9 +344,7 @@ def test_raising_in_phase_two_of_one_hides_the_commit_of_the_next(watch: Any, co
     assert _others_see("b.db") == 1
 
 
-@pytest.mark.parametrize(
-    "sql", ["BEGIN; INSERT INTO t(x) VALUES(1); COMMIT", "SAVEPOINT s; INSERT INTO t(x) VALUES(1); RELEASE s"]
-)
+@pytest.mark.parametrize("sql", ["BEGIN; INSERT INTO t(x) VALUES(1); COMMIT", "SAVEPOINT s; INSERT INTO t(x) VALUES(1); RELEASE s"])
 def test_raising_in_the_wal_hook_is_clean(t: apsw.Connection, sql: str) -> None:
     """An error raised in the hook arrives as itself after the whole commit is done: the place to raise what phase two parked."""
 

@@ -151,9 +151,7 @@ def test_rclone_checks_credentials_moto_does_not(rclone_server: RcloneServer, mo
 def test_rclone_and_default_checksums_fail_range_gets(rclone_server: RcloneServer) -> None:
     """botocore's default checksums break range GETs on some servers: both checksum settings have to be `when_required`."""
     careful = _client_of(rclone_server)
-    default = _client_of(
-        rclone_server, request_checksum_calculation="when_supported", response_checksum_validation="when_supported"
-    )
+    default = _client_of(rclone_server, request_checksum_calculation="when_supported", response_checksum_validation="when_supported")
     bucket = _bucket(careful)
     default.put_object(Bucket=bucket, Key="k", Body=b"0123456789")
     assert careful.get_object(Bucket=bucket, Key="k", Range="bytes=2-4")["Body"].read() == b"234"

@@ -15,9 +15,7 @@ from bottomless_wal.errors import ConfigError
 bases = st.binary(min_size=1, max_size=40).filter(lambda raw: b"/" not in raw and raw not in (b".", b"..")).map(os.fsdecode)
 tricky = st.text(alphabet="ab.-~=/_0127walé ", max_size=12)
 ids = st.one_of(st.just(""), tricky, st.binary(max_size=20).map(os.fsdecode))
-bases_or_tricky = st.one_of(
-    bases, tricky.map(lambda text: text.replace("/", "")).filter(lambda text: text not in ("", ".", ".."))
-)
+bases_or_tricky = st.one_of(bases, tricky.map(lambda text: text.replace("/", "")).filter(lambda text: text not in ("", ".", "..")))
 names = st.builds(layout.database_name, ids, bases_or_tricky)
 txids = st.integers(0, layout.MAX_TXID)
 edges = st.tuples(txids, txids).filter(lambda pair: pair[0] != pair[1]).map(lambda pair: (min(pair), max(pair)))

@@ -35,9 +35,7 @@ def resealed(data: bytes) -> bytes:
     st.sampled_from(PAGE_SIZES), st.integers(1, U32 - 1), st.integers(0, U64), st.integers(0, U64), st.integers(0, U32),
     st.integers(1, 19),
 )  # fmt: skip
-def test_a_page_object_gives_back_what_went_in(
-    page_size: int, pgno: int, txid: int, state: int, db_size: int, level: int
-) -> None:
+def test_a_page_object_gives_back_what_went_in(page_size: int, pgno: int, txid: int, state: int, db_size: int, level: int) -> None:
     page = content(state, page_size)
     trailer = PageTrailer(page_size, pgno, txid, page_hash(pgno, page), state, db_size)
     data = encode_page_object(page, trailer, level)

@@ -350,9 +350,7 @@ def test_the_decoder_holds_the_encoders_invariants(sample: tuple[Header, list[Pa
     """Whatever number of the head is replaced, under right checksums: what the decoder accepts, the encoder would have made."""
     made, pages = sample
     blocks = list(encode_blocks(pages, made.page_size))
-    field = data.draw(
-        st.sampled_from([(10, "H"), (12, "I"), *((n, "Q") for n in (16, 24, 32, 40, 56, 64)), (48, "I"), (52, "I")])
-    )
+    field = data.draw(st.sampled_from([(10, "H"), (12, "I"), *((n, "Q") for n in (16, 24, 32, 40, 56, 64)), (48, "I"), (52, "I")]))
     small_or_any = st.one_of(st.integers(0, 8), st.integers(0, 2 ** (8 * struct.calcsize(field[1])) - 1))
     forged = reseal(patch(encode(made, blocks), field[0], struct.pack(f">{field[1]}", data.draw(small_or_any))))
     try:

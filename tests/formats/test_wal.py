@@ -141,9 +141,7 @@ def test_a_position_packs_to_20_bytes_and_back(position: Position) -> None:
     packed = position.pack()
     assert len(packed) == POSITION_SIZE
     assert Position.unpack(packed) == position
-    assert packed == b"".join(
-        n.to_bytes(4, "big") for n in (position.salt1, position.salt2, position.frame, position.cks1, position.cks2)
-    )
+    assert packed == b"".join(n.to_bytes(4, "big") for n in (position.salt1, position.salt2, position.frame, position.cks1, position.cks2))
 
 
 @given(st.binary(min_size=POSITION_SIZE, max_size=POSITION_SIZE))

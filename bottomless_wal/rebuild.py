@@ -128,6 +128,10 @@ def rebuild(
         chain = plan(usable, target, start=start)
         overlapping = False
         if chain is None and base is None:
+            # A reset makes everything before it superfluous, gaps included; only its header tells that it is one.
+            wholes = {(e.pre, e.post) for e in history.resets(usable, width=width)}
+            chain = plan(usable, target, wholes=wholes) if wholes else None
+        if chain is None and base is None:
             chain = plan(usable, target, overlapping=True)
             overlapping = chain is not None
         if chain is None:
