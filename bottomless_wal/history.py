@@ -225,8 +225,9 @@ def plan(
 ) -> list[Edge] | None:
     """The cheapest chain of edges from txid `start` to `target`; None if there is none.
 
-    `wholes` are edges (pre, post) known to carry a whole database, so that the chain may begin with them. Cost is the number of requests and bytes. With `overlapping`, an edge may also begin before the state reached so far: its pages
-    are those of its end, so it leads there from any state that it spans.
+    `wholes` are edges (pre, post) known to carry a whole database, so that the chain may begin with them. Cost is the number of
+    requests and bytes. With `overlapping`, an edge may also begin before the state reached so far: its pages are those of its end,
+    so it leads there from any state that it spans.
     """
     usable = sorted((e for e in edges if e.post <= target), key=lambda e: (e.post, e.pre))
     best: dict[int, tuple[int, Edge | None, int]] = {start: (0, None, start)}

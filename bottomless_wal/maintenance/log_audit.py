@@ -68,7 +68,7 @@ class LogAudit:
         self.txid = last = max(edge.post for edge in edges)
         sound = self._sound(edges)
         self._find_gaps(edges, sound)
-        while (chain := plan(sound, last)) is not None:
+        while (chain := plan(sound, last) or self._from_a_reset(sound, last)) is not None:
             misfit = self._follow(chain)
             if misfit is None:
                 self.chain, self.restorable = chain, last
@@ -80,6 +80,11 @@ class LogAudit:
             f"(bottomless-wal restore --txid {self.restorable}); page objects and local file were not compared"
         )
         return None
+
+    def _from_a_reset(self, sound: list[Edge], last: int) -> list[Edge] | None:
+        """A chain that begins with a reset, which makes whatever came before it superfluous; None without one."""
+        resets = self.history.resets(sound, width=self.target.config.concurrency)
+        return plan(sound, last, wholes={(edge.pre, edge.post) for edge in resets}) if resets else None
 
     def advance(self) -> Head:
         """The head as it is now, `hashes` and `chain` following: the history may have gone on since `run`."""
