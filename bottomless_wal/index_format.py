@@ -23,7 +23,7 @@ All numbers are big-endian:
        196     4  number of intents
        200    8n  intents: post hashes under which txid + 1 may have been put
              4  CRC-32 of everything before
-     15872    52  the seal: sequence u64, flags u32 (1 covered, 2 from gone, 4 to gone, 8 from anywhere), salts u32 u32,
+     15872    44  the seal: sequence u64, flags u32 (1 covered, 2 from gone, 4 to gone, 8 from anywhere), salts u32 u32,
                   position 20, CRC-32
      16384  16 a page  entries, page 1 first: u64 page hash, u64 txid of the last change
 
@@ -46,7 +46,7 @@ MAGIC: Final = b"BWALIDX1"
 HEADER_SIZE: Final = 16384
 ENTRY_SIZE: Final = 16
 SEAL_OFFSET: Final = 15872
-_FIXED: Final = struct.Struct(">8sII16s16s16sQQIIQQQIIQ20sQQQQQQI")
+_FIXED: Final = struct.Struct(">8sII16s16s16sQQIIQQQIIQ20sQQQqqQI")
 _SEAL: Final = struct.Struct(">QIII20s")
 MAX_INTENTS: Final = (SEAL_OFFSET - _FIXED.size - 4) // 8
 _NEEDS_SCAN, _CLEAN, _GONE, _IDENTITY = 1, 2, 4, 8
