@@ -44,6 +44,8 @@ __all__ = ["INDEX_SUFFIX", "Registry", "Replica", "Status", "registry"]
 logger = logging.getLogger(__name__)
 
 INDEX_SUFFIX: Final = "-bottomless"
+OWN_THREADS: Final = "bottomless"
+"""The names of all threads of this package begin with this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,12 +302,22 @@ class Registry:
             return replica
 
     def release(self, replica: Replica) -> None:
-        """One open less; the last one closes the replica. Who opens the file meanwhile waits."""
+        """One open less; the last one closes the replica. Who opens the file meanwhile waits.
+
+        The garbage collector may close a connection in any thread, also in one of ours that the closing would wait for: then another
+        thread closes the replica.
+        """
         with self._lock:
             replica.opens -= 1
             if replica.opens:
                 return
             replica.closing = True
+        if threading.current_thread().name.startswith(OWN_THREADS):
+            threading.Thread(target=self._close, args=(replica,), name=f"{OWN_THREADS} close {replica.path}").start()
+        else:
+            self._close(replica)
+
+    def _close(self, replica: Replica) -> None:
         try:
             replica.close()
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import threading
@@ -12,9 +13,10 @@ from typing import Any
 
 import apsw
 import pytest
-from worlds import Machine, World, refusal, rows, spawn
+from worlds import Machine, World, refusal, rows, spawn, until
 
 import bottomless_wal
+from bottomless_wal.replica import registry
 
 
 def _together(count: int, work: Callable[[int], None]) -> None:
@@ -257,3 +259,34 @@ def test_the_wal_does_not_grow_without_end_while_commits_never_pause(world: Worl
     bottomless_wal.flush(con)
     last = world.bucket.edges("app.db")[-1]
     assert world.bucket.segment("app.db", *last).post_hash == bottomless_wal.status(con).state_hash
+
+
+def test_a_connection_that_the_collector_closes_in_a_thread_of_ours(world: World) -> None:
+    """The last close waits for the worker: made by the worker itself, it must not wait for ever."""
+    machine = world.machine()
+    con = bottomless_wal.connect(machine.path(), **{**world.options, "ack": "local"})
+    path = con.db_filename("main")
+    replica = registry.get(path)
+    assert replica is not None
+    collected = threading.Event()
+    committed = threading.Event()
+
+    def collect(position: object) -> None:
+        assert committed.wait(20)
+        assert threading.current_thread().name.startswith("bottomless")
+        gc.collect()
+        collected.set()
+
+    replica.replicator.on_logged = collect
+    gc.disable()
+    try:
+        con.execute("CREATE TABLE t(x)")
+        cycle: list[object] = [con]
+        cycle.append(cycle)
+        del con, cycle
+        committed.set()
+        assert collected.wait(20)
+    finally:
+        gc.enable()
+    until(lambda: registry.get(path) is None)
+    world.comes_back(machine)
