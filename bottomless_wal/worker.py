@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+import apsw
+
 from .config import Config
 from .errors import BottomlessError, ConflictError, FencedError, ReplicationError, StoreError
 from .local_index import IndexHeader, LocalIndex
@@ -33,6 +35,7 @@ _GATHER_SHARE: Final = 0.075  # of a round trip, spent waiting for those that ke
 _GATHER_MOST: Final = 0.005
 _RETRY_FIRST: Final = 1.0
 _RETRY_MOST: Final = 30.0
+_LOOKS: Final = 100
 _FILL_PAGES: Final = 32
 _FILL_PAUSE: Final = 0.25  # between two turns of the page view's backlog while commits are waiting
 
@@ -292,8 +295,20 @@ class Worker:
 
     def _fill_all(self) -> None:
         try:
-            while self._fill_some(_FILL_PAGES * 8, everything=True):
-                logger.debug("%s: filling the page view", self._local.path)
+            lost = 0
+            more = True
+            while more:
+                try:
+                    more = self._fill_some(_FILL_PAGES * 8, everything=True)
+                except SnapshotLost:
+                    lost += 1
+                    if lost == _LOOKS:
+                        raise
+        except SnapshotLost as failure:
+            raise ReplicationError(
+                f"everything committed to {self._local.path} is in the log, but its WAL kept changing while page objects were put",
+                hint="Nothing is lost. They are put with the next flush(), or in the background.",
+            ) from failure
         except StoreError as failure:
             raise ReplicationError(
                 f"everything committed to {self._local.path} is in the log, but not all page objects are stored: {failure.message}",
@@ -338,8 +353,10 @@ class Worker:
     def _fill(self) -> None:
         try:
             more = self._fill_some(_FILL_PAGES)
-        except (BottomlessError, SnapshotLost, IndexLost) as failure:
-            logger.warning("the page view of %s: %s", self._local.path, failure)
+        except Exception as failure:
+            # Whatever it is, the log goes on; an IndexLost is the next batch's to mend.
+            expected = isinstance(failure, BottomlessError | SnapshotLost | IndexLost | OSError | apsw.Error)
+            logger.warning("the page view of %s: %s", self._local.path, failure, exc_info=not expected)
             with self._cond:
                 self._retry_wait = min(max(self._retry_wait * 2, _RETRY_FIRST), _RETRY_MOST)
                 self._retry_at = self._clock() + self._retry_wait
