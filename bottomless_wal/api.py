@@ -49,6 +49,8 @@ def connect(
         text.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"{text!r} is no UTF-8, which SQLite demands of file names", hint="Rename the file.") from error
+    if text in ("", ":memory:") or text.startswith("file::memory:"):
+        raise ConfigError(f"{text!r} is no file: there is nothing to replicate", hint="Give a path, or use apsw.Connection for it.")
     with vfs.arguments(options):
         connection = apsw.Connection(text, flags=flags, vfs=name)
     try:

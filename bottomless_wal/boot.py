@@ -191,7 +191,10 @@ class Boot:
             logger.warning("%s is damaged: it will be made anew", self.index.path)
             return None
         with self.local.pinned():
-            found = standing(self.local, header, self.local.tip())
+            tip = self.local.tip()
+            found = standing(self.local, header, tip)
+        if header.position is not None and tip.frames < header.position.frame:
+            return None  # a WAL that was cut, until a scan says otherwise
         return header if found in (Standing.COVERED, Standing.FRAMES) else None
 
     def _still_head(self, header: IndexHeader) -> bool:
@@ -287,7 +290,7 @@ class Boot:
         header = self.replicator.fresh()
         self.replicator.learn(header, head, edges)
         header.needs_scan = True
-        header.identity = Identity.of(self.local.path)
+        # No identity: until a commit has made it so, the file is no descendant of the head, and the policy is asked again.
         return self._opened(header)
 
     def _take_over(self, local: LocalState, head: Head, edges: list[Edge]) -> IndexHeader:

@@ -8,6 +8,7 @@ After a commit that failed to replicate no WAL hook runs: then the passive check
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -25,6 +26,13 @@ RESTART_FRAMES: Final = 4000
 _BUSY_MS: Final = 250  # how long writers may be held up by one attempt
 _PAUSE_SECONDS: Final = 1.0  # between attempts
 _SHORT_PAUSE_SECONDS: Final = 0.1  # ... once the WAL is twice as long as it should be
+
+
+def _close(connection: apsw.Connection | None) -> None:
+    with contextlib.suppress(apsw.ConnectionClosedError):
+        if connection is not None:
+            connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+            connection.close()
 
 
 class Checkpointer:
@@ -73,18 +81,20 @@ class Checkpointer:
                         return
                     frames, self._frames = self._frames, 0
                     self._not_before = self._clock() + (_PAUSE_SECONDS if frames < 2 * RESTART_FRAMES else _SHORT_PAUSE_SECONDS)
-                if connection is None:
-                    connection = self._connect()
-                    connection.set_busy_timeout(_BUSY_MS)
-                    # A connection that has never read does not know the WAL, and checkpoints nothing.
-                    connection.execute("PRAGMA schema_version").fetchall()
-                self._checkpoint(connection, frames)
-        except apsw.Error as error:
-            logger.warning("%s: no more checkpoints from here: %s", self._path, error)
+                try:
+                    if connection is None:
+                        connection = self._connect()
+                        connection.set_busy_timeout(_BUSY_MS)
+                        # A connection that has never read does not know the WAL, and checkpoints nothing.
+                        connection.execute("PRAGMA schema_version").fetchall()
+                    self._checkpoint(connection, frames)
+                except apsw.Error as error:
+                    # A full disk, or an application that closes all connections: the next time may go better.
+                    logger.warning("%s: a checkpoint failed: %s", self._path, error)
+                    _close(connection)
+                    connection = None
         finally:
-            if connection is not None:
-                connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-                connection.close()
+            _close(connection)
 
     def _checkpoint(self, connection: apsw.Connection, frames: int) -> None:
         mode = apsw.SQLITE_CHECKPOINT_RESTART if frames >= RESTART_FRAMES else apsw.SQLITE_CHECKPOINT_PASSIVE

@@ -178,6 +178,8 @@ def list_(options: dict[str, str], database: str | None, everything: bool, json:
     speaker = console()
     if not found:
         speaker.print("nothing is stored" + (f" for {database}" if database else "") + " in this bucket")
+        if database is not None:
+            sys.exit(FOUND)
         return
     speaker.print(
         _table(

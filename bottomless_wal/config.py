@@ -209,6 +209,6 @@ def _parse(name: str, value: object, *, where: str) -> object:
     try:
         return option.parse(value)
     except (ValueError, TypeError):
-        # An endpoint may carry a password: the value is not repeated there.
-        shown = "the value" if name == "endpoint" else repr(value)
+        # An endpoint may carry a password: then the value is not repeated.
+        shown = "the value" if name == "endpoint" and "@" in str(value) else repr(value)
         raise ConfigError(f"{shown} is no {name} (from {where})", hint=f"{name}: {option.known}.") from None

@@ -301,7 +301,7 @@ def _check_rows(story: _Story, connection: apsw.Connection) -> None:
     story.check(stock == (CUSTOMERS, PRODUCTS), f"{stock[0]} customers and {stock[1]} products")
     more = len(found) - len(story.acknowledged)
     if more > 0:
-        story.say(f"    (and {more} that were stored, but whose COMMIT had not returned yet when the process died)", style="dim")
+        story.say(f"    ({more} more had been stored, and the process died before its COMMIT returned)", style="dim")
 
 
 def _state_of(path: str, page_size: int) -> int:

@@ -23,8 +23,8 @@ All numbers are big-endian:
        196     4  number of intents
        200    8n  intents: post hashes under which txid + 1 may have been put
              4  CRC-32 of everything before
-     15872    44  the seal: sequence u64, flags u32 (1 covered, 2 from gone, 4 to gone, 8 from anywhere), salts u32 u32,
-                  position 20, CRC-32
+     15872    84  the seal: sequence u64, flags u32 (1 covered, 2 from gone, 4 to gone, 8 from anywhere, 16 identity known),
+                  salts u32 u32, position 20, identity of the main file 40, CRC-32
      16384  16 a page  entries, page 1 first: u64 page hash, u64 txid of the last change
 
 The seal has its own checksum, because it is written by whoever holds SQLite's write lock, and the header by whoever holds the index's.
@@ -47,7 +47,7 @@ HEADER_SIZE: Final = 16384
 ENTRY_SIZE: Final = 16
 SEAL_OFFSET: Final = 15872
 _FIXED: Final = struct.Struct(">8sII16s16s16sQQIIQQQIIQ20sQQQqqQI")
-_SEAL: Final = struct.Struct(">QIII20s")
+_SEAL: Final = struct.Struct(">QIII20sQQQqq")
 MAX_INTENTS: Final = (SEAL_OFFSET - _FIXED.size - 4) // 8
 _NEEDS_SCAN, _CLEAN, _GONE, _IDENTITY = 1, 2, 4, 8
 _NO_POSITION: Final = bytes(20)
@@ -93,11 +93,14 @@ class Seal(NamedTuple):
     after: Position | None
     covered: bool
     anywhere: bool = False
+    identity: Identity | None = None
 
     def encode(self) -> bytes:
         """The record's bytes."""
         flags = self.covered | (self.before is None) << 1 | (self.after is None) << 2 | self.anywhere << 3
-        body = _SEAL.pack(self.sequence, flags, *(self.before or (0, 0)), self.after.pack() if self.after else _NO_POSITION)
+        flags |= (self.identity is not None) << 4
+        after = self.after.pack() if self.after else _NO_POSITION
+        body = _SEAL.pack(self.sequence, flags, *(self.before or (0, 0)), after, *(self.identity or (0, 0, 0, 0, 0)))
         return body + struct.pack(">I", zlib.crc32(body))
 
     @classmethod
@@ -105,7 +108,7 @@ class Seal(NamedTuple):
         """The inverse; None for anything that `encode` did not write."""
         if len(data) != _SEAL.size + 4 or zlib.crc32(data[:-4]) != struct.unpack_from(">I", data, _SEAL.size)[0]:
             return None
-        sequence, flags, salt1, salt2, position = _SEAL.unpack_from(data)
+        sequence, flags, salt1, salt2, position, *identity = _SEAL.unpack_from(data)
         if not sequence:
             return None
         return cls(
@@ -114,6 +117,7 @@ class Seal(NamedTuple):
             None if flags & 4 else Position.unpack(position),
             bool(flags & 1),
             bool(flags & 8),
+            Identity(*identity) if flags & 16 else None,
         )
 
 
@@ -154,7 +158,7 @@ class IndexHeader:
         if seal.anywhere or (seal.before == here and not seal.covered):
             self.needs_scan = True
         elif seal.before == here:
-            self.position = seal.after
+            self.position, self.identity = seal.after, seal.identity
 
     def encode(self) -> bytes:
         """The header's bytes, at most HEADER_SIZE."""

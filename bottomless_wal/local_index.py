@@ -20,6 +20,7 @@ import fcntl
 import functools
 import operator
 import os
+import secrets
 import sys
 import threading
 from array import array
@@ -37,12 +38,12 @@ R = TypeVar("R")
 
 
 def boot_id() -> bytes:
-    """16 bytes that change when the machine restarts; zeros where the system does not tell."""
+    """16 bytes that change when the machine restarts; where the system does not tell, others at each call: nothing is believed then."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return bytes.fromhex(file.read().strip().replace("-", ""))
     except (OSError, ValueError):
-        return bytes(16)
+        return secrets.token_bytes(16)
 
 
 class LocalIndex:
@@ -148,7 +149,7 @@ class LocalIndex:
         return _with_file(path, os.O_RDONLY, _peek)
 
     @staticmethod
-    def leave_seal(path: str, judge: Callable[[IndexHeader], tuple[Position | None, bool] | None]) -> None:
+    def leave_seal(path: str, identity: Identity | None, judge: Callable[[IndexHeader], tuple[Position | None, bool] | None]) -> None:
         """Writes the next seal of the index at `path`, if there is one. For the holder of SQLite's write lock, who alone does so.
 
         `judge` is given the header as it stands and answers (position after it, covered), or None to leave everything as it is.
@@ -168,7 +169,8 @@ class LocalIndex:
             if verdict is None:
                 return
             after, covered = verdict
-            os.pwrite(fd, Seal(sequence, unabsorbed, after, covered and not header.needs_scan).encode(), SEAL_OFFSET)
+            record = Seal(sequence, unabsorbed, after, covered and not header.needs_scan, identity=identity)
+            os.pwrite(fd, record.encode(), SEAL_OFFSET)
 
         _with_file(path, os.O_RDWR, write)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Final
 
 from . import layout, parallel
@@ -28,7 +29,7 @@ from .history import History
 from .local_index import Backlog, IndexHeader, LocalIndex
 from .page_object import PageTrailer, encode_page_object
 from .segment import Page, page_hash
-from .snapshot import LocalDatabase, Tip
+from .snapshot import LocalDatabase, SnapshotLost, Tip
 
 __all__ = ["UNKNOWN_SIZE", "PageView"]
 
@@ -38,6 +39,7 @@ UNKNOWN_SIZE: Final = 0xFFFFFFFF
 """As `IndexHeader.view_size`: there may be objects past the end."""
 
 _ENTRIES_AT_ONCE: Final = 16384
+_MISSED_PAGES: Final = 1024
 
 
 class PageView:
@@ -57,9 +59,9 @@ class PageView:
         """
         if self.config.pages != "commit":
             return
-        self._into_backlog(header, upto=header.txid - 1)
         reach("before view")
         try:
+            self._put_missed(header, upto=header.txid - 1)
             self._put(header, pages)
         except StoreError as error:
             raise ReplicationError(
@@ -79,10 +81,13 @@ class PageView:
             self.index.save(header)
 
     def catch_up(self, header: IndexHeader) -> None:
-        """Whatever commits the view has missed joins the backlog (nothing unless pages=commit)."""
+        """Puts what commits the view has missed, for somebody may be waiting for it (nothing unless pages=commit). Call it pinned.
+
+        Raises:
+            ReplicationError: as `put`.
+        """
         if self.config.pages == "commit" and header.view_txid < header.txid:
-            self._into_backlog(header, upto=header.txid)
-            self.index.save(header)
+            self.put(header, self._missed(header, header.txid - 1, header.txid))
 
     def behind(self, header: IndexHeader) -> bool:
         """Is there anything to `fill`?"""
@@ -116,9 +121,13 @@ class PageView:
         header.backlog = backlog._replace(cursor=cursor) if cursor <= header.db_size else None
         self.index.save(header)
 
+    def to_sweep(self, header: IndexHeader) -> bool:
+        """May there be page objects past the end?"""
+        return self.config.pages != "off" and header.view_size > header.db_size
+
     def sweep(self, header: IndexHeader) -> None:
         """Deletes page objects past the end of a database that has shrunk. Raises StoreError."""
-        if self.config.pages == "off" or header.view_size <= header.db_size:
+        if not self.to_sweep(header):
             return
         prefix = layout.page_prefix(self.history.name)
         last = layout.page_key(self.history.name, header.db_size) if header.db_size else prefix
@@ -133,6 +142,28 @@ class PageView:
             self.history.store.delete(beyond)
         header.view_size = header.db_size
         self.index.save(header)
+
+    def _put_missed(self, header: IndexHeader, *, upto: int) -> None:
+        """Puts the pages of commits in (view txid, upto]; where they are too many, they join the backlog."""
+        if header.view_txid >= upto:
+            return
+        missed = list(islice(self._missed(header, header.view_txid, upto), _MISSED_PAGES + 1))
+        if len(missed) > _MISSED_PAGES:
+            self._into_backlog(header, upto=upto)
+            return
+        self._put(header, missed)
+        header.view_txid = upto
+
+    def _missed(self, header: IndexHeader, after: int, upto: int) -> Iterator[Page]:
+        """The pages that commits in (after, upto] changed last, as the log has them."""
+        tip = self.local.tip()
+        if self.local.wal.header() != tip.header:
+            raise SnapshotLost(f"the WAL of {self.local.path} was restarted")
+        for first in range(1, header.db_size + 1, _ENTRIES_AT_ONCE):
+            hashes, txids = self.index.entries(first, min(_ENTRIES_AT_ONCE, header.db_size - first + 1))
+            rows = enumerate(zip(hashes, txids, strict=True), first)
+            chosen = [(pgno, known) for pgno, (known, txid) in rows if after < txid <= upto and known]
+            yield from self._current(header, tip, chosen)
 
     def _into_backlog(self, header: IndexHeader, *, upto: int) -> None:
         """Commits in (view txid, upto] whose pages nobody has put: remembered, and counted as seen."""

@@ -22,7 +22,7 @@ from .history import Edge, Head, History
 from .local_index import Identity, IndexHeader, LocalIndex
 from .segment import Header, page_hash
 from .snapshot import LocalDatabase
-from .standing import DRAINED, position_of
+from .standing import position_of
 from .wal import Position
 
 __all__ = ["LocalState", "Relation", "local_state", "relate"]
@@ -121,7 +121,7 @@ def _descends(found: LocalState, head: Head, header: IndexHeader, local: LocalDa
     restarts = (position.salt1 - known.salt1) & 0xFFFFFFFF  # salt 1 increments at each restart
     if restarts:
         return restarts < 1 << 31
-    return known.frame == DRAINED or _begins_with(known, local)
+    return _begins_with(known, local)
 
 
 def _continues(head: Head, edges: list[Edge], local: LocalDatabase, history: History) -> bool:

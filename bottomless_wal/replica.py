@@ -79,6 +79,9 @@ class Replica:
         self.config = config
         self.name = layout.database_name(config.database_id, path)
         self.pid = os.getpid()
+        self._connect = connect
+        self.wals: dict[int, tuple[int, int]] = {}
+        """(inode, device) of the WAL that each connection of this process has open."""
         self.opens = 0
         self.closing = False
         self.lifecycle = threading.RLock()
@@ -109,10 +112,11 @@ class Replica:
             existed = os.path.exists(self.index.path)
             try:
                 with self.index.locked():
-                    Boot(self.replicator, policy=self.config.initial_replication, progress=progress).run(reset=reset)
+                    header = Boot(self.replicator, policy=self.config.initial_replication, progress=progress).run(reset=reset)
                     reach("after open")
                     yield
                 self.booted = True
+                self.worker.nudge(header)
             except OSError as error:
                 raise ConfigError(
                     f"cannot write beside {self.path}: {error}",
@@ -156,6 +160,14 @@ class Replica:
             self.checkpointer.ask(tip.frames)
             raise
 
+    def wal_in_place(self) -> bool:
+        """Is the file at `<db>-wal` the one that every connection here has open? Nobody deletes it while one has."""
+        try:
+            there = os.stat(self.path + "-wal")[1:3]
+        except FileNotFoundError:
+            return False
+        return all(mine == there for mine in list(self.wals.values()))
+
     def mark_scan(self) -> None:
         """The main file was written past the WAL (a switch of the journal mode): the next batch scans."""
         LocalIndex.ask_for_scan(self.index.path)
@@ -163,7 +175,7 @@ class Replica:
     def seal(self, new: WalHeader | None) -> None:
         """The WAL is about to be restarted with the header `new`, or truncated or deleted (None). See `standing.seal`."""
         try:
-            seal(self.index.path, self.path + "-wal", new)
+            seal(self.index.path, self.path, new)
         except OSError as error:
             # Without a seal the position proves nothing, and the next batch scans.
             logger.warning("%s: no seal could be left: %s", self.path, error)
@@ -230,12 +242,27 @@ class Replica:
             self.booted = False
             self.drain()
             self.checkpointer.stop()
+            if self.opens:
+                self._leave_nothing_to_do()
             reach("before close")
             self.local.close(checkpoint=True)
             if self.worker.last_error is None:
                 self._mark_clean()
             self.index.close()
             self.store.close()
+
+    def _leave_nothing_to_do(self) -> None:
+        """At exit, while the application's connections are still open: whatever closes them later finds an empty WAL, and leaves
+        the main file as the index describes it."""
+        if self.worker.last_error is not None:
+            return
+        try:
+            with contextlib.closing(self._connect(self.path)) as connection:
+                connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+                connection.execute("PRAGMA schema_version").fetchall()
+                connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        except apsw.Error as error:
+            logger.debug("%s: no checkpoint at exit: %s", self.path, error)
 
     def _mark_clean(self) -> None:
         try:
@@ -281,6 +308,12 @@ class Registry:
             ConfigError: it is open with other settings. ConflictError: another file maps to its name.
         """
         with self._lock:
+            if any(inherited.path == path for inherited in self._inherited):
+                raise ConfigError(
+                    f"{path} was open in the process that forked this one: SQLite's locks would not protect it here",
+                    hint="Open it only after the fork, or close every connection to it before (gunicorn: in post_fork, not in a "
+                    "preloaded app).",
+                )
             while (replica := self._replicas.get(path)) is not None and replica.closing:
                 self._lock.wait()
             if replica is None:

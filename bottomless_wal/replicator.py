@@ -54,8 +54,8 @@ def home_of(config: Config, name: str) -> bytes:
     return hashlib.sha256("\0".join((config.endpoint, config.bucket, name)).encode()).digest()[:16]
 
 
-class _Again(Exception):
-    """The index has moved on (an earlier attempt was adopted): start the batch anew."""
+class MovedOn(SnapshotLost):
+    """The index has moved on (an earlier attempt was adopted): look anew."""
 
 
 class Replicator:
@@ -107,10 +107,10 @@ class Replicator:
             try:
                 if header.intents and (found := self.history.segment(header.txid, header.txid + 1)) is not None:
                     self._adopt(header, found)
-                    raise _Again
+                    raise MovedOn("an earlier attempt was adopted")
                 self._cover(header)
                 return header
-            except _Again:
+            except MovedOn:
                 header = self.header()
             except SnapshotLost as lost:
                 logger.info("%s: %s: looking again", self.local.path, lost)
@@ -123,6 +123,8 @@ class Replicator:
         header = self.index.load()
         if header is None or header.home != self.home:
             raise IndexLost(f"{self.index.path} is missing, damaged, or of another history")
+        # Another process may have said so at its own close; here the database is in use.
+        header.clean = False
         return header
 
     def fresh(self) -> IndexHeader:
@@ -267,7 +269,7 @@ class Replicator:
         if not receipt.created:
             found = self._stored(header, edge.pre, post)
             self._adopt(header, found)
-            raise _Again
+            raise MovedOn("an earlier attempt was adopted")
         date_ms = int(receipt.date * 1000)
         if header.proved_ms and date_ms - header.proved_ms > FENCE_HORIZON_SECONDS * 1000:
             self._prove(post)
@@ -336,6 +338,8 @@ class Replicator:
                 f"and the history has gone on without it"
             )
         logger.info("%s: %s is our own, from an attempt whose answer was lost", self.local.path, found.name)
+        if edge.time_ms - header.proved_ms > FENCE_HORIZON_SECONDS * 1000:
+            self._prove(edge.post)
         reach("within adopt")
         position = edge.positions[-1] if edge.positions else None
         with self.local.pinned():
@@ -358,6 +362,19 @@ class Replicator:
             pgnos.append(pgno)
             hashes.append(known_hash)
         self._record(header, edge, pgnos, hashes, edge.time_ms, header.change_counter)
+        self.view.put(header, (page for block in self.history.blocks(found) for page in block))
+
+    def require_head(self, header: IndexHeader) -> None:
+        """Off the commit path no create-only write tells of a rival: before page objects are put or deleted there, look.
+
+        Raises:
+            FencedError: the history has gone on without this replica.
+        """
+        beyond = self.history.edges(since=header.txid)
+        if beyond and not header.intents:
+            self._fence(
+                f"{self.local.path} is at txid {header.txid}, and another writer has gone on to {max(edge.post for edge in beyond)}"
+            )
 
     def _prove(self, post: int) -> None:
         beyond = self.history.edges(since=post)

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _READ_BYTES: Final = 256 * 1024
 _ASK_AGAIN_SECONDS: Final = 10.0
+_VANISHED_LOOKS: Final = 20
 _BASE_VFS: Final = ""  # the default VFS below ours
 
 
@@ -96,11 +97,11 @@ class FrameMap:
             return self._dict.get(pgno, 0)
         return self._array[pgno] if pgno < len(self._array) else 0
 
-    def newer_than(self, frame: int, limit: int) -> array[int]:
-        """The pages up to `limit` whose last frame is beyond `frame`, ascending."""
+    def pages(self, limit: int) -> array[int]:
+        """The pages up to number `limit` that have a frame, ascending."""
         if self._array is None:
-            return array("I", sorted(pgno for pgno, at in self._dict.items() if at > frame and pgno <= limit))
-        return array("I", (pgno for pgno, at in enumerate(self._array) if at > frame and pgno <= limit))
+            return array("I", sorted(pgno for pgno in self._dict if pgno <= limit))
+        return array("I", (pgno for pgno, at in enumerate(self._array) if at and pgno <= limit))
 
 
 class WalFile:
@@ -163,6 +164,15 @@ class WalFile:
             self._fd = -1
 
 
+def wal_vanished(path: str) -> ReplicationError:
+    """The error for a WAL that was deleted or replaced while connections have it open."""
+    return ReplicationError(
+        f"the WAL of {path} was deleted or replaced while it was in use: commits stand in a file without a name",
+        hint="Close every connection to the database, in all processes, and open it again. What stood in that WAL alone is in the bucket "
+        "as far as it was acknowledged.",
+    )
+
+
 class LocalDatabase:
     """The database at `path` (resolved), seen from beside.
 
@@ -177,6 +187,7 @@ class LocalDatabase:
         self._monitor: apsw.Connection | None = None
         self._monitor_lock = threading.Lock()
         self._pin: apsw.Connection | None = None
+        self._pinned = False
         self._main: apsw.VFSFile | None = None
         # Two descriptors: committers ask for the tip while the worker reads frames.
         self._tip_wal = WalFile(path + "-wal")
@@ -191,12 +202,17 @@ class LocalDatabase:
         Raises:
             ReplicationError: SQLite kept answering BUSY.
         """
+        vanished = 0
         with self._monitor_lock:
             for _ in range(int(_ASK_AGAIN_SECONDS / 0.0005)):
                 before = self._tip_wal.header()
                 counts = self._ask()
                 if counts is not None and before == self._tip_wal.header():
-                    return Tip(before, *counts) if before is not None else Tip(None, 0, 0)
+                    if before is not None or not counts[0]:
+                        return Tip(before, *counts)
+                    vanished += 1
+                    if vanished == _VANISHED_LOOKS:
+                        raise wal_vanished(self.path)
                 self._sleep(0.0005)
         raise ReplicationError(
             f"the WAL of {self.path} could not be looked at: SQLite stayed busy",
@@ -242,7 +258,10 @@ class LocalDatabase:
 
     @contextlib.contextmanager
     def pinned(self) -> Iterator[None]:
-        """Holds a read transaction: no frame that is committed now is overwritten or outdated in the main file."""
+        """Holds a read transaction: no frame that is committed now is overwritten or outdated in the main file. May be nested."""
+        if self._pinned:
+            yield
+            return
         for attempt in range(int(_ASK_AGAIN_SECONDS / 0.0005)):
             if self._pin is None:
                 self._pin = self._connect()
@@ -254,16 +273,20 @@ class LocalDatabase:
             except apsw.ConnectionClosedError:
                 self._pin = None  # see `_ask`
             except (apsw.BusyError, apsw.LockedError):
-                pin.execute("ROLLBACK")
+                _end(pin)
                 logger.debug("%s: busy while pinning (attempt %d)", self.path, attempt + 1)
                 self._sleep(0.0005)
+            except apsw.Error:
+                _end(pin)
+                raise
         else:
             raise ReplicationError(f"no read transaction on {self.path}: SQLite stayed busy", hint="The commit stays pending.")
+        self._pinned = True
         try:
             yield
         finally:
-            with contextlib.suppress(apsw.ConnectionClosedError):
-                pin.execute("ROLLBACK")
+            self._pinned = False
+            _end(pin)
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[Tip]:
@@ -433,3 +456,10 @@ class LocalDatabase:
                     if checkpoint:
                         connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
                     connection.close()
+
+
+def _end(pin: apsw.Connection) -> None:
+    """Ends the pin's transaction, if SQLite (or an application that closes all connections) has not done so already."""
+    with contextlib.suppress(apsw.ConnectionClosedError):
+        if pin.in_transaction:
+            pin.execute("ROLLBACK")

@@ -17,8 +17,8 @@ from typing import Final
 from .history import History, Staged
 from .local_index import IndexHeader, LocalIndex
 from .segment import Page, lock_page, page_hash
-from .snapshot import LocalDatabase, Shape, SnapshotLost, Tip
-from .standing import DRAINED, position_of
+from .snapshot import FrameMap, LocalDatabase, Shape, SnapshotLost, Tip
+from .standing import position_of
 from .wal import FRAME_HEADER_SIZE, Position, WalHeader
 
 __all__ = ["Change", "IndexLost", "stage_frames", "stage_scan"]
@@ -94,18 +94,18 @@ def stage_frames(local: LocalDatabase, index: LocalIndex, history: History, head
         return None  # a first commit is the whole database, and so is one with another page size
     newest, commits, db_size = _newest_frames(local, wal, position.frame, tip.frames)
     lock = lock_page(wal.page_size)
-    if any(pgno not in newest for pgno in range(header.db_size + 1, db_size + 1) if pgno != lock):
+    if any(not newest.get(pgno) for pgno in range(header.db_size + 1, db_size + 1) if pgno != lock):
         return None  # it grew by pages that are in no frame
-    pgnos = array("I", sorted(pgno for pgno in newest if pgno <= db_size))
+    pgnos = newest.pages(db_size)
     counter, state = header.change_counter, header.state ^ _tail(index, header, db_size)
-    passed = _Collector(wal.page_size, lambda pgno: local.frame_page(wal, newest[pgno]))
+    passed = _Collector(wal.page_size, lambda pgno: local.frame_page(wal, newest.get(pgno)))
 
     def changed() -> Iterator[Page]:
         nonlocal counter, state
         for start in range(0, len(pgnos), 4096):
             some = pgnos[start : start + 4096]
             for pgno, old in zip(some, index.hashes(some), strict=True):
-                data = local.frame_page(wal, newest[pgno])
+                data = local.frame_page(wal, newest.get(pgno))
                 new = page_hash(pgno, data)
                 if pgno == 1:
                     counter = int.from_bytes(data[24:28], "big")
@@ -122,14 +122,14 @@ def stage_frames(local: LocalDatabase, index: LocalIndex, history: History, head
     )
 
 
-def _newest_frames(local: LocalDatabase, wal: WalHeader, after: int, upto: int) -> tuple[dict[int, int], list[Position], int]:
+def _newest_frames(local: LocalDatabase, wal: WalHeader, after: int, upto: int) -> tuple[FrameMap, list[Position], int]:
     """(page -> its last frame, where each commit ends, database size after the last), of whole commits beyond `after`."""
-    newest: dict[int, int] = {}
+    newest = FrameMap(wal)
     commits: list[Position] = []
     db_size = 0
     enough = _PIECE_BYTES // (FRAME_HEADER_SIZE + wal.page_size)
     for frame, found in local.frame_headers(wal, after + 1, upto):
-        newest[found.pgno] = frame
+        newest.add(found.pgno, frame)
         if found.db_size:
             db_size = found.db_size
             commits.append(found.position(frame))
@@ -180,7 +180,7 @@ def stage_scan(
         if not passed.pgnos and shape.db_size == header.db_size:
             return None
     position = position_of(local, tip)
-    positions = (position,) if position is not None and position.frame != DRAINED else ()
+    positions = (position,) if position is not None else ()
     return Change(
         staged, passed.pgnos, passed.hashes, state, shape.page_size, shape.db_size, shape.change_counter, position, positions,
         reset, passed.pages,

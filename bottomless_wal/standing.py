@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import logging
 from enum import Enum, auto
-from typing import Final
 
 from .crashpoints import reach
-from .local_index import IndexHeader, LocalIndex
+from .local_index import Identity, IndexHeader, LocalIndex
 from .snapshot import LocalDatabase, SnapshotLost, Tip, WalFile
 from .wal import Position, WalHeader
 
-__all__ = ["DRAINED", "Standing", "position_of", "seal", "standing"]
+__all__ = ["Standing", "position_of", "seal", "standing"]
 
 logger = logging.getLogger(__name__)
-
-DRAINED: Final = 0xFFFFFFFF
-"""As a position's frame: all of the WAL with these salts is covered, however long it is; its restart has begun already."""
 
 
 class Standing(Enum):
@@ -43,14 +39,13 @@ def standing(local: LocalDatabase, header: IndexHeader, tip: Tip) -> Standing:
         return Standing.UNCLEAR
     if wal is None:
         if position is None:
-            return Standing.COVERED
+            # Without a WAL the main file is all there is, and what it was is all that proves it.
+            return Standing.COVERED if Identity.of(local.path) == header.identity is not None else Standing.LOST
         return Standing.UNCLEAR if position.frame == 0 else Standing.LOST
     if position is None:
         return Standing.LOST
     if (position.salt1, position.salt2) != (wal.salt1, wal.salt2):
         return Standing.UNCLEAR if position.frame == 0 and tip.frames == 0 else Standing.LOST
-    if position.frame == DRAINED:
-        return Standing.COVERED if tip.frames == 0 else Standing.LOST
     if tip.frames < position.frame:
         # 0: a restart has begun, and its header is not written yet. Fewer, but some: the WAL was cut by a power loss.
         covered = tip.frames == 0 and not local.wal.continues(position, wal)
@@ -65,24 +60,23 @@ def position_of(local: LocalDatabase, tip: Tip) -> Position | None:
     wal = tip.header
     if wal is None:
         return None
-    if tip.frames == 0 and local.wal.continues(wal.position(), wal):
-        # The wal-index has let go of these frames: their content is in the main file.
-        return Position(wal.salt1, wal.salt2, DRAINED, 0, 0)
     found = local.wal.position(wal, tip.frames)
     if found is None:
         raise SnapshotLost(f"frame {tip.frames} of the WAL of {local.path} is gone")
     return found
 
 
-def seal(index_path: str, wal_path: str, new: WalHeader | None) -> None:
+def seal(index_path: str, path: str, new: WalHeader | None) -> None:
     """The WAL is about to lose its frames: leaves behind whether the index's position can be carried across.
 
     Called with SQLite's write lock held, before a new WAL header is written (`new`), or the WAL is truncated or deleted (None). By then
     everything that was committed is in the main file. It waits for no lock, so for no upload. The position goes across only if it
-    has the salts of the header still in the file and no frame there continues it; a batch that is under way meanwhile
+    has the salts of the header still in the file and no frame there continues it, and with it the identity of the main file, which
+    nobody writes to between here and the next commit; a batch that is under way meanwhile
     may have covered more, and the next one then scans for nothing.
     """
-    wal = WalFile(wal_path)
+    wal = WalFile(path + "-wal")
+    identity = Identity.of(path)
 
     def judge(header: IndexHeader) -> tuple[Position | None, bool] | None:
         old = wal.header()
@@ -90,18 +84,18 @@ def seal(index_path: str, wal_path: str, new: WalHeader | None) -> None:
             return None  # the same WAL once more: its first transaction was rolled back
         position = header.position
         if old is None:
-            covered = position is None
+            covered = position is None and header.identity == identity is not None
         elif position is None or (position.salt1, position.salt2) != (old.salt1, old.salt2):
             covered = False
         else:
-            covered = position.frame == DRAINED or (wal.position(old, position.frame) == position and not wal.continues(position, old))
+            covered = wal.position(old, position.frame) == position and not wal.continues(position, old)
         if not covered and not header.needs_scan:
-            logger.info("%s is restarted before all of it is stored: a scan is needed", wal_path)
+            logger.info("the WAL of %s is restarted before all of it is stored: a scan is needed", path)
         return (new.position() if new is not None else None), covered
 
     reach("before seal")
     try:
-        LocalIndex.leave_seal(index_path, judge)
+        LocalIndex.leave_seal(index_path, identity, judge)
     finally:
         wal.close()
     reach("after seal")

@@ -31,6 +31,7 @@ from .checkpointer import AUTOCHECKPOINT_FRAMES
 from .config import Config
 from .errors import ConfigError, ReplicationError
 from .replica import Replica, registry
+from .snapshot import wal_vanished
 from .wal import WalHeader
 
 __all__ = ["VFS_NAME", "arguments", "connect_own", "defaults", "install"]
@@ -76,7 +77,8 @@ class _MainFile(apsw.VFSFile):
             if not self._converting:
                 raise ConfigError(
                     f"{self._replica.path} is not in WAL mode: this write would not be replicated",
-                    hint="Run PRAGMA journal_mode=wal before the first write (and page_size before that).",
+                    hint="Run PRAGMA journal_mode=wal (for an attached database PRAGMA <schema>.journal_mode=wal) before the first write, "
+                    "and page_size before that. If a plain file is meant (VACUUM INTO, ATTACH), name it 'file:...?vfs=unix'.",
                 )
         super().xLock(level)
 
@@ -95,11 +97,18 @@ class _MainFile(apsw.VFSFile):
                     hint="Close every connection to it. Opening the path again restores the state in the bucket.",
                 )
             if self._in_wal_mode(replica):
+                if not replica.wal_in_place():
+                    raise wal_vanished(replica.path)
                 replica.committed()
             else:
                 # A rollback-mode commit: the switch to WAL itself, which writes page 1 past the WAL.
                 self._converting = False
                 replica.mark_scan()
+                if super().xRead(2, 18) != _WAL_VERSION:
+                    raise ReplicationError(
+                        f"a transaction was committed to {replica.path} outside WAL mode, after the switch to it had failed",
+                        hint="It stands locally. Run PRAGMA journal_mode=wal again: what was written then goes with the next commit.",
+                    )
         except BaseException as error:
             if self._alone():
                 _parked.pop(self._connection, None)
@@ -155,6 +164,7 @@ class _WalFile(apsw.VFSFile):
         self._fd = -1
         with contextlib.suppress(OSError):
             self._fd = os.open(replica.path + "-wal", os.O_RDONLY | os.O_CLOEXEC)
+            replica.wals[id(self)] = os.fstat(self._fd)[1:3]
 
     def xWrite(self, data: bytes, offset: int) -> None:
         if offset == 0:
@@ -178,6 +188,7 @@ class _WalFile(apsw.VFSFile):
             os.fsync(self._fd)
 
     def xClose(self) -> None:
+        self._replica.wals.pop(id(self), None)
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -298,8 +309,11 @@ def _wal_hook(connection: apsw.Connection, schema: str, frames: int) -> int:
             logger.error("also, in the same transaction: %s", other)
         raise first
     if frames >= AUTOCHECKPOINT_FRAMES:
-        with contextlib.suppress(apsw.BusyError, apsw.LockedError):
+        try:
             connection.wal_checkpoint(schema, apsw.SQLITE_CHECKPOINT_PASSIVE)
+        except apsw.Error as error:
+            # The commit stands, and is stored: whatever hinders its checkpoint is none of its business (as in SQLite's own hook).
+            logger.debug("checkpoint of %s: %s", schema, error)
         replica = registry.get(connection.db_filename(schema))
         if replica is not None:
             replica.checkpointed(frames)

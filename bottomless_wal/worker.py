@@ -80,6 +80,7 @@ class Worker:
         self._flush_done = 0
         self._behind = False
         self._fill_turn = 0.0
+        self._goal: tuple[int, int] | None = None  # (ticket of a flush, the txid up to which it wants the view complete)
         self._retry_wait = 0.0
         self._retry_at: float | None = None
         replicator.on_logged = self._publish
@@ -137,6 +138,8 @@ class Worker:
             while self._flush_done < ticket:
                 if self._failed >= ticket or self._fatal is not None:
                     raise self._failure()
+                if self._thread is None or not self._thread.is_alive():
+                    raise ReplicationError(f"{self._local.path} was closed before it was flushed", hint="The next open sends the rest.")
                 left = 1.0 if end is None else end - self._clock()
                 if left <= 0:
                     raise ReplicationError(
@@ -144,6 +147,14 @@ class Worker:
                         hint="The upload goes on in the background; flush() again, with more time.",
                     )
                 self._cond.wait(min(left, 1.0))
+
+    def nudge(self, header: IndexHeader) -> None:
+        """The database is open: what its page view has missed is put in the background."""
+        with self._cond:
+            if self._config.pages == "commit" and self._replicator.view.behind(header) and not self._replicator.held:
+                self._behind = True
+                self._ensure_thread()
+                self._cond.notify_all()
 
     def poke(self) -> None:
         """A checkpoint has run: with pages=checkpoint, the time to write page objects."""
@@ -266,6 +277,7 @@ class Worker:
         began = self._clock()
         error: BottomlessError | None = None
         behind = self._behind
+        goal: int | None = None
         try:
             with self._index.locked():
                 try:
@@ -274,11 +286,12 @@ class Worker:
                     logger.warning("%s: finding out anew where the local state stands", lost)
                     header = self._reboot()
                 behind = self._replicator.view.behind(header)
-            if behind and (flushing or (stopping and self._config.pages == "checkpoint")):
+            if behind and stopping and self._config.pages == "checkpoint":
                 self._fill_all()
                 behind = False
-            if flushing or stopping:
+            if stopping or (flushing and not behind):
                 self._sweep()
+            goal = header.txid if flushing and behind else None
         except BottomlessError as failure:
             error = self._as_replication_error(failure)
         except OSError as failure:
@@ -292,6 +305,13 @@ class Worker:
             error.__cause__ = failure
         with self._cond:
             self._concluded(ticket, error, began, company, behind)
+            if error is None:
+                if goal is None:
+                    self._flush_done = ticket
+                else:
+                    # Commits go on meanwhile: the page view is filled in turns.
+                    self._goal, self._behind = (ticket, goal), True
+            self._cond.notify_all()
 
     def _fill_all(self) -> None:
         try:
@@ -310,15 +330,15 @@ class Worker:
                 hint="Nothing is lost. They are put with the next flush(), or in the background.",
             ) from failure
         except StoreError as failure:
-            raise ReplicationError(
-                f"everything committed to {self._local.path} is in the log, but not all page objects are stored: {failure.message}",
-                hint="Nothing is lost. They are put with the next flush(), or in the background. " + failure.hint,
-            ) from failure
+            raise _view_is_missing(self._local.path, failure) from failure
 
     def _sweep(self) -> None:
         try:
             with self._index.locked():
-                self._replicator.view.sweep(self._replicator.header())
+                header = self._replicator.header()
+                if self._replicator.view.to_sweep(header):
+                    self._replicator.require_head(header)
+                    self._replicator.view.sweep(header)
         except StoreError as failure:
             # Superfluous objects harm nobody.
             logger.warning("%s: page objects past its end stay until the next time: %s", self._local.path, failure.message)
@@ -327,7 +347,6 @@ class Worker:
         now = self._clock()
         if error is None:
             self._done = ticket
-            self._flush_done = ticket
             self._error = None
             self._retry_at, self._retry_wait = None, 0.0
             self._oldest = None if self._submitted == ticket else began
@@ -351,8 +370,12 @@ class Worker:
         self._cond.notify_all()
 
     def _fill(self) -> None:
+        with self._cond:
+            goal = self._goal
         try:
-            more = self._fill_some(_FILL_PAGES)
+            more = self._fill_some(_FILL_PAGES * (4 if goal is not None else 1), goal=goal[1] if goal is not None else 0)
+            if goal is not None and not more:
+                self._sweep()
         except Exception as failure:
             # Whatever it is, the log goes on; an IndexLost is the next batch's to mend.
             expected = isinstance(failure, BottomlessError | SnapshotLost | IndexLost | OSError | apsw.Error)
@@ -360,19 +383,37 @@ class Worker:
             with self._cond:
                 self._retry_wait = min(max(self._retry_wait * 2, _RETRY_FIRST), _RETRY_MOST)
                 self._retry_at = self._clock() + self._retry_wait
+                if isinstance(failure, FencedError):
+                    self._fatal = failure
+                elif goal is not None and isinstance(failure, BottomlessError):
+                    self._error = _view_is_missing(self._local.path, failure)
+                    self._failed = max(self._failed, goal[0])
+                    self._goal = None
+                self._cond.notify_all()
             return
         with self._cond:
             self._behind = more
             self._fill_turn = self._clock() + _FILL_PAUSE
+            if goal is not None and not more:
+                self._flush_done = max(self._flush_done, goal[0])
+                if self._goal == goal:
+                    self._goal = None
+                else:
+                    self._behind = True
+                self._cond.notify_all()
 
-    def _fill_some(self, most: int, *, everything: bool = False) -> bool:
+    def _fill_some(self, most: int, *, goal: int = 0, everything: bool = False) -> bool:
+        """Puts some of the backlog; is there more (to do for the view to be complete up to `goal`)?"""
         with self._index.locked():
             header = self._replicator.header()
             with self._local.pinned():
                 tip = self._local.tip()
                 if self._local.wal.header() != tip.header:
                     return True  # a restart is under way
+                self._replicator.require_head(header)
                 self._replicator.view.fill(header, tip, most=most)
+            if goal:
+                return header.view_complete < goal
             if everything:
                 return self._replicator.view.behind(header)
             return header.backlog is not None
@@ -386,3 +427,10 @@ class Worker:
         )
         error.__cause__ = failure
         return error
+
+
+def _view_is_missing(path: str, failure: BottomlessError) -> ReplicationError:
+    return ReplicationError(
+        f"everything committed to {path} is in the log, but not all page objects are stored: {failure.message}",
+        hint="Nothing is lost. They are put with the next flush(), or in the background. " + failure.hint,
+    )

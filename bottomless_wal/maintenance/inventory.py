@@ -18,7 +18,6 @@ from ..local_index import HEADER_SIZE, Identity, IndexHeader
 from ..replica import INDEX_SUFFIX
 from ..replicator import home_of
 from ..snapshot import WalFile
-from ..standing import DRAINED
 from ..store import Entry, open_store
 from .target import Target, configured, opened, stored_name
 
@@ -149,8 +148,6 @@ def _pending(path: str, local: IndexHeader) -> bool | None:
             return False if position is None and identity == local.identity else None
         if position is None or (position.salt1, position.salt2) != (header.salt1, header.salt2):
             return None
-        if position.frame == DRAINED:
-            return False
         if wal.position(header, position.frame) != position:
             return None
         return wal.continues(position, header)

@@ -307,7 +307,7 @@ class S3Store:
         if not honoured:
             logger.warning(
                 "%s does not know create-only writes (If-None-Match on PutObject): this replica looks before each write instead; "
-                "the window in which two writers on different machines could pass each other unseen is documented",
+                "two writers on different machines could pass each other unseen within that round trip (README, Limits)",
                 self.describe(),
             )
         return honoured

@@ -46,6 +46,7 @@ seals = st.builds(
     after=st.none() | positions,
     covered=st.booleans(),
     anywhere=st.booleans(),
+    identity=st.none() | st.builds(Identity, u64, u64, u64, times, times),
 )
 
 
@@ -140,5 +141,16 @@ def test_golden_vectors() -> None:
     assert {name: getattr(header, name) for name in meaning["numbers"]} == meaning["numbers"]
     assert header.encode() == (VECTORS / "header.index").read_bytes()
     seal = Seal.decode((VECTORS / "seal.index").read_bytes())
-    assert seal == Seal(meaning["seal"]["sequence"], tuple(meaning["seal"]["before"]), Position(*meaning["seal"]["after"]), covered=True)
+    told = meaning["seal"]
+    assert seal is not None
+    assert seal == Seal(
+        told["sequence"], tuple(told["before"]), Position(*told["after"]), covered=True, identity=Identity(*told["identity"])
+    )
     assert seal.encode() == (VECTORS / "seal.index").read_bytes()
+
+
+def test_a_position_that_is_carried_across_takes_the_main_files_identity_with_it() -> None:
+    identity = Identity(1, 2, 3, 4, 5)
+    header = _sealed(HERE, Seal(6, (1, 2), None, covered=True, identity=identity))
+    assert (header.position, header.identity) == (None, identity)
+    assert _sealed(HERE, Seal(6, (1, 2), None, covered=False, identity=identity)).identity is None
