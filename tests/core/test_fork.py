@@ -64,6 +64,7 @@ def test_a_child_opens_the_database_for_itself(world: World) -> None:
     script = """
 con = connect(argv[0])
 con.execute("CREATE TABLE t(x)")
+con.close()
 children = []
 for n in range(3):
     pid = os.fork()
@@ -79,6 +80,7 @@ for n in range(3):
             os._exit(1)
         os._exit(0)
     children.append(pid)
+con = connect(argv[0])
 con.set_busy_timeout(30000)
 for i in range(5):
     con.execute("INSERT INTO t VALUES ('parent')")
@@ -91,6 +93,29 @@ con.close()
     con = here.connect()
     assert rows(con) == 21
     con.close()
+    world.comes_back(here)
+
+
+def test_a_child_is_refused_what_its_parent_had_open(world: World) -> None:
+    """SQLite in the child believes it has the parent's locks, which it has not: the parent's close would delete the WAL under it."""
+    here = world.machine()
+    script = """
+con = connect(argv[0])
+con.execute("CREATE TABLE t(x)")
+pid = os.fork()
+if pid == 0:
+    try:
+        connect(argv[0])
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+    os._exit(0)
+os.waitpid(pid, 0)
+con.execute("INSERT INTO t VALUES (1)")
+con.close()
+"""
+    out = child(script, here.path(), options=world.options).stdout
+    assert "ConfigError" in out
+    assert "after the fork" in out
     world.comes_back(here)
 
 
@@ -113,9 +138,9 @@ def work(n):
     globals()["kept"] = con  # open until the process ends
 if __name__ == "__main__":
     context = multiprocessing.get_context({method!r})
-    con = bottomless_wal.connect(sys.argv[2], **options)
     workers = [context.Process(target=work, args=(n,)) for n in range(3)]
     [worker.start() for worker in workers]
+    con = bottomless_wal.connect(sys.argv[2], **options)
     [worker.join() for worker in workers]
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     con.execute("INSERT INTO t VALUES ('parent')")
