@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Final
 
 import apsw
@@ -75,17 +77,23 @@ def flush(database: apsw.Connection | str | os.PathLike[str], timeout: float | N
         ReplicationError: the store gave up, or the time is over; what is pending stays pending.
         FencedError, ConflictError: this replica has stopped. ConfigError: not open here.
     """
-    _replica(database).worker.flush(timeout)
+    with _borrowed(database) as replica:
+        replica.worker.flush(timeout)
 
 
 def status(database: apsw.Connection | str | os.PathLike[str]) -> Status:
     """Where the replication of `database` (as in `flush`) stands. Sends nothing."""
-    return _replica(database).status()
+    with _borrowed(database) as replica:
+        return replica.status()
 
 
-def _replica(database: apsw.Connection | str | os.PathLike[str]) -> Replica:
+@contextlib.contextmanager
+def _borrowed(database: apsw.Connection | str | os.PathLike[str]) -> Iterator[Replica]:
     path = database.db_filename("main") if isinstance(database, apsw.Connection) else os.path.realpath(database)
-    replica = registry.get(path)
+    replica = registry.borrow(path)
     if replica is None:
         raise ConfigError(f"{path or 'this connection'} is not open through vfs=bottomless in this process", hint="connect() it.")
-    return replica
+    try:
+        yield replica
+    finally:
+        registry.release(replica)

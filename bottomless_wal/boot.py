@@ -295,7 +295,15 @@ class Boot:
 
     def _take_over(self, local: LocalState, head: Head, edges: list[Edge]) -> IndexHeader:
         """The local file is, or descends from, the head, and the index was lost or stale: it is made anew."""
+        before = self.index.load()
         header = self.replicator.fresh()
+        # Killed, or cut off from the store, before the entries are there: this header keeps the file's descent, and asks for them.
+        header.txid, header.state, header.page_size, header.db_size = head
+        header.identity = Identity.of(self.local.path)
+        header.position = before.position if before is not None else None
+        header.change_counter = min(local.change_counter, before.change_counter) if before is not None else local.change_counter
+        header.needs_scan = True
+        self.index.save(header)
         if local.state == head.state:
             self._learn_locally(header, head, edges)
         else:

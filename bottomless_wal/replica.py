@@ -28,7 +28,7 @@ from .boot import Boot
 from .checkpointer import RESTART_FRAMES, Checkpointer
 from .config import Config
 from .crashpoints import reach
-from .errors import BottomlessError, ConfigError, ConflictError, ReplicationError
+from .errors import BottomlessError, ConfigError, ConflictError, FencedError, ReplicationError
 from .history import History
 from .local_index import Identity, IndexHeader, LocalIndex
 from .rebuild import Progress
@@ -230,7 +230,9 @@ class Replica:
         """Sends what is pending and ends the worker. Never raises: what could not be sent is logged and stays pending."""
         self.worker.stop(drain=True)
         error = self.worker.last_error
-        if error is not None:
+        if isinstance(error, FencedError):
+            logger.error("%s is closed: %s", self.path, error.message)
+        elif error is not None:
             logger.error("%s is closed with commits that are not stored: %s", self.path, error.message)
 
     def close(self) -> None:
@@ -331,6 +333,16 @@ class Registry:
                     f"{path} is open in this process with other settings",
                     hint="Use the same options for every connection to one file, or close the others first.",
                 )
+            replica.opens += 1
+            return replica
+
+    def borrow(self, path: str) -> Replica | None:
+        """The replica of `path`, kept open until `release`; None when it is not open. While a thread is inside it, the garbage
+        collector, which may run in that very thread, cannot be the one that closes it."""
+        with self._lock:
+            replica = self._replicas.get(path)
+            if replica is None or replica.closing or not replica.booted:
+                return None
             replica.opens += 1
             return replica
 

@@ -108,8 +108,7 @@ class Replicator:
                 if header.intents and (found := self.history.segment(header.txid, header.txid + 1)) is not None:
                     self._adopt(header, found)
                     raise MovedOn("an earlier attempt was adopted")
-                self._cover(header)
-                return header
+                return self._cover()
             except MovedOn:
                 header = self.header()
             except SnapshotLost as lost:
@@ -132,21 +131,23 @@ class Replicator:
         self.index.clear()
         return IndexHeader(self.home, secrets.token_bytes(16), boot_id())
 
-    def _cover(self, header: IndexHeader) -> None:
+    def _cover(self) -> IndexHeader:
         for look in range(_LOOKS):
             with self.local.pinned():
+                header = self.header()
                 tip = self.local.tip()
                 found = standing(self.local, header, tip)
                 if found in (Standing.COVERED, Standing.FRAMES):
                     self._refresh_identity(header, tip)
                     if self._frames(header, tip):
                         self.view.catch_up(header)
-                        return
+                        return header
                     break
             if found is Standing.LOST or look == _LOOKS - 1:
                 break
             self._sleep(0.005)
         self.scan(header)
+        return header
 
     def _frames(self, header: IndexHeader, tip: Tip) -> bool:
         """Everything from the position to the tip, commit by commit. False: only a scan can tell what changed."""

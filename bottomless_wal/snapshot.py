@@ -440,7 +440,7 @@ class LocalDatabase:
 
     def close(self, *, checkpoint: bool = False) -> None:
         """Closes connections and files. `checkpoint`: if ours is the last connection, it checkpoints and deletes the WAL, as SQLite
-        does; not with the index locked, for the seal of the deletion takes that lock."""
+        does."""
         self._map = None
         self.wal.close()
         if self._main is not None:

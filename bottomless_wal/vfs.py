@@ -83,7 +83,8 @@ class _MainFile(apsw.VFSFile):
         super().xLock(level)
 
     def xClose(self) -> None:
-        _parked.pop(self._connection, None)
+        if self._replica is not None:
+            _parked.get(self._connection, {}).pop(self._replica.path, None)
         super().xClose()
         replica, self._replica = self._replica, None
         if replica is not None and replica.pid == os.getpid():

@@ -55,7 +55,9 @@ class Worker:
         reboot: Callable[[], IndexHeader],
         *,
         clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], None] = time.sleep,
     ) -> None:
+        self._pause = pause
         self._config = config
         self._replicator = replicator
         self._index = index
@@ -75,6 +77,7 @@ class Worker:
         self._company = 0
         self._round_trip = 0.0
         self._oldest: float | None = None
+        self._locking: float | None = None  # since when the worker has been waiting for the index's lock
         self._urgent = 0
         self._flush_wanted = 0
         self._flush_done = 0
@@ -104,6 +107,7 @@ class Worker:
         Raises:
             ReplicationError: it is not, and stays pending. FencedError, ConflictError: it will never be.
         """
+        began = self._clock()
         with self._cond:
             self._waiting += 1
             self._urgent = max(self._urgent, ticket)
@@ -117,6 +121,7 @@ class Worker:
                             f"the commit to {self._local.path} stands, but replication has been shut down",
                             hint="The next open sends it.",
                         )
+                    self._require_lock(began)
                     self._cond.wait(1.0)
             finally:
                 self._waiting -= 1
@@ -127,7 +132,8 @@ class Worker:
         Raises:
             ReplicationError: it is not, for `timeout` seconds or because the store gave up. FencedError, ConflictError.
         """
-        end = None if timeout is None else self._clock() + timeout
+        began = self._clock()
+        end = None if timeout is None else began + timeout
         with self._cond:
             self._replicator.held = False
             ticket = self._submitted = self._submitted + 1
@@ -140,6 +146,8 @@ class Worker:
                     raise self._failure()
                 if self._thread is None or not self._thread.is_alive():
                     raise ReplicationError(f"{self._local.path} was closed before it was flushed", hint="The next open sends the rest.")
+                if end is None:
+                    self._require_lock(began)
                 left = 1.0 if end is None else end - self._clock()
                 if left <= 0:
                     raise ReplicationError(
@@ -201,6 +209,17 @@ class Worker:
         if self._thread is None and not self._stopping:
             self._thread = threading.Thread(target=self._run, name=f"bottomless {self._local.path}", daemon=True)
             self._thread.start()
+
+    def _require_lock(self, since: float) -> None:
+        """Raises ReplicationError when the worker has waited for another process for as long as a store would be waited for."""
+        if self._locking is None:
+            return
+        waited = self._clock() - max(self._locking, since)
+        if waited > max(self._config.retry_timeout, 1.0):
+            raise ReplicationError(
+                f"another process has held the lock of {self._local.path} for {waited:.0f} s: the commit stands, and is not stored",
+                hint="It is stopped, or uploads something large. The commit stays pending, and goes as soon as it lets go.",
+            )
 
     def _covers(self, place: Position | None) -> bool:
         logged = self._logged
@@ -279,7 +298,9 @@ class Worker:
         behind = self._behind
         goal: int | None = None
         try:
+            self._locking = began
             with self._index.locked():
+                self._locking = None
                 try:
                     header = self._replicator.batch()
                 except IndexLost as lost:
@@ -296,6 +317,12 @@ class Worker:
             error = self._as_replication_error(failure)
         except OSError as failure:
             error = self._as_replication_error(StoreError(f"{self._index.path}: {failure}", hint="Is the disk full?"))
+        except apsw.Error as failure:
+            error = ReplicationError(
+                f"commits to {self._local.path} stand, but could not be read for replication: {failure}",
+                hint="They stay pending. Is the disk sound, and are there file descriptors left?",
+            )
+            error.__cause__ = failure
         except Exception as failure:
             logger.exception("replication of %s failed in a way that was not foreseen", self._local.path)
             error = ReplicationError(
@@ -304,6 +331,7 @@ class Worker:
             )
             error.__cause__ = failure
         with self._cond:
+            self._locking = None
             self._concluded(ticket, error, began, company, behind)
             if error is None:
                 if goal is None:
@@ -409,7 +437,8 @@ class Worker:
             with self._local.pinned():
                 tip = self._local.tip()
                 if self._local.wal.header() != tip.header:
-                    return True  # a restart is under way
+                    self._pause(0.001)  # a restart is under way
+                    return True
                 self._replicator.require_head(header)
                 self._replicator.view.fill(header, tip, most=most)
             if goal:
