@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _READ_BYTES: Final = 256 * 1024
 _ASK_AGAIN_SECONDS: Final = 10.0
+_QUIET_LOOKS: Final = 200
 _VANISHED_LOOKS: Final = 20
 _BASE_VFS: Final = ""  # the default VFS below ours
 
@@ -292,18 +293,38 @@ class LocalDatabase:
     def snapshot(self) -> Iterator[Tip]:
         """Pins a read transaction whose content is exactly that of the tip it yields.
 
-        The tip is looked at before and after the pin is taken: equal means that nothing was committed in between.
+        The tip is looked at before and after the pin is taken: equal means that nothing was committed in between. Where writers leave
+        no such moment, they are held off for one by SQLite's write lock (whose holders never wait for the replicator's).
         """
-        for _ in range(1000):
-            before = self.tip()
-            with self.pinned():
-                # Only what is committed counts: a checkpoint may go on beside.
-                if self.tip()[:2] == before[:2] and self.wal.header() == before.header:
-                    yield before
-                    return
+        for look in range(_QUIET_LOOKS):
+            with contextlib.ExitStack() as stack:
+                quiet = stack.enter_context(self._no_writers()) if look >= _QUIET_LOOKS // 2 else None
+                before = self.tip()
+                with self.pinned():
+                    # Only what is committed counts: a checkpoint may go on beside.
+                    if self.tip()[:2] == before[:2] and self.wal.header() == before.header:
+                        if quiet is not None:
+                            quiet.execute("ROLLBACK")
+                        yield before
+                        return
         raise ReplicationError(
             f"no moment of quiet on {self.path} to take a snapshot of it", hint="The next commit or flush() tries again."
         )
+
+    @contextlib.contextmanager
+    def _no_writers(self) -> Iterator[apsw.Connection | None]:
+        """Holds SQLite's write lock, if it is to be had in time (None if not)."""
+        connection = self._connect()
+        try:
+            connection.set_busy_timeout(2000)
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except (apsw.BusyError, apsw.LockedError):
+                yield None
+            else:
+                yield connection
+        finally:
+            connection.close()
 
     # --- frames --------------------------------------------------------------------------------------------------------
 

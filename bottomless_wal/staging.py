@@ -127,7 +127,9 @@ def _newest_frames(local: LocalDatabase, wal: WalHeader, after: int, upto: int) 
     newest = FrameMap(wal)
     commits: list[Position] = []
     db_size = 0
-    enough = _PIECE_BYTES // (FRAME_HEADER_SIZE + wal.page_size)
+    # From the beginning of a WAL on, frames may be read that an earlier scan has covered: whole, they lead to the state that is
+    # there; cut into pieces, the first of them would lead back.
+    enough = _PIECE_BYTES // (FRAME_HEADER_SIZE + wal.page_size) if after else upto + 1
     for frame, found in local.frame_headers(wal, after + 1, upto):
         newest.add(found.pgno, frame)
         if found.db_size:

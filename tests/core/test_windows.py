@@ -11,7 +11,6 @@ from typing import Any
 
 import apsw
 import pytest
-from endpoints import Endpoint
 from worlds import Machine, World, child, refusal, replica_of, rows, until
 
 import bottomless_wal
@@ -407,13 +406,40 @@ def test_an_overtaken_replica_overwrites_no_page_objects(world: World, how: str)
         with pytest.raises(FencedError):
             bottomless_wal.flush(con, timeout=20)
     elif how == "waiting":
-        until(lambda: isinstance(bottomless_wal.status(con).last_error, FencedError))
+        until(lambda: isinstance(bottomless_wal.status(con).last_error, FencedError), 5)
     con.close()
     assert world.bucket.content() == before
     world.comes_back(writer)
     con = here.connect()
     assert rows(con) == 51
     con.close()
+
+
+@pytest.mark.parametrize("how", ["commit", "flush", "close"])
+def test_a_replica_that_adopts_and_was_overtaken_overwrites_no_page_objects(world: World, how: str) -> None:
+    """An own attempt that is stored, and that another machine has followed, is not put over the newer page objects."""
+    _, con = _opened(world)
+    con.execute("INSERT INTO t VALUES (zeroblob(90000))")
+    store = refusal(con)
+    store.lose_answers()
+    store.after.append(lambda kind, key: store.log() if kind == "create" else None)  # nor is it found out in the background
+    with pytest.raises(ReplicationError):
+        con.execute("UPDATE t SET x = randomblob(90000)")
+    store.hold(held := threading.Event())
+    writer = world.machine()
+    child(GROW, writer.path(), options=world.options)
+    before = world.bucket.content()
+    store.nothing()
+    held.set()
+    if how == "commit":
+        with pytest.raises(FencedError):
+            con.execute("INSERT INTO t VALUES (1)")
+    elif how == "flush":
+        with pytest.raises(FencedError):
+            bottomless_wal.flush(con, timeout=20)
+    con.close()
+    assert world.bucket.content() == before
+    world.comes_back(writer)
 
 
 # --- the worker ----------------------------------------------------------------------------------------------------------------------
@@ -638,7 +664,7 @@ def test_the_page_view_of_an_existing_database_is_put_in_the_background(two_worl
     if policy == "force":
         _, con = _opened(world)
         con.close()
-    here = _existing(world, 200)
+    here = _existing(world, 60)
     con = here.connect(initial_replication=policy)
     until(lambda: bottomless_wal.status(con).view_txid == world.bucket.head("app.db"))
     world.stored(con)
