@@ -379,7 +379,11 @@ class Replicator:
             FencedError: the history has gone on without this replica.
         """
         beyond = self.history.edges(since=header.txid)
-        if beyond and not header.intents:
+        if len(beyond) == 1 and header.intents:
+            found = self.history.segment(header.txid, header.txid + 1)
+            if found is not None and self._is_own(header, found.header):
+                return  # our own attempt, which the next batch adopts
+        if beyond:
             self._fence(
                 f"{self.local.path} is at txid {header.txid}, and another writer has gone on to {max(edge.post for edge in beyond)}"
             )

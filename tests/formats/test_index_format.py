@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bottomless_wal.index_format import HEADER_SIZE, MAX_INTENTS, SEAL_OFFSET, SEAL_SIZE, Backlog, Identity, IndexHeader, Seal
 from bottomless_wal.wal import Position
 
-VECTORS = Path(__file__).parent.parent / "vectors"
+VECTORS = Path(__file__).parent.parent / "index_vectors"
 
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
