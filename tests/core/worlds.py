@@ -23,6 +23,7 @@ from bottomless_wal.errors import StoreError, TransientError
 from bottomless_wal.replica import Replica, registry
 
 HERE = Path(__file__).resolve().parent
+TOOLS = HERE.parent.parent / "tools"
 
 
 @dataclass
@@ -207,7 +208,7 @@ def spawn(script: str, *arguments: str, options: Mapping[str, Any]) -> subproces
     """As `child`, without waiting."""
     prelude = (
         "import json, os, signal, sys, threading, time\n"
-        f"sys.path[:0] = {[str(HERE), str(HERE.parent), str(HERE.parent.parent)]!r}\n"
+        f"sys.path[:0] = {[str(HERE), str(HERE.parent), str(HERE.parent.parent), str(TOOLS)]!r}\n"
         "import apsw, bottomless_wal\n"
         f"options = json.loads({json.dumps(dict(options))!r})\n"
         "argv = sys.argv[1:]\n"

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from endpoints import Endpoint, MakeConfig
-from faultproxy import FakeTime, Fault, FaultProxy, answer, hang, lost_answer, reset
+from faketime import FakeTime
+from faultproxy import Fault, FaultProxy, answer, hang, lost_answer, reset
 
 from bottomless_wal.config import Config
 from bottomless_wal.errors import StoreError, TransientError

@@ -15,7 +15,6 @@ import contextlib
 import socket
 import struct
 import threading
-import time
 import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -141,10 +140,10 @@ class FaultProxy:
         with connection:
             reader = connection.makefile("rb")
             try:
-                while (request := _read_request(reader)) is not None and self._one(connection, request):
-                    pass
-            except OSError:
-                pass  # the client is gone, or the test is over
+                # An OSError: the client is gone, or the test is over.
+                with contextlib.suppress(OSError):
+                    while (request := _read_request(reader)) is not None and self._one(connection, request):
+                        continue
             finally:
                 with self._lock:
                     self._open.discard(connection)
@@ -203,21 +202,3 @@ def _reset(connection: socket.socket) -> bool:
     # Lingering for no time at all makes close() send RST, as a server that crashed does, and not an orderly FIN.
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     return False
-
-
-class FakeTime:
-    """A clock that only `sleep` moves. `skew` makes each look at the clock take so long, for attempts that take time."""
-
-    def __init__(self) -> None:
-        self.seconds = 1000.0
-        self.slept: list[float] = []
-        self._lock = threading.Lock()
-
-    def clock(self) -> float:
-        return self.seconds
-
-    def sleep(self, seconds: float) -> None:
-        with self._lock:
-            self.slept.append(seconds)
-            self.seconds += seconds
-        time.sleep(0)
