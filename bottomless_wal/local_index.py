@@ -78,10 +78,7 @@ class LocalIndex:
 
     def load(self) -> IndexHeader | None:
         """The header, with what the last seal says; None when the file is empty or damaged."""
-        header, seal = _read(self._fd)
-        if header is not None:
-            header.absorb(seal)
-        return header
+        return _header(self._fd)
 
     def seal_sequence(self) -> int:
         """The number of the last seal: whoever scans from now on need not look at it."""
@@ -146,7 +143,7 @@ class LocalIndex:
     @staticmethod
     def peek(path: str) -> IndexHeader | None:
         """As `load`, of the index at `path`, without its lock: for a look that must not wait."""
-        return _with_file(path, os.O_RDONLY, _peek)
+        return _with_file(path, os.O_RDONLY, _header)
 
     @staticmethod
     def leave_seal(path: str, identity: Identity | None, judge: Callable[[IndexHeader], tuple[Position | None, bool] | None]) -> None:
@@ -211,7 +208,7 @@ def _read(fd: int) -> tuple[IndexHeader | None, Seal | None]:
     return IndexHeader.decode(data), Seal.decode(data[SEAL_OFFSET : SEAL_OFFSET + SEAL_SIZE])
 
 
-def _peek(fd: int) -> IndexHeader | None:
+def _header(fd: int) -> IndexHeader | None:
     header, seal = _read(fd)
     if header is not None:
         header.absorb(seal)

@@ -109,13 +109,10 @@ def rebuild(
     target: int,
     edges: list[Edge],
     *,
-    base: Rebuilt | None = None,
     width: int = 8,
     progress: Progress | None = None,
 ) -> Rebuilt:
     """Fills `into` with the state of txid `target`, synced and verified.
-
-    `base`: the file and the index already hold that state, and only the edges after it are applied.
 
     Raises:
         RestoreError: no chain of sound edges leads to `target`; the message names what is missing or wrong.
@@ -124,26 +121,23 @@ def rebuild(
     first: _Misfit | None = None
     for attempt in range(_ATTEMPTS):
         usable = [e for e in edges if (e.pre, e.post) not in suspects]
-        start = base.txid if base is not None else 0
-        chain = plan(usable, target, start=start)
+        chain = plan(usable, target)
         overlapping = False
-        if chain is None and base is None:
+        if chain is None:
             # A reset makes everything before it superfluous, gaps included; only its header tells that it is one.
             wholes = {(e.pre, e.post) for e in history.resets(usable, width=width)}
             chain = plan(usable, target, wholes=wholes) if wholes else None
-        if chain is None and base is None:
+        if chain is None:
             chain = plan(usable, target, overlapping=True)
             overlapping = chain is not None
         if chain is None:
-            raise _no_way(history, target, edges, start, first)
-        state = Rebuilt(base.txid, base.state, base.page_size, base.db_size) if base is not None else Rebuilt()
+            raise _no_way(history, target, edges, first)
+        state = Rebuilt()
         try:
             _apply_chain(history, into, chain, state, overlapping=overlapping, width=width, progress=progress)
         except _Misfit as misfit:
             first = first or misfit
             logger.warning("restoring %s: %s", history.name, misfit.cause)
-            if base is not None:
-                raise RestoreError(misfit.cause, hint="A full restore will be tried.") from misfit
             suspects.add((misfit.edge.pre, misfit.edge.post))
             into.index.clear()
             os.ftruncate(into.fd, 0)
@@ -152,7 +146,7 @@ def rebuild(
             continue
         os.fsync(into.fd)
         return state
-    raise _no_way(history, target, edges, 0, first)
+    raise _no_way(history, target, edges, first)
 
 
 def rebuild_from_pages(history: History, into: Scratch, *, width: int = 8, progress: Progress | None = None) -> Rebuilt | None:
@@ -300,14 +294,14 @@ def _require_every_page(index: LocalIndex, state: Rebuilt, chain: list[Edge]) ->
                 raise _Misfit(chain[-1], f"no edge up to txid {state.txid} has page {pgno} of {state.db_size}")
 
 
-def _no_way(history: History, target: int, edges: list[Edge], start: int, first: _Misfit | None) -> RestoreError:
+def _no_way(history: History, target: int, edges: list[Edge], first: _Misfit | None) -> RestoreError:
     if first is not None:
         return RestoreError(
             f"cannot rebuild txid {target} of {history.name!r}: {first.cause}",
             hint=(first.error.hint if first.error is not None else "")
             or "No other way leads there. `bottomless-wal verify` shows what can still be restored.",
         )
-    reached = start
+    reached = 0
     for edge in sorted(edges, key=lambda e: (e.pre, e.post)):
         if edge.pre <= reached < edge.post <= target:
             reached = edge.post
