@@ -83,7 +83,7 @@ def _ddl(con: apsw.Connection) -> None:
 
 def _vacuum(con: apsw.Connection) -> None:
     with con:
-        con.executemany("INSERT INTO t VALUES (?, ?)", ((n, "x" * 500) for n in range(300)))
+        con.executemany("INSERT INTO t VALUES (?, ?)", ((n, "x" * 500) for n in range(80)))
     con.execute("DELETE FROM t WHERE id % 7")
     con.execute("VACUUM")
 
@@ -91,7 +91,7 @@ def _vacuum(con: apsw.Connection) -> None:
 def _shrink_and_grow(con: apsw.Connection) -> None:
     for _ in range(2):
         with con:
-            con.executemany("INSERT INTO t VALUES (?, randomblob(900))", ((n,) for n in range(100)))
+            con.executemany("INSERT INTO t VALUES (?, randomblob(900))", ((n,) for n in range(30)))
         con.execute("DELETE FROM t")
         con.execute("VACUUM")
     con.executemany("INSERT INTO t VALUES (?, randomblob(900))", ((n,) for n in range(10)))

@@ -141,7 +141,7 @@ def test_a_database_here_and_nothing_there(two_worlds: World, actions: list[str]
     stock = here.stock()
     stock.execute(f"PRAGMA journal_mode={journal}").fetchall()
     stock.execute("CREATE TABLE t(x)")
-    stock.executemany("INSERT INTO t VALUES (randomblob(3000))", [()] * 100)
+    stock.executemany("INSERT INTO t VALUES (randomblob(3000))", [()] * 20)
     stock.close()
     con = here.connect(initial_replication=policy)
     assert actions == ["INITIAL"]
