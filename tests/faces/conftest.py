@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 from endpoints import Endpoint, endpoint_of
-from shops import Shop
+from shops import Cli, Shop
 
 from bottomless_wal import crashpoints
-from bottomless_wal.cli import main
 from bottomless_wal.config import ENV_PREFIX
 from bottomless_wal.replica import registry
 
@@ -49,14 +47,6 @@ def own_logging() -> Iterator[None]:
     yield
     logger.handlers[:], logger.level, logger.propagate = before
     logger.setLevel(before[1])
-
-
-class Cli:
-    """Runs commands against a shop's bucket."""
-
-    def __call__(self, shop: Shop, *arguments: object) -> Result:
-        place = ["--endpoint", shop.endpoint.url, "--bucket", shop.endpoint.bucket]
-        return CliRunner().invoke(main, [*place, *map(str, arguments)], catch_exceptions=False)
 
 
 @pytest.fixture

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import apsw
+from click.testing import CliRunner, Result
 from endpoints import Endpoint
 
 import bottomless_wal
 from bottomless_wal import layout
+from bottomless_wal.cli import main
 from bottomless_wal.config import ENV_PREFIX, Config
 from bottomless_wal.store import Store, open_store
 
@@ -112,3 +114,11 @@ class Shop:
             ENV_PREFIX + "CREATE_BUCKET": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
+
+
+class Cli:
+    """Runs commands against a shop's bucket."""
+
+    def __call__(self, shop: Shop, *arguments: object) -> Result:
+        place = ["--endpoint", shop.endpoint.url, "--bucket", shop.endpoint.bucket]
+        return CliRunner().invoke(main, [*place, *map(str, arguments)], catch_exceptions=False)

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from conftest import Cli
-from shops import COMMITS, Shop
+from shops import Cli, COMMITS, Shop
 
 import bottomless_wal
 from bottomless_wal import cli as commands
