@@ -221,6 +221,7 @@ class Boot:
                     f"{self.local.path} cannot be switched to WAL mode",
                     hint="Another program has it open, or its file system has no shared memory. Close it and open again.",
                 )
+            reach("after conversion")
 
     @contextlib.contextmanager
     def _plain(self) -> Iterator[apsw.Connection]:
@@ -351,6 +352,7 @@ class Boot:
                 connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
             except apsw.BusyError as error:
                 raise open_elsewhere(self.local.path) from error
+        reach("after fold")
         self.identity = Identity.of(self.local.path)
         return self._restore(head, edges)
 

@@ -33,7 +33,7 @@ from .config import ENV_PREFIX
 from .console import console, human_bytes, on_terminal
 from .demo_writer import CUSTOMERS, PRODUCTS
 from .history import Head
-from .maintenance.target import opened
+from .maintenance.target import configured, opened
 from .s3server import RcloneServer
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def run(options: Mapping[str, object], *, threads: int = 4, orders: int = 120, k
 def _prepare(story: _Story, stack: contextlib.ExitStack, *, keep: bool) -> None:
     os.mkdir(os.path.dirname(story.path))
     if "endpoint" in story.options:
-        story.chapter(f"Your own server: {story.options['endpoint']}")
+        story.chapter(f"Your own server: {configured(story.options).endpoint}")  # refused, unsaid, where it carries a password
         story.options["database_id"] = f"demo-{secrets.token_hex(4)}"
         if not keep:
             stack.callback(_delete_objects, story)

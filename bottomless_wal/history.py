@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from . import layout, parallel, segment
+from .crashpoints import reach
 from .errors import CorruptionError, RestoreError
 from .segment import Body, Header, Page, Segment
 from .store import Receipt, Store
@@ -72,7 +73,7 @@ class History:
                 break  # bodies sort behind all edges
             ends = layout.parse_segment_key(self.name, entry.key)
             if ends is None:
-                logger.warning("%s in %s is no object of ours: passed over", entry.key, self.store.describe())
+                logger.warning("%r in %s is no object of ours: passed over", entry.key, self.store.describe())
                 continue
             found.append(Edge(*ends, entry.size, entry.modified))
         return found
@@ -148,7 +149,7 @@ class History:
             CorruptionError: a page, or the body as a whole, is not what the segment says; or the body is missing.
         """
         if found.header.body is None:
-            yield list(found.pages())
+            yield from found.blocks()
             return
         body = found.header.body
         key = layout.log_prefix(self.name) + body.name
@@ -210,6 +211,7 @@ class History:
             for block in blocks:
                 digest.update(block)
                 yield block
+                reach("within body")
 
         size = self.store.upload(key, hashed())
         return Body(key.removeprefix(layout.log_prefix(self.name)), size, digest.digest())

@@ -121,6 +121,7 @@ class PageView:
                 if len(chosen) == most:
                     break
         self._put(header, self._current(header, tip, chosen))
+        reach("after fill")
         header.view_size = max(header.view_size, header.db_size)
         header.backlog = backlog._replace(cursor=cursor) if cursor <= header.db_size else None
         self.index.save(header)
@@ -144,6 +145,7 @@ class PageView:
         if beyond:
             logger.info("%s: deleting %d page objects past its end", self.local.path, len(beyond))
             self.history.store.delete(beyond)
+        reach("after sweep")
         header.view_size = header.db_size
         self.index.save(header)
 

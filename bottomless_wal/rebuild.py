@@ -23,6 +23,7 @@ from typing import Final
 import apsw
 
 from . import layout, parallel
+from .crashpoints import reach
 from .errors import BottomlessError, CorruptionError, RestoreError
 from .history import Edge, History, plan
 from .local_index import LocalIndex
@@ -187,6 +188,7 @@ def rebuild_from_pages(history: History, into: Scratch, *, width: int = 8, progr
             newest = trailer
         hashes[pgno] = page_hash(pgno, page)
         os.pwrite(into.fd, page, (pgno - 1) * page_size)
+        reach("within restore")
         done += size
         if progress is not None:
             progress(done, total)
@@ -248,6 +250,7 @@ def _apply_chain(
             _apply(into, header, history.blocks(found, width=min(width, 4)), state)
         except CorruptionError as error:
             raise _Misfit(edge, error.message, error) from error
+        reach("within restore")
         if state.state != header.post_hash:
             raise _Misfit(edge, f"{key} leads to state hash {state.state:016x}, not to {header.post_hash:016x} as it says")
         done += edge.size + (header.body.size if header.body is not None else 0)

@@ -53,9 +53,10 @@ def nobody_else(path: str) -> Iterator[None]:
 def aside(path: str) -> None:
     """Renames leftovers of an earlier file at `path`: beside a restored file a stale WAL would silently open the old database."""
     for ending in ("-wal", "-journal"):
-        if os.path.exists(path + ending) and os.path.getsize(path + ending) == 0:
+        # A symbolic link too, wherever it leads: SQLite would write its WAL through it.
+        if os.path.lexists(path + ending) and os.lstat(path + ending).st_size == 0:
             os.unlink(path + ending)
-        if os.path.exists(path + ending):
+        if os.path.lexists(path + ending):
             target = f"{path}{ending}-stale-{secrets.token_hex(4)}"
             logger.warning("%s belongs to no database: renamed to %s", path + ending, target)
             os.rename(path + ending, target)
@@ -70,7 +71,7 @@ def put_in_place(temporary: str, fd: int, path: str) -> None:
     try:
         os.fchmod(fd, os.stat(path).st_mode & 0o777)
     except FileNotFoundError:
-        os.fchmod(fd, 0o666 & ~_umask())
+        os.fchmod(fd, 0o644 & ~_umask())
     aside(path)
     reach("before rename")
     os.rename(temporary, path)

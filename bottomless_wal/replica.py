@@ -248,6 +248,7 @@ class Replica:
                 self._leave_nothing_to_do()
             reach("before close")
             self.local.close(checkpoint=True)
+            reach("after close")
             if self.worker.last_error is None:
                 self._mark_clean()
             self.index.close()

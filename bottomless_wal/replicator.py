@@ -129,6 +129,7 @@ class Replicator:
     def fresh(self) -> IndexHeader:
         """A new header over an empty index; not saved."""
         self.index.clear()
+        reach("after clear")
         return IndexHeader(self.home, secrets.token_bytes(16), boot_id())
 
     def _cover(self) -> IndexHeader:
@@ -221,6 +222,7 @@ class Replicator:
             table = self.history.tables(found)
             while some := list(itertools.islice(table, 65536)):
                 self.index.record([pgno for pgno, _ in some], [known for _, known in some], edge.post)
+            reach("within learn")
             header.view_txid = min(found.header.view_txid, head.txid)
         header.txid, header.state = head.txid, head.state
         header.page_size, header.db_size = head.page_size, head.db_size
@@ -300,6 +302,7 @@ class Replicator:
             header.needs_scan = True
             self.index.save(header)  # killed while the old entries go: scan
             header.position, header.needs_scan = position, needs_scan
+            reach("within record")
         self.index.record(pgnos, hashes, edge.post)
         for first in range(edge.db_size + 1, header.db_size + 1, 65536):
             count = min(65536, header.db_size - first + 1)

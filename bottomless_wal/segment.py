@@ -82,6 +82,7 @@ __all__ = [
     "lock_page",
     "page_hash",
     "pages_per_block",
+    "read",
     "read_blocks",
     "read_body",
     "read_tables",
@@ -170,8 +171,12 @@ class Segment:
             ValueError: they are in a body (`header.body`): use `read_body`.
             CorruptionError: a page is not what its hash says.
         """
+        return (page for block in self.blocks() for page in block)
+
+    def blocks(self) -> Iterator[list[Page]]:
+        """As `pages`, block by block: 32 MB of blocks may hold a thousand times as much, and only one of them is unpacked at a time."""
         self._refuse_body()
-        return (page for block in read_blocks((self._blocks,), self.header.page_size, name=self.name) for page in block)
+        return read_blocks((self._blocks,), self.header.page_size, name=self.name)
 
     def tables(self) -> Iterator[tuple[int, int]]:
         """(page number, page hash) of the pages in the segment itself, nothing decompressed. ValueError with a body."""
@@ -250,6 +255,72 @@ def decode_header(data: bytes, *, name: str) -> Header:
         return _decode_head(memoryview(data), *_head_lengths(data))
     except FormatError as error:
         raise corrupt(name, error) from error
+
+
+def read(chunks: Iterable[Bytes], *, name: str) -> tuple[Header, Iterator[list[Page]]]:
+    """As `decode`, of an object that is not held whole: `chunks` are its bytes, cut anywhere. (header, the pages of each block).
+
+    Each page is verified before it is handed out. What only the end can tell (the object's checksum, the number of pages, the state hash of
+    a whole edge) is verified before the iterator is exhausted: keep nothing for good before that. With a body, no page comes.
+
+    Raises:
+        CorruptionError: as `decode`, here or while iterating.
+    """
+    source = _Source(chunks)
+    try:
+        head = source.take(HEAD_SIZE)
+        tables_length, raw_length, blocks_length = _head_lengths(head)
+        header = _decode_head(memoryview(head + source.take(tables_length)), tables_length, raw_length, blocks_length)
+    except FormatError as error:
+        raise corrupt(name, error) from error
+
+    def blocks() -> Iterator[list[Page]]:
+        try:
+            tally = _Tally(header)
+            for block in split(source.pieces(blocks_length), header.page_size):
+                rows = rows_of(block)
+                tally.add(rows)
+                yield unpack(block, rows, header.page_size)
+            digest = source.digest.digest()
+            if source.take(_DIGEST) != digest or source.rest():
+                raise FormatError("its checksum is wrong")
+            if header.body is None:
+                tally.finish()
+        except FormatError as error:
+            raise corrupt(name, error) from error
+
+    return header, blocks()
+
+
+class _Source:
+    """Bytes that come in chunks, taken in other lengths; `digest` is the SHA-256 of all that was taken."""
+
+    def __init__(self, chunks: Iterable[Bytes]) -> None:
+        self.digest = _sha256()
+        self._chunks = iter(chunks)
+        self._left = memoryview(b"")
+
+    def pieces(self, length: int) -> Iterator[memoryview]:
+        """The next `length` bytes, as they come."""
+        while length:
+            if not self._left and not self.rest():
+                raise FormatError(f"it ends {length} bytes early")
+            piece, self._left = self._left[:length], self._left[length:]
+            self.digest.update(piece)
+            length -= len(piece)
+            yield piece
+
+    def take(self, length: int) -> bytes:
+        return b"".join(self.pieces(length))
+
+    def rest(self) -> bool:
+        """Are there more bytes?"""
+        while not self._left:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return False
+            self._left = memoryview(chunk)
+        return True
 
 
 def read_body(header: Header, chunks: Iterable[Bytes], *, name: str) -> Iterator[list[Page]]:

@@ -237,6 +237,8 @@ class _Bottomless(apsw.VFS):
         if parameters.get("immutable", "0") not in ("0", "no", "false", "off"):
             return _MainFile(name, flags, None)
         config = Config.load(self.defaults, getattr(_thread, "arguments", {}), uri=parameters)
+        if os.path.isdir(path):
+            raise ConfigError(f"{path} is a directory", hint="Name the database's file.")
         replica = registry.acquire(path, config, connect_own)
         try:
             with replica.opening(progress=getattr(_thread, "progress", None), reset=getattr(_thread, "reset", False)):

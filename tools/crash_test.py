@@ -1,10 +1,20 @@
 #!/usr/bin/env python3
 """Kills writers with SIGKILL at random moments, over and over on one history, and accounts for every acknowledged commit.
 
-Each round starts `--processes` writers of `--threads` threads on one database, kills them after a random time, then either opens the
-database in place or deletes the local files and boots from the bucket. After each round: every acknowledged commit is there, no
-transaction is torn (accounts sum to zero, every ledger row has its twin), `integrity_check` is ok, and the state hash of the
-restored file is the one that the head's segment tells. With ack=local only a suffix may be missing.
+Each round starts `--processes` writers of `--threads` threads on one database and kills one after the other (some by SIGTERM, and some
+of these by SIGKILL in the midst of their orderly close). Then the machine suffers one of
+
+    nothing      the database is opened in place
+    index lost   ... without the local index
+    power lost   ... with a WAL that is cut somewhere past what checkpoints have copied
+    wiped        all local files are gone: it is booted from the bucket
+
+and an auditor opens the database (it too is killed now and then, and begins again): every acknowledged commit is there, the books
+balance (`bank.BOOKS`), `integrity_check` is ok, the state hash of the file's own bytes is the one that the head's segment tells. At
+the end the whole log is replayed, and the page objects are laid side by side, by a reader that shares no code with the package: both
+are the file. With ack=local a loss of the machine may cost a suffix of the commits, and nothing else anything.
+
+`--rolling SECONDS`: the writers run for so long, one of them is killed and started again every few seconds, and none may stand still.
 
 A failing run prints the seed that repeats its choices, and leaves its directory behind.
 """
@@ -13,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import signal
@@ -22,175 +31,325 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import apsw
+import backends
+import bank
 
-import bottomless_wal
-
-ACCOUNTS = 20
-
-
-def options(args: argparse.Namespace) -> dict[str, object]:
-    """The replication options of one run."""
-    return {"endpoint": args.endpoint, "create_bucket": True, "ack": args.ack, "pages": args.pages, "retry_timeout": 5}
+STALL_SECONDS = 20.0
+"""No process of a rolling run may go so long without a commit."""
 
 
-def writer(args: argparse.Namespace) -> None:
-    """A child: threads that move money between accounts; each acknowledged transfer is one line of a file."""
-    path = os.path.join(args.directory, "bank.db")
-    log = os.open(os.path.join(args.directory, f"acks-{args.who}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    errors = os.open(os.path.join(args.directory, "errors"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+class Failed(Exception):
+    """The promise was broken; or something else that must not be."""
 
-    def work(thread: int) -> None:
-        rng = random.Random(f"{args.seed}-{args.who}-{thread}")
+
+class Run:
+    """One history and what was promised of it."""
+
+    def __init__(self, args: argparse.Namespace, directory: Path, store: backends.Backend, rng: random.Random) -> None:
+        self.args = args
+        self.directory = directory
+        self.store = store
+        self.rng = rng
+        patience: dict[str, Any] = {"retry_timeout": 20}
+        if args.faults:
+            patience = {"retry_timeout": 2 if args.outages else 20, "read_timeout": 1, "connect_timeout": 1}
+        options = {"endpoint": store.url, "bucket": "bank", "create_bucket": True, "ack": args.ack, "pages": args.pages, **patience}
+        self.job = bank.Job(str(directory), options, store.server, threads=args.threads, vacuum=args.vacuum, outages=args.outages)
+        self.promised: dict[str, int] = {}
+        self.commits: list[float] = []
+        self.begins: list[float] = []
+        self.counts: Counter[str] = Counter(kills=0, rounds=0)
+        self.lost = 0
+        self.head: dict[str, Any] = {}
+        self._files = 0
+        self._stderr = (directory / "stderr").open("ab")
+
+    # --- processes -----------------------------------------------------------------------------------------------------
+
+    def start(self, what: str, job: bank.Job) -> subprocess.Popen[str]:
+        """A process of the bank, which is about to open the database when this returns."""
+        process = subprocess.Popen(
+            job.argv(what), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True, cwd=Path(__file__).parent
+        )
+        assert process.stdout is not None
+        if what != "open" and process.stdout.readline() != "ready\n":
+            raise Failed(f"{what} did not start: exit {process.wait()}, see {self.directory}/stderr")
+        return process
+
+    def writer(self) -> tuple[str, subprocess.Popen[str]]:
+        """A new process of tellers, and its name."""
+        self._files += 1
+        who = f"w{self._files}"
+        return who, self.start("write", replace(self.job, who=who, seed=self.rng.randrange(1 << 32)))
+
+    def found(self) -> None:
+        if self.start("open", self.job).wait() != 0:
+            raise Failed(f"the bank could not be founded, see {self.directory}/stderr")
+
+    def end(self, process: subprocess.Popen[str]) -> None:
+        """SIGKILL; or SIGTERM, and SIGKILL when it takes longer than somebody is willing to wait."""
+        if process.poll() is not None:
+            raise Failed(f"a writer ended by itself, exit {process.returncode}: {self.errors()}")
+        orderly = self.rng.random() < self.args.orderly
+        if orderly:
+            process.send_signal(signal.SIGTERM)
+            patience = self.rng.choice((self.rng.uniform(0, 0.2), 120))
+            try:
+                if process.wait(patience) != 0:
+                    raise Failed(f"an orderly close ended with exit {process.returncode}: {self.errors()}")
+                self.counts["orderly closes"] += 1
+                return
+            except subprocess.TimeoutExpired:
+                if patience == 120:
+                    process.send_signal(signal.SIGUSR1)
+                    time.sleep(1)
+                    raise Failed(f"an orderly close hangs; see {self.directory}/stacks") from None
+        process.kill()
+        process.wait()
+        self.counts["kills"] += 1
+
+    def errors(self) -> str:
+        file = self.directory / "errors"
+        return file.read_text()[:3000] if file.exists() else "no error was told"
+
+    # --- what machines suffer ------------------------------------------------------------------------------------------
+
+    def suffer(self) -> str:
+        """Nobody runs: something happens to the local files."""
+        path = Path(self.job.path)
+        if self.rng.random() < self.args.wipe:
+            for file in self.directory.glob(f"{bank.NAME}*"):
+                file.unlink()
+            return "wiped"
+        what = self.rng.choices(("in place", "index lost", "power lost"), (6, 1, 2))[0]
+        if what == "index lost":
+            path.with_name(path.name + "-bottomless").unlink(missing_ok=True)
+        elif what == "power lost":
+            cut_wal(path, self.rng)
+        return what
+
+    # --- the accounts --------------------------------------------------------------------------------------------------
+
+    def audit(self, suffered: str) -> None:
+        """Raises Failed unless everything that was promised is there."""
+        job = replace(self.job, options={**self.job.options, "retry_timeout": 30})
+        while self.rng.random() < self.args.interrupt:
+            victim = self.start("audit", job)
+            time.sleep(self.rng.uniform(0, 0.4))
+            victim.kill()
+            victim.communicate()
+            self.counts["audits killed"] += 1
+        auditor = self.start("audit", job)
+        out, _ = auditor.communicate()
+        if auditor.returncode != 0:
+            said = (self.directory / "stderr").read_text(errors="replace")
+            raise Failed(f"the auditor failed (exit {auditor.returncode}): {said[-3000:]}")
+        self.head = json.loads(out)
+        if self.head["wrong"]:
+            raise Failed("; ".join(self.head["wrong"]))
+        tags: dict[str, int] = self.head["tags"]
+        fresh = bank.acks(self.directory)
+        lost = [ack for ack in fresh if tags.get(ack.tag) != ack.seq]
+        forgotten = [tag for tag, seq in self.promised.items() if tags.get(tag) != seq]
+        if forgotten:
+            raise Failed(f"{len(forgotten)} commits of earlier rounds are gone: {forgotten[:5]}")
+        if lost:
+            if self.args.ack != "local" or suffered not in ("wiped", "power lost"):
+                raise Failed(f"{len(lost)} acknowledged commits are lost: {lost[:5]}")
+            if min(ack.seq for ack in lost) < max((ack.seq for ack in fresh if tags.get(ack.tag) == ack.seq), default=0):
+                raise Failed(f"what is lost is no suffix: {sorted(lost, key=lambda ack: ack.seq)[:5]}")
+        self.lost += len(lost)
+        self.promised.update((ack.tag, ack.seq) for ack in set(fresh) - set(lost))
+        self.commits += [ack.commit for ack in fresh]
+        self.begins += [ack.begin for ack in fresh]
+        for file in self.directory.glob("acks-*"):
+            file.unlink()
+
+    def replay(self) -> None:
+        """The log, and the page objects, read from outside: both are the file, byte for byte."""
+        state, hashes = bank.state_of(self.job.path)
+        if bank.replay(self.job.bucket) != (state, hashes):
+            raise Failed("the log, replayed, is not the file")
+        if self.args.pages != "off" and self.job.bucket.view_image(bank.NAME) != Path(self.job.path).read_bytes():
+            raise Failed("the page objects are not the file")
+
+    def result(self) -> dict[str, Any]:
+        return {
+            **self.counts, "acknowledged": len(self.promised), "lost": self.lost, "torn": 0, "txid": self.head["txid"],
+            "commit seconds": spread(self.commits), "write lock seconds": spread(self.begins),
+        }  # fmt: skip
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median, the 99th percentile, and the worst."""
+    ranked = sorted(seconds)
+    return {
+        name: round(ranked[min(len(ranked) - 1, int(len(ranked) * share))], 4) for name, share in (("p50", 0.5), ("p99", 0.99), ("max", 1))
+    }
+
+
+def cut_wal(path: Path, rng: random.Random) -> None:
+    """What a power loss leaves of a WAL that was not synced: some of its bytes, but all that checkpoints have begun to copy."""
+    wal, shm = path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")
+    if not wal.exists() or not shm.exists():
+        return
+    head, index = wal.read_bytes()[:32], shm.read_bytes()[:136]
+    shm.unlink()
+    if len(head) < 32 or len(index) < 136 or head[16:24] != index[32:40]:
+        return  # a restart was under way: the main file holds more than the frames before the cut would tell
+    page_size = int.from_bytes(head[8:12], "big")
+    copied = int.from_bytes(index[128:132], sys.byteorder)  # nBackfillAttempted
+    size, least = wal.stat().st_size, 32 + copied * (24 + page_size)
+    if size > least:
+        with wal.open("r+b") as file:
+            file.truncate(rng.choice((least, rng.randint(least, size), rng.randint(least, size))))
+
+
+# --- the two kinds of runs -------------------------------------------------------------------------------------------------
+
+
+def crashes(run: Run) -> None:
+    """Rounds of work, kills, loss and audit, until `--kills` writers were killed."""
+    args, rng = run.args, run.rng
+    while run.counts["kills"] < args.kills:
+        run.counts["rounds"] += 1
+        writers = [run.writer()[1] for _ in range(args.processes)]
+        away = threading.Thread(target=_outage, args=(run.store, rng.uniform(0, args.longest), rng.uniform(1, 5)))
+        outage = args.outages and rng.random() < 0.4
+        if outage:
+            run.counts["outages"] += 1
+            away.start()
+        for writer in rng.sample(writers, len(writers)):
+            time.sleep(rng.uniform(0, args.longest))
+            run.end(writer)
+        if outage:
+            away.join()
+        if (run.directory / "errors").exists():
+            raise Failed(run.errors())
+        if args.faults:
+            time.sleep(backends.LONGEST_DELAY + 0.1)  # what is on its way arrives before the machine comes back
+        suffered = run.suffer()
+        run.counts[suffered] += 1
         try:
-            connection = bottomless_wal.connect(path, **options(args))
-            connection.set_busy_timeout(60000)
-            number = 0
-            while True:
-                number += 1
-                tag = f"{args.who}.{os.getpid()}.{thread}.{number}"
-                one, other = rng.sample(range(ACCOUNTS), 2)
-                amount = rng.randint(1, 100)
-                connection.execute("BEGIN IMMEDIATE")
-                connection.execute("UPDATE account SET balance = balance - ? WHERE id = ?", (amount, one))
-                connection.execute("INSERT INTO ledger VALUES(?, ?, ?, randomblob(?))", (tag, one, -amount, rng.choice((10, 300, 6000))))
-                connection.execute("UPDATE account SET balance = balance + ? WHERE id = ?", (amount, other))
-                connection.execute("INSERT INTO ledger VALUES(?, ?, ?, NULL)", (tag, other, amount))
-                connection.execute("COMMIT")
-                os.write(log, f"{tag}\n".encode())
-                if rng.random() < 0.03:
-                    mode = rng.choice((apsw.SQLITE_CHECKPOINT_PASSIVE, apsw.SQLITE_CHECKPOINT_RESTART, apsw.SQLITE_CHECKPOINT_TRUNCATE))
-                    try:
-                        connection.wal_checkpoint(mode=mode)
-                    except apsw.BusyError:
-                        continue
-                if rng.random() < 0.01:
-                    connection.close()
-                    connection = bottomless_wal.connect(path, **options(args))
-                    connection.set_busy_timeout(60000)
-        except BaseException as error:
-            os.write(errors, f"{args.who} {os.getpid()}: {type(error).__name__}: {error}\n".encode())
-            raise
-
-    for thread in range(args.threads):
-        threading.Thread(target=work, args=(thread,), daemon=True).start()
-    time.sleep(3600)
+            run.audit(suffered)
+        except Failed as failure:
+            raise Failed(f"round {run.counts['rounds']}, {suffered}: {failure}") from failure
+        run.store.forget()
+        if run.counts["rounds"] % 10 == 0:
+            print(json.dumps(run.result()), file=sys.stderr, flush=True)
 
 
-def setup(args: argparse.Namespace) -> None:
-    connection = bottomless_wal.connect(os.path.join(args.directory, "bank.db"), **options(args))
-    connection.execute("CREATE TABLE account(id INTEGER PRIMARY KEY, balance INTEGER)")
-    connection.execute("CREATE TABLE ledger(tag TEXT, account INTEGER, amount INTEGER, data BLOB)")
-    connection.execute("CREATE INDEX by_tag ON ledger(tag)")
-    with connection:
-        for number in range(ACCOUNTS):
-            connection.execute("INSERT INTO account VALUES(?, 0)", (number,))
-    bottomless_wal.flush(connection)
-    connection.close()
+def _outage(store: backends.Backend, after: float, seconds: float) -> None:
+    if store.outage is None:
+        raise AssertionError("no outage without a proxy")
+    time.sleep(after)
+    store.outage.on = True
+    time.sleep(seconds)
+    store.outage.on = False
 
 
-def check(args: argparse.Namespace) -> dict[str, int]:
-    """Opens the database and accounts for everything. Raises AssertionError."""
-    path = os.path.join(args.directory, "bank.db")
-    connection = bottomless_wal.connect(path, **options(args))
-    connection.set_busy_timeout(10000)
-    found = {row[0] for row in connection.execute("SELECT DISTINCT tag FROM ledger")}
-    torn = connection.execute("SELECT count(*) FROM (SELECT tag FROM ledger GROUP BY tag HAVING sum(amount) != 0 OR count(*) != 2)").get
-    total = connection.execute("SELECT sum(balance) FROM account").get
-    sound = connection.execute("PRAGMA integrity_check").get
-    wrong = connection.execute(
-        "SELECT count(*) FROM account WHERE balance != (SELECT coalesce(sum(amount), 0) FROM ledger WHERE account = id)"
-    ).get
-    bottomless_wal.flush(connection)
-    state = bottomless_wal.status(connection)
-    connection.close()
-    promised: set[str] = set()
-    for file in Path(args.directory).glob("acks-*"):
-        promised.update(file.read_text().split("\n")[:-1])
-    lost = promised - found
-    assert sound == "ok", f"integrity_check: {sound}"
-    assert (total, torn, wrong) == (0, 0, 0), f"torn: total {total}, {torn} half transfers, {wrong} wrong balances"
-    if args.ack == "local":
-        by_writer: dict[str, list[int]] = {}
-        for tag in promised:
-            writer_name, number = tag.rsplit(".", 1)
-            by_writer.setdefault(writer_name, []).append(int(number))
-        for writer_name, numbers in by_writer.items():
-            missing = [n for n in numbers if f"{writer_name}.{n}" not in found]
-            assert sorted(numbers)[len(numbers) - len(missing) :] == sorted(missing), f"a hole, not a suffix: {writer_name} {missing[:5]}"
-        for file in Path(args.directory).glob("acks-*"):
-            kept = [line for line in file.read_text().split("\n")[:-1] if line in found]
-            file.write_text("".join(f"{line}\n" for line in kept))
-    else:
-        assert not lost, f"{len(lost)} acknowledged commits lost: {sorted(lost)[:5]}"
-    return {"promised": len(promised), "lost": len(lost), "txid": state.txid, "state": state.state_hash}
+def rolling(run: Run, seconds: float) -> None:
+    """All writers at work, one killed and started again every few seconds; whoever makes no progress is a failure."""
+    args, rng = run.args, run.rng
+    writers = dict(run.writer() for _ in range(args.processes))
+    end = time.monotonic() + seconds
+    seen: dict[str, tuple[int, float]] = {}
+    worst = 0.0
+    next_kill = time.monotonic() + rng.uniform(1, 4)
+    while (now := time.monotonic()) < end:
+        time.sleep(0.05)
+        for who, writer in writers.items():
+            if writer.poll() is not None:
+                raise Failed(f"a writer ended by itself, exit {writer.returncode}: {run.errors()}")
+            file = run.directory / f"acks-{who}"
+            size = file.stat().st_size if file.exists() else 0
+            before, since = seen.get(who, (-1, now))
+            if size != before:
+                seen[who] = (size, now)
+            worst = max(worst, now - since)
+            if now - since > STALL_SECONDS:
+                for other in writers.values():
+                    other.send_signal(signal.SIGUSR1)
+                time.sleep(1)
+                raise Failed(f"writer {who} has made no progress for {now - since:.0f} s; see {run.directory}/stacks")
+        if now >= next_kill:
+            next_kill = now + rng.uniform(1, 4)
+            who = rng.choice(sorted(writers))
+            run.end(writers.pop(who))
+            seen.pop(who, None)
+            writers.update([run.writer()])
+    for writer in writers.values():
+        writer.send_signal(signal.SIGTERM)
+    for writer in writers.values():
+        if writer.wait(120) != 0:
+            raise Failed(f"an orderly close ended with exit {writer.returncode}: {run.errors()}")
+    if (run.directory / "errors").exists():
+        raise Failed(run.errors())
+    run.audit("in place")
+    run.counts["longest without a commit, ms"] = int(worst * 1000)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--rolling", type=float, default=None, metavar="SECONDS")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--ack", default="pages")
     parser.add_argument("--pages", default="commit")
-    parser.add_argument("--wipe", type=float, default=0.4, help="share of the rounds that delete the local files")
-    parser.add_argument("--longest", type=float, default=1.5, help="seconds of work in a round, at most")
+    parser.add_argument("--server", default="directory", help="directory (default), moto or rclone, started here; or the URL of a store")
+    parser.add_argument("--faults", action="store_true", help="a network that fails at random")
+    parser.add_argument("--outages", action="store_true", help="and a store that is away for longer than the writers' patience")
+    parser.add_argument(
+        "--ghosts", action="store_true", help="and segments that arrive long after their writer gave them up; nothing is wiped"
+    )
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds added to each request of a server")
+    parser.add_argument("--wipe", type=float, default=0.35, help="share of the rounds that lose all local files")
+    parser.add_argument("--interrupt", type=float, default=0.25, help="share of the audits that are killed, and begin again")
+    parser.add_argument("--orderly", type=float, default=0.15, help="share of the writers that get a SIGTERM first")
+    parser.add_argument("--vacuum", type=float, default=0.0003, help="VACUUMs per transaction")
+    parser.add_argument("--longest", type=float, default=0.8, help="seconds between two kills of a round, at most")
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--endpoint", default=None, help="default: a directory store")
-    parser.add_argument("--directory", default=None)
-    parser.add_argument("--who", default=None, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.who is not None:
-        writer(args)
-        return 0
+    parser.add_argument("--directory", type=Path, default=None, help="must not exist")
+    args = parser.parse_args(argv)
+    args.faults = args.faults or args.outages or args.ghosts
+    args.wipe = 0.0 if args.ghosts else args.wipe
+    if args.faults and args.server == "directory":
+        parser.error("faults need a server")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 32)
     rng = random.Random(seed)
-    args.directory = args.directory or tempfile.mkdtemp(prefix="crash-test-")
-    args.endpoint = args.endpoint or f"file://{args.directory}/store"
-    args.seed = seed
-    setup(args)
-    kills = rounds = wipes = 0
-    lost = 0
+    if args.directory is not None:
+        args.directory.mkdir(parents=True)
+    directory = args.directory or Path(tempfile.mkdtemp(prefix="crash-test-"))
     began = time.monotonic()
-    while kills < args.kills:
-        rounds += 1
-        children = []
-        for number in range(args.processes):
-            argv = [sys.executable, __file__, "--who", f"{rounds}-{number}", "--directory", args.directory, "--endpoint", args.endpoint]
-            argv += ["--seed", str(rng.randrange(1 << 32)), "--threads", str(args.threads), "--ack", args.ack, "--pages", args.pages]
-            children.append(subprocess.Popen(argv))
-        rng.shuffle(children)
-        for child in children:
-            time.sleep(rng.uniform(0.15, args.longest))
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-            kills += 1
-        wipe = rng.random() < args.wipe
-        if wipe:
-            wipes += 1
-            for file in Path(args.directory).glob("bank.db*"):
-                file.unlink()
-        errors = Path(args.directory, "errors")
+    network = random.Random(rng.randrange(1 << 32))
+    with backends.backend(args.server, directory, network, faults=args.faults, ghosts=args.ghosts, latency=args.latency) as store:
+        run = Run(args, directory, store, rng)
         try:
-            assert not errors.exists() or not errors.read_text(), errors.read_text()[:2000]
-            result = check(args)
-        except (AssertionError, bottomless_wal.BottomlessError, apsw.Error) as error:
-            print(f"FAILED in round {rounds} ({'wiped' if wipe else 'in place'}), seed {seed}, directory {args.directory}: {error}")
+            run.found()
+            if args.rolling is not None:
+                rolling(run, args.rolling)
+            else:
+                crashes(run)
+            run.replay()
+        except Exception as failure:  # noqa: BLE001  (whatever it is: the directory stays, the seed is told)
+            traceback.print_exc()
+            print(f"FAILED after {run.counts['kills']} kills, seed {seed}, directory {directory}: {failure}", file=sys.stderr)
+            print(json.dumps({"failed": str(failure), "seed": seed, "directory": str(directory)}))
             return 1
-        lost += result["lost"]
-        if rounds % 10 == 0:
-            print(f"{kills} kills, {wipes} wipes, {result['promised']} acknowledged, txid {result['txid']}", flush=True)
-    print(
-        json.dumps(
-            {
-                "kills": kills, "rounds": rounds, "wipes": wipes, "acknowledged": result["promised"], "lost": lost, "torn": 0,
-                "txid": result["txid"], "seconds": round(time.monotonic() - began, 1), "seed": seed,
-            }
-        )
-    )  # fmt: skip
-    shutil.rmtree(args.directory)
+    print(json.dumps({**run.result(), "seconds": round(time.monotonic() - began, 1), "seed": seed}))
+    shutil.rmtree(directory)
     return 0
 
 

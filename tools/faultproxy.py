@@ -12,6 +12,7 @@ the first fault of its script that wants it:
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import struct
 import threading
@@ -19,7 +20,10 @@ import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+ALWAYS: Final = 1 << 40
+"""As `Fault.times`: until the script is cleared."""
 
 
 class Request(NamedTuple):
@@ -34,10 +38,11 @@ class Request(NamedTuple):
 
 @dataclass
 class Fault:
-    """What to do to the next `times` requests of `method` (any, when empty) whose path contains `path`.
+    """What to do to the next `times` requests of `method` (any, when empty) whose path contains `path`, and that `when` wants.
 
-    In this order: wait `delay` seconds; end the connection (`reset_before`); answer with `instead`; forward the request; end the
-    connection without an answer (`reset_after`); cut the answer's body to `truncate` bytes; change the answer with `edit`.
+    In this order: wait `delay` seconds; end the connection (`reset_before`); answer with `instead`; wait for `hold`; forward the request,
+    or the first `cut` bytes of its body, after which both connections end; end the connection without an answer (`reset_after`);
+    cut the answer's body to `truncate` bytes; change the answer with `edit`; send it byte by byte, `trickle` seconds for each.
     """
 
     method: str = ""
@@ -49,9 +54,15 @@ class Fault:
     instead: bytes | None = None
     truncate: int | None = None
     edit: Callable[[bytes], bytes] | None = None
+    when: Callable[[Request], bool] | None = None
+    hold: threading.Event | None = None
+    cut: int | None = None
+    trickle: float = 0.0
 
     def wants(self, request: Request) -> bool:
-        return self.times > 0 and self.method in ("", request.method) and self.path in request.path
+        if self.times <= 0 or self.method not in ("", request.method) or self.path not in request.path:
+            return False
+        return self.when is None or self.when(request)
 
 
 def reset(method: str = "", **more: object) -> Fault:
@@ -77,14 +88,63 @@ def answer(status: int, code: str = "", method: str = "", *, body: bytes | None 
     return Fault(method, instead=head + body, **more)  # type: ignore[arg-type]
 
 
+def outage(method: str = "", **more: object) -> Fault:
+    """Every request is cut off before it has reached the server, until the script is cleared."""
+    return reset(method, **{"times": ALWAYS, **more})
+
+
+def late(until: threading.Event, method: str = "", **more: object) -> Fault:
+    """The request is carried out once `until` is set, however long its client has been gone by then."""
+    return Fault(method, hold=until, reset_after=True, **more)  # type: ignore[arg-type]
+
+
+def cut_off(sent: int, method: str = "PUT", **more: object) -> Fault:
+    """The connection ends when `sent` bytes of the request's body have reached the server."""
+    return Fault(method, cut=sent, **more)  # type: ignore[arg-type]
+
+
+def portal(method: str = "", **more: object) -> Fault:
+    """Something between client and server that says yes to everything, in HTML."""
+    body = b"<html><body>Welcome! Please log in.</body></html>"
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    return Fault(method, instead=head + body, **more)  # type: ignore[arg-type]
+
+
+def damaged(method: str = "GET", **more: object) -> Fault:
+    """One bit in the middle of the answer's body is another."""
+
+    def flip(whole: bytes) -> bytes:
+        head, gap, body = whole.partition(b"\r\n\r\n")
+        middle = len(body) // 2
+        return head + gap + body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :] if body else whole
+
+    return Fault(method, edit=flip, **more)  # type: ignore[arg-type]
+
+
+def misstated(by: int, method: str = "", **more: object) -> Fault:
+    """The answer's Content-Length is `by` bytes off."""
+
+    def edit(whole: bytes) -> bytes:
+        return re.sub(rb"(?i)(content-length: *)(\d+)", lambda m: m[1] + str(max(0, int(m[2]) + by)).encode(), whole, count=1)
+
+    return Fault(method, edit=edit, **more)  # type: ignore[arg-type]
+
+
+def trickling(seconds: float, method: str = "", **more: object) -> Fault:
+    """The answer comes byte by byte: never silent for long, and never done."""
+    return Fault(method, trickle=seconds, **more)  # type: ignore[arg-type]
+
+
 @dataclass
 class FaultProxy:
-    """A context manager. `latency` in seconds is added to each request; `requests` and `connections` tell what came."""
+    """A context manager. `latency` in seconds is added to each request; `requests` and `connections` tell what came, and
+    `carried_out` how many requests the server has done whole."""
 
     upstream: str
     latency: float = 0.0
     requests: list[Request] = field(default_factory=list)
     connections: int = 0
+    carried_out: int = 0
 
     def __post_init__(self) -> None:
         parts = urllib.parse.urlsplit(self.upstream)
@@ -162,9 +222,19 @@ class FaultProxy:
         if fault.instead is not None:
             connection.sendall(fault.instead)
             return True
+        while fault.hold is not None and not fault.hold.wait(0.1):
+            if self._closing.is_set():
+                return _reset(connection)
+        if fault.cut is not None:
+            self._forward_some(request, fault.cut)
+            return _reset(connection)
         head, body = self._forward(request)
+        with self._lock:
+            self.carried_out += 1
         if fault.reset_after:
             return _reset(connection)
+        if fault.trickle:
+            return self._trickle(connection, head + b"\r\n\r\n" + body, fault.trickle)
         if fault.edit is not None:
             edited = fault.edit(head + b"\r\n\r\n" + body)
             connection.sendall(edited)
@@ -173,9 +243,19 @@ class FaultProxy:
         connection.sendall(head + (b"" if keep else b"\r\nConnection: close") + b"\r\n\r\n" + body[: fault.truncate])
         return keep
 
+    def _trickle(self, connection: socket.socket, data: bytes, seconds: float) -> bool:
+        for at in range(len(data)):
+            if self._closing.wait(seconds):
+                break
+            connection.sendall(data[at : at + 1])
+        return False
+
+    def _forward_some(self, request: Request, count: int) -> None:
+        with socket.create_connection(self._target, timeout=60) as upstream:
+            upstream.sendall(_message(request, request.body[:count]))
+
     def _forward(self, request: Request) -> tuple[bytes, bytes]:
-        lines = [line for line in request.raw_headers.split(b"\r\n") if not line.lower().startswith(b"connection:")]
-        message = b"\r\n".join([*lines, b"Connection: close", b"", request.body])
+        message = _message(request, request.body)
         with socket.create_connection(self._target, timeout=60) as upstream:
             upstream.sendall(message)
             got = bytearray()
@@ -184,6 +264,11 @@ class FaultProxy:
         head, _, body = bytes(got).partition(b"\r\n\r\n")
         kept = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"connection:")]
         return b"\r\n".join(kept), body
+
+
+def _message(request: Request, body: bytes) -> bytes:
+    lines = [line for line in request.raw_headers.split(b"\r\n") if not line.lower().startswith(b"connection:")]
+    return b"\r\n".join([*lines, b"Connection: close", b"", body])
 
 
 def _read_request(reader: object) -> Request | None:

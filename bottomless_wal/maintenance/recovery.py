@@ -239,6 +239,7 @@ def _put_in_place(destination: str, into: Scratch, old: LocalIndex, header: Inde
     header.change_counter = int.from_bytes(os.pread(into.fd, 4, 24), "big")
     into.index.save(header)
     into.index.sync()
+    reach("before index")
     os.rename(into.index.path, old.path)
 
 

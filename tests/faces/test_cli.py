@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from shops import Cli, COMMITS, Shop
+from shops import COMMITS, Cli, Shop
 
 import bottomless_wal
 from bottomless_wal import cli as commands
