@@ -51,6 +51,8 @@ def connect(
         text.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"{text!r} is no UTF-8, which SQLite demands of file names", hint="Rename the file.") from error
+    if "\0" in text:
+        raise ConfigError(f"{text!r} has a NUL in it, which no file name can have", hint="Give the path of a file.")
     if text in ("", ":memory:") or text.startswith("file::memory:"):
         raise ConfigError(f"{text!r} is no file: there is nothing to replicate", hint="Give a path, or use apsw.Connection for it.")
     with vfs.arguments(options):

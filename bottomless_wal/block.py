@@ -35,6 +35,7 @@ __all__ = [
     "encode_blocks",
     "lock_page",
     "page_hash",
+    "pages_between",
     "pages_per_block",
     "read_blocks",
     "read_tables",
@@ -81,6 +82,11 @@ def state_hash(page_size: int, pages: Iterable[tuple[int, Bytes]]) -> int:
 def lock_page(page_size: int) -> int:
     """The number of the page at offset 0x40000000, which SQLite never uses: it is neither stored nor hashed."""
     return 0x40000000 // page_size + 1
+
+
+def pages_between(before: int, after: int, page_size: int) -> int:
+    """How many pages, the lock page aside, a database of `after` pages has beyond the first `before`."""
+    return max(0, after - before - (before < lock_page(page_size) <= after))
 
 
 def pages_per_block(page_size: int) -> int:

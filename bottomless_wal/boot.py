@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum, auto
 from itertools import islice
 from typing import Final
@@ -29,9 +29,10 @@ import apsw
 
 from . import layout
 from .crashpoints import reach
+from .edges import Edge, plan
 from .errors import ConflictError, CorruptionError, ReplicationError, StoreError
-from .history import Edge, Head, plan
-from .local_index import Backlog, Identity, IndexHeader, boot_id
+from .history import Head
+from .local_index import Backlog, Identity, IndexHeader, IndexLost, boot_id
 from .pageview import UNKNOWN_SIZE
 from .placing import LocalState, Relation, local_state, relate
 from .rebuild import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch
@@ -39,7 +40,6 @@ from .replacement import aside, nobody_else, open_elsewhere, put_in_place
 from .replicator import Replicator
 from .segment import page_hash
 from .snapshot import SnapshotLost
-from .staging import IndexLost
 from .standing import Standing, standing
 
 __all__ = ["Action", "Boot", "Relation", "Remote", "decide"]
@@ -102,6 +102,7 @@ class Boot:
         self.progress = progress
         self.action: Action | None = None
         self.identity: Identity | None = None
+        self._distrusted = False  # the index: it was found damaged
 
     def run(self, *, reset: bool = False) -> IndexHeader:
         """Looks, decides and acts (`_run`), and looks again when other processes changed the WAL meanwhile."""
@@ -110,6 +111,9 @@ class Boot:
                 return self._run(reset=reset)
             except SnapshotLost as lost:
                 logger.info("%s: %s: looking again", self.local.path, lost)
+            except IndexLost as lost:
+                logger.warning("%s: looking at the database itself", lost)
+                self._distrusted = True
             except (apsw.NotADBError, apsw.CorruptError) as error:
                 what = "not an SQLite database" if isinstance(error, apsw.NotADBError) else "a damaged SQLite database"
                 raise CorruptionError(
@@ -154,6 +158,8 @@ class Boot:
                 local, head_state, edges, self.local, self.index, self.history,
                 home=self.replicator.home, width=self.replicator.config.concurrency,
             )  # fmt: skip
+            if relation is Relation.UNKNOWN and self._restarted_since(local):
+                raise SnapshotLost("its WAL was restarted while its place in the history was looked for")
         self.action = decide(empty, remote, relation, self.policy)
         logger.info("%s: %s", path, self.action.name.lower().replace("_", " "))
         if self.action is Action.START:
@@ -169,9 +175,14 @@ class Boot:
         if local is None:
             raise AssertionError("every other action needs a local state")
         if self.action is Action.FAST_FORWARD:
-            return self._fast_forward(head_state, edges)
+            return self._fast_forward(local, head_state, edges)
         if self.action in (Action.RESUME, Action.CATCH_UP):
-            return self._catch_up(local, head_state, edges)
+            try:
+                return self._catch_up(local, head_state, edges)
+            except ConflictError:
+                self.action = _POLICY[self.policy]  # it is no descendant after all
+                if self.action is Action.CONFLICT:
+                    raise
         if self.action is Action.RESET:
             return self._reset(head_state)
         if self.action is Action.KEEP_LOCAL:
@@ -183,7 +194,7 @@ class Boot:
     def _known_header(self) -> IndexHeader | None:
         """The index's header, if it can be believed without a scan."""
         header = self.index.load()
-        if header is None or header.home != self.replicator.home or header.needs_scan or header.txid == 0:
+        if header is None or header.home != self.replicator.home or header.needs_scan or header.txid == 0 or self._distrusted:
             return None
         if header.identity != Identity.of(self.local.path) or not (header.clean or header.boot == boot_id()):
             return None
@@ -203,7 +214,14 @@ class Boot:
         if any(edge.post > header.txid for edge in edges) or not edges:
             return False
         head = self.history.head(edges)
-        return head is not None and (head.txid, head.state) == (header.txid, header.state)
+        return head == (header.txid, header.state, header.page_size, header.db_size)
+
+    def _restarted_since(self, found: LocalState) -> bool:
+        """Another process commits, and restarts the WAL, without asking for our lock: then no position proves anything."""
+        wal, position = self.local.wal.header(), found.position
+        if wal is None or position is None:
+            return (wal is None) != (position is None)
+        return (wal.salt1, wal.salt2) != (position.salt1, position.salt2)
 
     def _has_pages(self) -> bool:
         name = self.history.name
@@ -252,14 +270,21 @@ class Boot:
 
     def _initial(self) -> IndexHeader:
         self._convert()
+        before = self.index.load()
+        if before is not None and before.home == self.replicator.home and before.txid and before.identity is None and before.needs_scan:
+            return self._begin_at(before)  # a restore from page objects alone was cut off
         header = self.replicator.fresh()
         self.replicator.scan(header, background=True)
         return self._opened(header)
 
-    def _catch_up(self, local: LocalState, head: Head, edges: list[Edge]) -> IndexHeader:
+    def _catch_up(self, local: LocalState, head: Head, edges: Sequence[Edge]) -> IndexHeader:
         self._convert()
         header = self.index.load()
-        if header is not None and header.home == self.replicator.home and (header.txid, header.state) == (head.txid, head.state):
+        if (
+            header is not None
+            and header.home == self.replicator.home
+            and head == (header.txid, header.state, header.page_size, header.db_size)
+        ):
             header.needs_scan = True
             self._opened(header)
             try:
@@ -279,7 +304,7 @@ class Boot:
         self.replicator.scan(header, reset=True, background=True)
         return self._opened(header)
 
-    def _keep_local(self, head: Head, edges: list[Edge]) -> IndexHeader:
+    def _keep_local(self, head: Head, edges: Sequence[Edge]) -> IndexHeader:
         """The index takes the head's hashes; the next commit then carries every page that differs."""
         logger.warning(
             "%s diverged from its history (txid %d): kept as it is; the next commit carries every difference (initial_replication=skip)",
@@ -294,17 +319,23 @@ class Boot:
         # No identity: until a commit has made it so, the file is no descendant of the head, and the policy is asked again.
         return self._opened(header)
 
-    def _take_over(self, local: LocalState, head: Head, edges: list[Edge]) -> IndexHeader:
+    def _take_over(self, local: LocalState, head: Head, edges: Sequence[Edge]) -> IndexHeader:
         """The local file is, or descends from, the head, and the index was lost or stale: it is made anew."""
         before = self.index.load()
-        header = self.replicator.fresh()
+        header = self.replicator.unknown()
         # Killed, or cut off from the store, before the entries are there: this header keeps the file's descent, and asks for them.
         header.txid, header.state, header.page_size, header.db_size = head
         header.identity = Identity.of(self.local.path)
-        header.position = before.position if before is not None else None
+        header.position = before.position if before is not None and before.txid <= head.txid else None
+        if before is None and local.state != head.state:
+            # It descends by its WAL, which begins with the head's frames: what differs has a frame beyond them.
+            last = self.history.header(*max(((edge.pre, edge.post) for edge in edges), key=lambda edge: (edge[1], edge[0])))
+            header.position = last.positions[-1] if last is not None and last.positions else None
         header.change_counter = min(local.change_counter, before.change_counter) if before is not None else local.change_counter
         header.needs_scan = True
         self.index.save(header)
+        self.index.forget_pages()
+        reach("after clear")
         if local.state == head.state:
             self._learn_locally(header, head, edges)
         else:
@@ -315,7 +346,7 @@ class Boot:
         self.replicator.scan(header)
         return self._opened(header)
 
-    def _learn_locally(self, header: IndexHeader, head: Head, edges: list[Edge]) -> None:
+    def _learn_locally(self, header: IndexHeader, head: Head, edges: Sequence[Edge]) -> None:
         """The local file is the head: its own pages give the index. Only what the page view has missed is asked of the log."""
         last = max(edges, key=lambda edge: (edge.post, edge.pre))
         found = self.history.header(last.pre, last.post)
@@ -343,18 +374,25 @@ class Boot:
         header.view_txid, header.view_size = view_txid, UNKNOWN_SIZE
         header.proved_ms = int(self.history.store.now() * 1000)
 
-    def _fast_forward(self, head: Head, edges: list[Edge]) -> IndexHeader:
+    def _fast_forward(self, local: LocalState, head: Head, edges: Sequence[Edge]) -> IndexHeader:
+        # By its hash the index now says that this is an earlier state (see `placing`): the place in the WAL, which may be all that told
+        # it, goes before the file does.
+        header = self.replicator.unknown()
+        header.state, header.needs_scan = local.state, True
+        self.index.save(header)
+        self.index.forget_pages()
         # The main file must be whole by itself before its WAL goes: a crash in between leaves an earlier state, not a torn one.
         self.local.close()
         with self._plain() as connection:
             connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
+            connection.execute("PRAGMA schema_version").fetchall()  # one that has never read checkpoints nothing
             try:
                 connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
             except apsw.BusyError as error:
                 raise open_elsewhere(self.local.path) from error
         reach("after fold")
         self.identity = Identity.of(self.local.path)
-        return self._restore(head, edges)
+        return self._restore(head, edges, header)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -365,9 +403,9 @@ class Boot:
                 raise SnapshotLost(f"{self.local.path} was written to meanwhile")
             yield
 
-    def _restore(self, head: Head, edges: list[Edge]) -> IndexHeader:
+    def _restore(self, head: Head, edges: Sequence[Edge], header: IndexHeader | None = None) -> IndexHeader:
         with self._alone(), scratch(self.local.path, self.index) as into:
-            header = self.replicator.fresh()
+            header = header or self.replicator.fresh()
             rebuilt = rebuild(self.history, into, head.txid, edges, width=self.replicator.config.concurrency, progress=self.progress)
             return self._put_in_place(into, rebuilt, header)
 
@@ -377,13 +415,18 @@ class Boot:
             rebuilt = rebuild_from_pages(self.history, into, width=self.replicator.config.concurrency, progress=self.progress)
             if rebuilt is None:
                 raise StoreError(f"the page objects of {self.history.name!r} vanished while they were looked at", hint="Try again.")
-            target = rebuilt.txid
-            self._put_in_place(into, rebuilt, header)
-        # The log begins anew with the snapshot edge 0 -> target, so that the line of txids goes on.
-        header = self.replicator.fresh()
-        header.needs_scan = True
-        self.replicator.scan(header, target=target, background=True)
-        header.view_txid, header.backlog = target, None
+            # No identity: should this die before the log begins anew, the next open lets it begin, at this very txid.
+            header.txid, header.state, header.needs_scan = rebuilt.txid, rebuilt.state, True
+            self.index.save(header)
+            self.local.close()
+            put_in_place(into.path, into.fd, self.local.path)
+        self._begin_at(header)
+        header.view_txid, header.backlog = header.txid, None
+        return self._opened(header)
+
+    def _begin_at(self, header: IndexHeader) -> IndexHeader:
+        """The log begins anew with the snapshot edge 0 -> txid of `header`, so that the line of txids goes on."""
+        self.replicator.scan(header, target=header.txid, background=True)
         return self._opened(header)
 
     def _put_in_place(self, into: Scratch, rebuilt: Rebuilt, header: IndexHeader) -> IndexHeader:
@@ -394,7 +437,7 @@ class Boot:
         header.page_size, header.db_size = rebuilt.page_size, rebuilt.db_size
         header.view_txid = min(rebuilt.view_txid, rebuilt.txid)
         header.view_size = UNKNOWN_SIZE
-        header.position = None
+        header.position, header.needs_scan = None, False
         header.proved_ms = int(self.history.store.now() * 1000)
         header.identity = Identity.of(path)
         header.change_counter = int.from_bytes(os.pread(into.fd, 4, 24), "big")

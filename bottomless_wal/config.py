@@ -50,6 +50,10 @@ class Config:
     create_bucket: bool = False
     concurrency: int = 8
     level: int = 3
+    compaction: bool = True
+    snapshot_interval: float = 86400.0
+    retention: float = 86400.0
+    keep_snapshots: int = 30
 
     @classmethod
     def load(
@@ -145,7 +149,7 @@ def _endpoint(value: object) -> str:
     parts = urllib.parse.urlsplit(text)
     if parts.username or parts.password:
         raise ValueError
-    if parts.scheme in ("http", "https") and parts.hostname:
+    if parts.scheme in ("http", "https") and parts.hostname and "@" not in text:  # a password with a slash in it is no user info
         _ = parts.port  # raises ValueError for a port that is no number
         return text.rstrip("/")
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
@@ -190,6 +194,10 @@ OPTIONS: Final[Mapping[str, Option]] = {
         _option("create_bucket", (_flag, "1 | 0"), "create the bucket when it is missing"),
         _option("concurrency", _integer(1, 64), "requests in flight at once"),
         _option("level", _integer(1, 19), "zstd's compression level"),
+        _option("compaction", (_flag, "1 | 0"), "the writer keeps its history short by itself"),
+        _option("snapshot_interval", _number(60, 31622400), "the longest time between two snapshots of a database that is written to"),
+        _option("retention", _number(0, 3162240000), "how long every single commit can be restored"),
+        _option("keep_snapshots", _integer(0, 36600), "for how many days, beyond that, one snapshot of each day is kept"),
     )
 }
 

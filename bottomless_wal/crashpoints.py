@@ -45,6 +45,12 @@ POINTS: Final = frozenset(
         "before rename",  # a restored file is complete beside the path
         "after rename",  # it is in place, the index does not know
         "before index",  # `restore` is about to put the index of the file in its place
+        # upkeep
+        "before merged",  # edges are merged, the merged one is not stored
+        "after merged",  # it is
+        "before prune",  # what nobody needs is about to be deleted
+        "within prune",  # some of it is
+        # and at last
         "after open",  # boot is done, the file is not yet open
     }
 )

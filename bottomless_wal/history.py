@@ -8,35 +8,47 @@ so a listing from n - 1 on tells whether n is the head.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import logging
 import secrets
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final, NamedTuple, ParamSpec, TypeVar
 
 from . import layout, parallel, segment
 from .crashpoints import reach
+from .edges import Edge, Edges
 from .errors import CorruptionError, RestoreError
 from .segment import Body, Header, Page, Segment
 from .store import Receipt, Store
 
-__all__ = ["Edge", "Head", "History", "Staged", "plan"]
+__all__ = ["FENCE_HORIZON_SECONDS", "Head", "History", "Staged", "Stream"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
+FENCE_HORIZON_SECONDS: Final = 3600.0
+"""After so long since a txid was last proved the head, a successful put alone proves nothing: pruning may have freed the key."""
+
 _RANGE_BYTES: Final = 4 << 20
 _INLINE_BYTES: Final = 8 << 20  # encoded pages beyond this go into a body
-_REQUEST_COST: Final = 64 << 10  # a request costs about as much as these bytes
 
 
-class Edge(NamedTuple):
-    """A segment as a listing shows it; `size` in bytes, `modified` in unix seconds by the server's clock."""
+def _twice(read: Callable[P, R]) -> Callable[P, R]:
+    """What is no sound object is read once more: it may have been damaged on its way, and decisions hang on what it says."""
 
-    pre: int
-    post: int
-    size: int
-    modified: float
+    @functools.wraps(read)
+    def again(*arguments: P.args, **named: P.kwargs) -> R:
+        try:
+            return read(*arguments, **named)
+        except CorruptionError as error:
+            logger.info("%s: it is read once more", error.message)
+            return read(*arguments, **named)
+
+    return again
 
 
 class Staged(NamedTuple):
@@ -45,6 +57,14 @@ class Staged(NamedTuple):
     blocks: Sequence[bytes]
     body: Body | None
     page_count: int
+
+
+class Stream(NamedTuple):
+    """An edge that is not held whole: its key, its header, and, to be asked for once, the pages of each of its blocks."""
+
+    name: str
+    header: Header
+    blocks: Callable[[], Iterator[list[Page]]]
 
 
 class Head(NamedTuple):
@@ -63,21 +83,32 @@ class History:
         self.store = store
         self.name = name
 
-    def edges(self, *, since: int = 0) -> list[Edge]:
-        """All edges with pre >= `since`, ordered by (pre, post). Foreign keys below the prefix are passed over."""
-        prefix = layout.log_prefix(self.name)
-        bodies = layout.body_prefix(self.name)
-        found = []
-        for entry in self.store.list(prefix, after=layout.log_after(self.name, since)):
-            if entry.key.startswith(bodies):
-                break  # bodies sort behind all edges
-            ends = layout.parse_segment_key(self.name, entry.key)
-            if ends is None:
-                logger.warning("%r in %s is no object of ours: passed over", entry.key, self.store.describe())
-                continue
-            found.append(Edge(*ends, entry.size, entry.modified))
-        return found
+    def edges(self, *, since: int = 0) -> Edges:
+        """All edges with pre >= `since`, in the order of their keys. Foreign keys below the prefix are passed over.
 
+        The sizes of bodies, which sort behind all edges, are looked up only where all edges are asked for.
+        """
+        bodies = layout.body_prefix(self.name)
+        sizes: dict[tuple[int, int], int] = {}
+
+        def listed() -> Iterator[Edge]:
+            for entry in self.store.list(layout.log_prefix(self.name), after=layout.log_after(self.name, since)):
+                if entry.key.startswith(bodies):
+                    if since:
+                        return
+                    body = layout.parse_body_key(self.name, entry.key)
+                    if body is not None:
+                        sizes[body[:2]] = max(entry.size, sizes.get(body[:2], 0))
+                    continue
+                ends = layout.parse_segment_key(self.name, entry.key)
+                if ends is None:
+                    logger.warning("%s in %s is no object of ours: passed over", entry.key, self.store.describe())
+                    continue
+                yield Edge(*ends, entry.size, entry.modified)
+
+        return Edges(listed()).with_bodies(sizes)
+
+    @_twice
     def segment(self, pre: int, post: int) -> Segment | None:
         """The edge `pre -> post`, verified, its pages aside; None when it is not there.
 
@@ -105,6 +136,7 @@ class History:
 
         return [edge for edge in parallel.ordered(load, list(edges), width) if edge is not None]
 
+    @_twice
     def header(self, pre: int, post: int) -> Header | None:
         """The header of the edge alone, without loading its pages; None when it is not there. Raises as `segment`."""
         key = layout.segment_key(self.name, pre, post)
@@ -140,6 +172,31 @@ class History:
             hint="Another program deletes objects of this history. Try again when it is done.",
         )
 
+    def stream(self, edge: Edge, *, chunk: int) -> Stream | None:
+        """As `segment` and `blocks`, holding at most some `chunk` bytes of the edge at a time; None when it is not there."""
+        key = layout.segment_key(self.name, edge.pre, edge.post)
+        first = self.store.read(key, 0, chunk)
+        if first is None:
+            return None
+
+        def rest() -> Iterator[bytes]:
+            start, data = 0, first
+            while data:
+                yield data
+                if len(data) < chunk:
+                    return
+                start += len(data)
+                more = self.store.read(key, start, chunk)
+                if more is None:
+                    raise CorruptionError(f"{key} vanished while it was read", hint="Another program deletes objects. Try again.")
+                data = more
+
+        header, blocks = segment.read(rest(), name=key)
+        _check_ends(header, edge.pre, edge.post, key)
+        if header.body is None:
+            return Stream(key, header, lambda: blocks)
+        return Stream(key, header, lambda: self.body_blocks(header, key, width=1, chunk=chunk))
+
     def blocks(self, found: Segment, *, width: int = 4) -> Iterator[list[Page]]:
         """The pages of a segment, in blocks, wherever they are; each page verified. A body is read in parallel ranges.
 
@@ -151,26 +208,32 @@ class History:
         if found.header.body is None:
             yield from found.blocks()
             return
-        body = found.header.body
+        yield from self.body_blocks(found.header, found.name, width=width)
+
+    def body_blocks(self, header: Header, name: str, *, width: int, chunk: int = _RANGE_BYTES) -> Iterator[list[Page]]:
+        """As `blocks`, of the edge `name`, whose header names a body; read in ranges of `chunk` bytes, `width` at once."""
+        body = header.body
+        if body is None:
+            raise ValueError(f"{name} has no body")
         key = layout.log_prefix(self.name) + body.name
-        starts = range(0, body.size, _RANGE_BYTES)
+        starts = range(0, body.size, chunk)
 
         def load(start: int) -> bytes:
-            length = min(_RANGE_BYTES, body.size - start)
+            length = min(chunk, body.size - start)
             data = self.store.read(key, start, length)
             if data is None:
                 raise CorruptionError(
-                    f"{key}, which holds the pages of {found.name}, is missing",
+                    f"{key}, which holds the pages of {name}, is missing",
                     hint="Objects of this history were deleted. `bottomless-wal verify` shows what can still be restored.",
                 )
             if len(data) != length:
                 raise CorruptionError(
-                    f"{key} is {start + len(data)} bytes long; {found.name} says {body.size}",
+                    f"{key} is {start + len(data)} bytes long; {name} says {body.size}",
                     hint="The object was damaged. `bottomless-wal verify` shows what can still be restored.",
                 )
             return data
 
-        yield from segment.read_body(found.header, parallel.ordered(load, starts, width), name=key)
+        yield from segment.read_body(header, parallel.ordered(load, starts, width), name=key)
 
     def tables(self, found: Segment) -> Iterator[tuple[int, int]]:
         """(page number, page hash) of every page of a segment, wherever they are."""
@@ -220,40 +283,6 @@ class History:
         """Stores an edge, create-only. `created` False: its key is taken, by an earlier attempt or by a rival."""
         data = segment.encode(header, blocks)
         return self.store.create(layout.segment_key(self.name, header.pre, header.post), data)
-
-
-def plan(
-    edges: Iterable[Edge], target: int, *, start: int = 0, overlapping: bool = False, wholes: Collection[tuple[int, int]] = ()
-) -> list[Edge] | None:
-    """The cheapest chain of edges from txid `start` to `target`; None if there is none.
-
-    `wholes` are edges (pre, post) known to carry a whole database, so that the chain may begin with them. Cost is the number of
-    requests and bytes. With `overlapping`, an edge may also begin before the state reached so far: its pages are those of its end,
-    so it leads there from any state that it spans.
-    """
-    usable = sorted((e for e in edges if e.post <= target), key=lambda e: (e.post, e.pre))
-    best: dict[int, tuple[int, Edge | None, int]] = {start: (0, None, start)}
-    for edge in usable:
-        if edge.post <= start:
-            continue
-        sources = [t for t in best if edge.pre <= t < edge.post] if overlapping else [edge.pre] if edge.pre in best else []
-        if (edge.pre, edge.post) in wholes:
-            sources.append(start)
-        for source in sources:
-            cost = best[source][0] + edge.size + _REQUEST_COST
-            if edge.post not in best or cost < best[edge.post][0]:
-                best[edge.post] = (cost, edge, source)
-    if target not in best:
-        return None
-    chain: list[Edge] = []
-    at = target
-    while at != start:
-        _, step, source = best[at]
-        if step is None:
-            raise AssertionError(f"no edge recorded to txid {at}")
-        chain.append(step)
-        at = source
-    return chain[::-1]
 
 
 def _check_ends(header: Header, pre: int, post: int, key: str) -> None:

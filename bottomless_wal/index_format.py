@@ -3,7 +3,7 @@
 All numbers are big-endian:
 
     offset  size  field
-         0     8  magic "BWALIDX1"
+         0     8  magic "BWALIDX2"
          8     4  flags: 1 needs scan, 2 closed cleanly, 4 the WAL is gone, 8 identity known
         12     4  page size in bytes, 0 before the first commit
         16    16  home: hash of the endpoint, the bucket and the database's name in it
@@ -25,8 +25,9 @@ All numbers are big-endian:
              4  CRC-32 of everything before
      15872    84  the seal: sequence u64, flags u32 (1 covered, 2 from gone, 4 to gone, 8 from anywhere, 16 identity known),
                   salts u32 u32, position 20, identity of the main file 40, CRC-32
-     16384  16 a page  entries, page 1 first: u64 page hash, u64 txid of the last change
+     16384  24 a page  entries, page 1 first: u64 page hash, u64 txid of the last change, u64 check: the XOR of the two
 
+A state hash is built on the hashes of the entries: a wrong one, once stored in a segment, could never be restored. Hence the checks.
 The seal has its own checksum, because it is written by whoever holds SQLite's write lock, and the header by whoever holds the index's.
 """
 
@@ -42,9 +43,9 @@ from .wal import Position
 
 __all__ = ["ENTRY_SIZE", "HEADER_SIZE", "MAX_INTENTS", "SEAL_OFFSET", "SEAL_SIZE", "Backlog", "Identity", "IndexHeader", "Seal"]
 
-MAGIC: Final = b"BWALIDX1"
+MAGIC: Final = b"BWALIDX2"
 HEADER_SIZE: Final = 16384
-ENTRY_SIZE: Final = 16
+ENTRY_SIZE: Final = 24
 SEAL_OFFSET: Final = 15872
 _FIXED: Final = struct.Struct(">8sII16s16s16sQQIIQQQIIQ20sQQQqqQI")
 _SEAL: Final = struct.Struct(">QIII20sQQQqq")

@@ -30,11 +30,15 @@ from typing import Final, TypeVar
 from .index_format import ENTRY_SIZE, HEADER_SIZE, MAX_INTENTS, SEAL_OFFSET, SEAL_SIZE, Backlog, Identity, IndexHeader, Seal
 from .wal import Position
 
-__all__ = ["ENTRY_SIZE", "HEADER_SIZE", "MAX_INTENTS", "Backlog", "Identity", "IndexHeader", "LocalIndex", "Seal", "boot_id"]
+__all__ = ["ENTRY_SIZE", "HEADER_SIZE", "MAX_INTENTS", "Backlog", "Identity", "IndexHeader", "IndexLost", "LocalIndex", "Seal", "boot_id"]
 
 _LONGEST_RUN: Final = 65536
 
 R = TypeVar("R")
+
+
+class IndexLost(Exception):
+    """The local index vanished, was damaged or contradicts itself: boot has to find out anew where the local state stands."""
 
 
 def boot_id() -> bytes:
@@ -92,15 +96,20 @@ class LocalIndex:
             raise OSError(f"short write to {self.path}")
 
     def entries(self, first: int, count: int) -> tuple[Sequence[int], Sequence[int]]:
-        """(page hashes, txids) of `count` pages from page `first` on; zeros for pages that were never written."""
+        """(page hashes, txids) of `count` pages from page `first` on; zeros for pages that were never written. Raises IndexLost."""
         data = os.pread(self._fd, count * ENTRY_SIZE, HEADER_SIZE + (first - 1) * ENTRY_SIZE)
-        numbers = _big_endian(array("Q", data[: len(data) // 8 * 8]))
-        numbers.extend([0] * (2 * count - len(numbers)))
-        return numbers[0::2], numbers[1::2]
+        numbers = array("Q", data[: len(data) // ENTRY_SIZE * ENTRY_SIZE])
+        hashes, txids, checks = numbers[0::3], numbers[1::3], numbers[2::3]
+        if int.from_bytes(hashes.tobytes()) ^ int.from_bytes(txids.tobytes()) != int.from_bytes(checks.tobytes()):
+            raise IndexLost(f"{self.path} is damaged: among its pages {first} to {first + count - 1}")
+        missing = array("Q", bytes(8 * (count - len(hashes))))
+        return _big_endian(hashes) + missing, _big_endian(txids) + missing
 
     def state(self, db_size: int) -> int:
         """The state hash that the entries of a database of `db_size` pages give."""
         state = 0
+        # Behind the end of the file there are zeros only, whatever size a header tells.
+        db_size = min(db_size, max(0, os.fstat(self._fd).st_size - HEADER_SIZE) // ENTRY_SIZE)
         for first in range(1, db_size + 1, _LONGEST_RUN):
             state = functools.reduce(operator.xor, self.entries(first, min(_LONGEST_RUN, db_size - first + 1))[0], state)
         return state
@@ -115,9 +124,10 @@ class LocalIndex:
     def record(self, pgnos: Sequence[int], hashes: Sequence[int], txid: int) -> None:
         """Writes the entries of `pgnos` (ascending), all changed by `txid`."""
         for start, stop in _runs(pgnos):
-            numbers = array("Q", bytes(16 * (stop - start)))
-            numbers[0::2] = array("Q", hashes[start:stop])
-            numbers[1::2] = array("Q", [txid]) * (stop - start)
+            numbers = array("Q", bytes(ENTRY_SIZE * (stop - start)))
+            numbers[0::3] = array("Q", hashes[start:stop])
+            numbers[1::3] = array("Q", [txid]) * (stop - start)
+            numbers[2::3] = array("Q", [known ^ txid for known in hashes[start:stop]])
             data = memoryview(_big_endian(numbers)).cast("B")
             if os.pwrite(self._fd, data, HEADER_SIZE + (pgnos[start] - 1) * ENTRY_SIZE) != len(data):
                 raise OSError(f"short write to {self.path}")
@@ -125,6 +135,10 @@ class LocalIndex:
     def clear(self) -> None:
         """Forgets everything: the next look at the database is a scan."""
         os.ftruncate(self._fd, 0)
+
+    def forget_pages(self) -> None:
+        """Forgets the entries, and keeps the header: what it tells of the file outlives whoever is killed while they are made anew."""
+        os.ftruncate(self._fd, min(HEADER_SIZE, os.fstat(self._fd).st_size))
 
     def sync(self) -> None:
         """Makes what was written durable."""

@@ -17,7 +17,7 @@ Invariants:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Final
 
@@ -51,16 +51,17 @@ class PageView:
         self.index = index
         self.history = history
 
-    def put(self, header: IndexHeader, pages: Iterable[Page]) -> None:
+    def put(self, header: IndexHeader, pages: Iterable[Page], *, guard: Callable[[], None] = lambda: None) -> None:
         """Puts the pages of the commit that the index has just recorded (nothing unless pages=commit).
 
-        Raises:
+        `guard` is called just before. Raises whatever it raises, and:
             ReplicationError: the commit is in the log, but not all of its page objects are stored.
         """
         if self.config.pages != "commit":
             return
         reach("before view")
         try:
+            guard()
             self._put_missed(header, upto=header.txid - 1)
             self._put(header, pages)
         except StoreError as error:

@@ -4,24 +4,28 @@
     EARLIER   a segment lists its state hash, or its place in the WAL: a power loss, an old image of the machine
     DESCENDS  it came from the head by local commits: the local index stood at the head, on the same inode, page 1's change counter has
               not gone back, and a WAL that survives goes on where the index left it; or the WAL begins with the very frames
-              that the head's commit ended with
+              that the head's commit ended with, or is the next one after that, upon a main file that is the head
     UNKNOWN   anything else
 
-They are asked in this order, so that an old backup copied over the file is EARLIER, and never passes for a descendant.
+They are asked in this order, so that an old backup copied over the file is EARLIER, and never passes for a descendant. But a WAL that
+holds the head's commit, and more, is asked first: it alone proves the descent of a state whose bytes have been there before.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
 from . import parallel
+from .edges import Edge, reachable
 from .errors import CorruptionError
-from .history import Edge, Head, History
+from .history import Head, History
 from .local_index import Identity, IndexHeader, LocalIndex
 from .segment import Header, page_hash
-from .snapshot import LocalDatabase
+from .snapshot import LocalDatabase, Shape
 from .standing import position_of
 from .wal import Position
 
@@ -68,24 +72,46 @@ def local_state(local: LocalDatabase, known: IndexHeader | None) -> LocalState:
 
 
 def relate(
-    found: LocalState, head: Head, edges: list[Edge], local: LocalDatabase, index: LocalIndex, history: History, *, home: bytes, width: int
+    found: LocalState,
+    head: Head,
+    edges: Sequence[Edge],
+    local: LocalDatabase,
+    index: LocalIndex,
+    history: History,
+    *,
+    home: bytes,
+    width: int,
 ) -> Relation:
     """The relation of `found` to the history with `edges` and `head`; `index` is locked and of `home`, `width` requests go at once.
 
     Raises:
         StoreError: the history could not be read. (Segments that are damaged are passed over, with a warning.)
     """
-    if found.state == head.state:
+    if (found.state, found.page_size, found.db_size) == (head.state, head.page_size, head.db_size):
         return Relation.HEAD
+    if _outruns(found, head, edges, local, history):
+        return Relation.DESCENDS
     if _is_earlier(found, edges, history, width):
         return Relation.EARLIER
     header = index.load()
+    if header is not None and header.home == home and not header.txid and header.state == found.state:
+        return Relation.EARLIER  # a fast-forward was cut off after its WAL had gone
     if header is not None and header.home == home and _descends(found, head, header, local):
         return Relation.DESCENDS
     return Relation.DESCENDS if _continues(head, edges, local, history) else Relation.UNKNOWN
 
 
-def _is_earlier(found: LocalState, edges: list[Edge], history: History, width: int) -> bool:
+def _outruns(found: LocalState, head: Head, edges: Sequence[Edge], local: LocalDatabase, history: History) -> bool:
+    """Does the local WAL hold the head's commit, and more after it? Then it goes on from there, even if it leads back to the very bytes
+    of an earlier state: no old image and no old backup has such a WAL."""
+    last = max(edges, key=lambda edge: (edge.post, edge.pre))
+    header = history.header(last.pre, last.post)
+    if header is None or header.post != head.txid or not header.positions or found.position is None:
+        return False
+    return 0 < header.positions[-1].frame < found.position.frame and _begins_with(header.positions[-1], local)
+
+
+def _is_earlier(found: LocalState, edges: Sequence[Edge], history: History, width: int) -> bool:
     """Is the local state, by its hash or by its place in a WAL, one that a segment lists? Newest first."""
 
     def load(edge: Edge) -> Header | None:
@@ -95,7 +121,9 @@ def _is_earlier(found: LocalState, edges: list[Edge], history: History, width: i
             logger.warning("%s", error.message)
             return None
 
-    newest_first = sorted(edges, key=lambda edge: (-edge.post, -edge.pre))
+    # A commit that was stored where the history had been pruned (see `Replicator._prove`) is no part of it.
+    states = set(reachable(edges))
+    newest_first = sorted((edge for edge in edges if edge.pre in states), key=lambda edge: (-edge.post, -edge.pre))
     for header in parallel.ordered(load, newest_first, width):
         if header is None:
             continue
@@ -116,6 +144,8 @@ def _descends(found: LocalState, head: Head, header: IndexHeader, local: LocalDa
     if found.change_counter < header.change_counter:
         return False
     known, position = header.position, found.position
+    if known is not None and position is None and now == header.identity and not header.needs_scan:
+        return False  # nobody has copied the WAL into the file: it was deleted, and with it what makes this the head
     if known is None or position is None:
         return True
     restarts = (position.salt1 - known.salt1) & 0xFFFFFFFF  # salt 1 increments at each restart
@@ -124,13 +154,31 @@ def _descends(found: LocalState, head: Head, header: IndexHeader, local: LocalDa
     return _begins_with(known, local)
 
 
-def _continues(head: Head, edges: list[Edge], local: LocalDatabase, history: History) -> bool:
-    """Does the local WAL begin with the very frames that the head's commit ended with?"""
+def _continues(head: Head, edges: Sequence[Edge], local: LocalDatabase, history: History) -> bool:
+    """Does the local WAL begin with the very frames that the head's commit ended with, or lie upon the head as the next WAL?"""
     last = max(edges, key=lambda edge: (edge.post, edge.pre))
     header = history.header(last.pre, last.post)
     if header is None or header.post != head.txid or not header.positions:
         return False
-    return header.positions[-1].frame > 0 and _begins_with(header.positions[-1], local)
+    position = header.positions[-1]
+    return (position.frame > 0 and _begins_with(position, local)) or _lies_upon(head, position, local)
+
+
+def _lies_upon(head: Head, position: Position, local: LocalDatabase) -> bool:
+    """Is the WAL the one after that of `position`, and the main file, of which it has changed nothing yet, the head itself?
+
+    So it is when the first commit to a restarted WAL was not stored, and the local index was lost, or older on the disk, with the power.
+    """
+    with local.pinned():
+        tip = local.tip()
+        if tip.header is None or (tip.header.salt1 - position.salt1) & 0xFFFFFFFF != 1:
+            return False
+        if tip.backfilled or tip.header.page_size != head.page_size or os.path.getsize(local.path) < head.db_size * head.page_size:
+            return False
+        state = 0
+        for pgno, page in local.pages(tip._replace(frames=0), Shape(head.page_size, head.db_size, 0)):
+            state ^= page_hash(pgno, page)
+        return state == head.state
 
 
 def _begins_with(position: Position, local: LocalDatabase) -> bool:

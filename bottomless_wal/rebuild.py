@@ -13,19 +13,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import itertools
 import logging
 import os
+import re
 import secrets
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import apsw
 
 from . import layout, parallel
+from .block import pages_between
 from .crashpoints import reach
+from .edges import Edge, plan
 from .errors import BottomlessError, CorruptionError, RestoreError
-from .history import Edge, History, plan
+from .history import History
 from .local_index import LocalIndex
 from .page_object import PAGE_OBJECT_LIMIT, PageTrailer, decode_page_object
 from .segment import Header, Page, Segment, lock_page, page_hash
@@ -39,6 +45,7 @@ Progress = Callable[[int, int], None]
 
 _ATTEMPTS: Final = 8
 _READ_AHEAD: Final = 48 << 20
+_NEWBORN_SECONDS: Final = 10.0  # between a file's creation and its lock
 
 
 @dataclass(slots=True)
@@ -74,21 +81,41 @@ class Scratch:
 
 @contextlib.contextmanager
 def scratch(destination: str, index: LocalIndex) -> Iterator[Scratch]:
-    """A temporary file beside `destination`, gone at the end unless it was renamed.
+    """A temporary file beside `destination`, gone at the end unless it was renamed. What was left by those who were killed goes now.
 
     Raises:
         RestoreError: no file can be written there: no such directory, no permission, no space.
     """
     path = f"{destination}-bottomless-{secrets.token_hex(8)}"
     with translated(destination):
+        _tidy(destination)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
+        fcntl.flock(fd, fcntl.LOCK_EX)  # says, to whoever tidies up, that somebody is at work on it
         with translated(destination):
             yield Scratch(path, fd, index)
     finally:
         os.close(fd)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
+
+
+def _tidy(destination: str) -> None:
+    """Removes unfinished files that nobody is at work on: a killed process has let go of its lock."""
+    folder, name = os.path.split(destination)
+    leftover = re.compile(re.escape(name) + "-bottomless-[0-9a-f]{16}")
+    for entry in os.listdir(folder or "."):
+        if not leftover.fullmatch(entry):
+            continue
+        path = os.path.join(folder, entry)
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - os.fstat(fd).st_mtime > _NEWBORN_SECONDS:
+                    os.unlink(path)
+            finally:
+                os.close(fd)
 
 
 @contextlib.contextmanager
@@ -108,7 +135,7 @@ def rebuild(
     history: History,
     into: Scratch,
     target: int,
-    edges: list[Edge],
+    edges: Sequence[Edge],
     *,
     width: int = 8,
     progress: Progress | None = None,
@@ -140,7 +167,7 @@ def rebuild(
             first = first or misfit
             logger.warning("restoring %s: %s", history.name, misfit.cause)
             suspects.add((misfit.edge.pre, misfit.edge.post))
-            into.index.clear()
+            into.index.forget_pages()
             os.ftruncate(into.fd, 0)
             if attempt == 0:
                 edges = history.edges()  # retention may have replaced what was listed
@@ -192,12 +219,18 @@ def rebuild_from_pages(history: History, into: Scratch, *, width: int = 8, progr
         done += size
         if progress is not None:
             progress(done, total)
+    if newest is not None and not 0 < newest.txid < layout.MAX_TXID:
+        raise RestoreError(
+            f"a page object of {history.name!r} says that it was written at txid {newest.txid}, which no history has",
+            hint="Remove the page objects that are not of this program.",
+        )
     db_size = newest.db_size if newest is not None else max(hashes)
     lock = lock_page(page_size)
-    missing = [pgno for pgno in range(1, db_size + 1) if pgno not in hashes and pgno != lock]
+    missing = pages_between(0, db_size, page_size) - sum(pgno <= db_size and pgno != lock for pgno in hashes)
     if missing:
+        first = next(pgno for pgno in itertools.count(1) if pgno not in hashes and pgno != lock)
         raise RestoreError(
-            f"{layout.page_key(history.name, missing[0])} is missing: page {missing[0]} of {db_size} ({len(missing)} missing in all)",
+            f"{layout.page_key(history.name, first)} is missing: page {first} of {db_size} ({missing} missing in all)",
             hint="The page objects are no complete database, and there is no log to restore from.",
         )
     state = 0
@@ -247,7 +280,7 @@ def _apply_chain(
         if header.body is not None:
             total += header.body.size
         try:
-            _apply(into, header, history.blocks(found, width=min(width, 4)), state)
+            _apply(into, history.name, header, history.blocks(found, width=min(width, 4)), state)
         except CorruptionError as error:
             raise _Misfit(edge, error.message, error) from error
         reach("within restore")
@@ -259,14 +292,16 @@ def _apply_chain(
     _require_every_page(into.index, state, chain)
 
 
-def _apply(into: Scratch, header: Header, blocks: Iterator[list[Page]], state: Rebuilt) -> None:
+def _apply(into: Scratch, name: str, header: Header, blocks: Iterator[list[Page]], state: Rebuilt) -> None:
     """One edge onto the file and the index; `state` follows."""
     if header.whole:
         os.ftruncate(into.fd, 0)
-        into.index.clear()
+        into.index.forget_pages()
         state.state, state.db_size, state.page_size = 0, 0, header.page_size
+    grown = 0
     for block in blocks:
         pgnos = [page.pgno for page in block]
+        grown += sum(pgno > state.db_size for pgno in pgnos)
         for pgno, old, page in zip(pgnos, into.index.hashes(pgnos), block, strict=True):
             state.state ^= page.hash ^ (old if pgno <= state.db_size else 0)
         into.index.record(pgnos, [page.hash for page in block], header.post)
@@ -277,6 +312,12 @@ def _apply(into: Scratch, header: Header, blocks: Iterator[list[Page]], state: R
                 if os.pwrite(into.fd, data, (pgnos[start] - 1) * header.page_size) != len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 start = at
+    if grown != pages_between(state.db_size, header.db_size, header.page_size):
+        # Sizes are believed only with the pages to match: what walks over all pages must come to an end.
+        raise CorruptionError(
+            f"{layout.segment_key(name, header.pre, header.post)} says that the database grew from {state.db_size} to {header.db_size} "
+            f"pages, and has {grown} new ones"
+        )
     lock = lock_page(header.page_size)
     for first in range(header.db_size + 1, state.db_size + 1, 65536):
         count = min(65536, state.db_size - first + 1)
@@ -297,7 +338,7 @@ def _require_every_page(index: LocalIndex, state: Rebuilt, chain: list[Edge]) ->
                 raise _Misfit(chain[-1], f"no edge up to txid {state.txid} has page {pgno} of {state.db_size}")
 
 
-def _no_way(history: History, target: int, edges: list[Edge], first: _Misfit | None) -> RestoreError:
+def _no_way(history: History, target: int, edges: Sequence[Edge], first: _Misfit | None) -> RestoreError:
     if first is not None:
         return RestoreError(
             f"cannot rebuild txid {target} of {history.name!r}: {first.cause}",

@@ -150,8 +150,13 @@ class Replica:
             worker.submit()
             if worker.fatal is not None:
                 raise type(worker.fatal)(worker.fatal.message, hint=worker.fatal.hint)
+            worker.require_running()
             return
         ticket = worker.submit()
+        if threading.current_thread().name.startswith(OWN_THREADS):
+            # The garbage collector has ended a statement that committed, in a thread that this wait might be waiting for; nobody would
+            # hear of an error.
+            return
         tip = self.local.tip()
         place = Position(tip.header.salt1, tip.header.salt2, tip.frames, 0, 0) if tip.header is not None else None
         try:
@@ -292,6 +297,7 @@ class Registry:
     def __init__(self) -> None:
         self._lock = threading.Condition()
         self._replicas: dict[str, Replica] = {}
+        self._acquiring: set[int] = set()
         # Never freed: closing an inherited connection in a child would act on files that are the parent's.
         self._inherited: list[Replica] = []
 
@@ -310,7 +316,7 @@ class Registry:
         Raises:
             ConfigError: it is open with other settings. ConflictError: another file maps to its name.
         """
-        with self._lock:
+        with self._lock, self._marked():
             if any(inherited.path == path for inherited in self._inherited):
                 raise ConfigError(
                     f"{path} was open in the process that forked this one: SQLite's locks would not protect it here",
@@ -329,13 +335,23 @@ class Registry:
                             hint="Give one of them another database_id.",
                         )
                 replica = self._replicas[path] = made
-            elif replica.config != config:
+            replica.opens += 1  # before anything in which the collector could close the last connection that it has
+            if replica.config != config:
+                self.release(replica)
                 raise ConfigError(
                     f"{path} is open in this process with other settings",
                     hint="Use the same options for every connection to one file, or close the others first.",
                 )
-            replica.opens += 1
             return replica
+
+    @contextlib.contextmanager
+    def _marked(self) -> Iterator[None]:
+        me = threading.get_ident()
+        self._acquiring.add(me)
+        try:
+            yield
+        finally:
+            self._acquiring.discard(me)
 
     def borrow(self, path: str) -> Replica | None:
         """The replica of `path`, kept open until `release`; None when it is not open. While a thread is inside it, the garbage
@@ -350,15 +366,15 @@ class Registry:
     def release(self, replica: Replica) -> None:
         """One open less; the last one closes the replica. Who opens the file meanwhile waits.
 
-        The garbage collector may close a connection in any thread, also in one of ours that the closing would wait for: then another
-        thread closes the replica.
+        The garbage collector may close a connection in any thread, also in one of ours that the closing would wait for, or in the
+        middle of `acquire`: then another thread closes the replica.
         """
         with self._lock:
             replica.opens -= 1
             if replica.opens:
                 return
             replica.closing = True
-        if threading.current_thread().name.startswith(OWN_THREADS):
+        if threading.get_ident() in self._acquiring or threading.current_thread().name.startswith(OWN_THREADS):
             threading.Thread(target=self._close, args=(replica,), name=f"{OWN_THREADS} close {replica.path}").start()
         else:
             self._close(replica)
@@ -366,14 +382,25 @@ class Registry:
     def _close(self, replica: Replica) -> None:
         try:
             replica.close()
-        finally:
-            with self._lock:
-                del self._replicas[replica.path]
-                self._lock.notify_all()
+        except KeyboardInterrupt:
+            # Ctrl-C ends the wait, not the upload: another thread, which the exit waits for, does what is left.
+            replica.booted = True
+            threading.Thread(target=self._close, args=(replica,), name=f"{OWN_THREADS} close {replica.path}").start()
+            raise
+        except BaseException:
+            self._forget(replica)
+            raise
+        self._forget(replica)
+
+    def _forget(self, replica: Replica) -> None:
+        with self._lock:
+            del self._replicas[replica.path]
+            self._lock.notify_all()
 
     def after_fork(self) -> None:
         """In the child: every inherited replica is the parent's."""
         self._lock = threading.Condition()
+        self._acquiring = set()
         for replica in self._replicas.values():
             replica.abandon()
         self._inherited.extend(self._replicas.values())
@@ -387,6 +414,8 @@ class Registry:
                     replica.close()
                 except (BottomlessError, apsw.Error, OSError) as error:
                     logger.error("closing %s at exit: %s", replica.path, error)
+                except KeyboardInterrupt:
+                    logger.error("interrupted at exit: what is not stored of %s stays pending, and goes with the next open", replica.path)
 
 
 registry: Final = Registry()

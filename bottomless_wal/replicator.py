@@ -26,27 +26,27 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from . import layout
+from .block import pages_between
 from .config import Config
 from .crashpoints import reach
+from .edges import Edge, plan
 from .errors import CorruptionError, FencedError, ReplicationError, RestoreError
-from .history import Edge, Head, History, plan
-from .local_index import MAX_INTENTS, Identity, IndexHeader, LocalIndex, boot_id
+from .history import FENCE_HORIZON_SECONDS, Head, History
+from .local_index import MAX_INTENTS, Identity, IndexHeader, IndexLost, LocalIndex, boot_id
 from .pageview import UNKNOWN_SIZE, PageView
 from .segment import Commit, Header, Segment
 from .snapshot import LocalDatabase, SnapshotLost, Tip
-from .staging import Change, IndexLost, stage_frames, stage_scan
+from .staging import Change, stage_frames, stage_scan
 from .standing import Standing, position_of, standing
 from .wal import Position
 
-__all__ = ["FENCE_HORIZON_SECONDS", "Replicator", "home_of"]
+__all__ = ["Replicator", "home_of"]
 
 logger = logging.getLogger(__name__)
 
-FENCE_HORIZON_SECONDS: Final = 3600.0
-"""After so long since txid was last proved the head, a successful put alone proves nothing: pruning may have freed the key."""
-
 _LOOKS: Final = 4
 _SUSPECT_SECONDS: Final = 2.0
+_PAUSE_SECONDS: Final = 2.0
 
 
 def home_of(config: Config, name: str) -> bytes:
@@ -120,8 +120,8 @@ class Replicator:
     def header(self) -> IndexHeader:
         """The index's header. Raises IndexLost when there is none of this history."""
         header = self.index.load()
-        if header is None or header.home != self.home:
-            raise IndexLost(f"{self.index.path} is missing, damaged, or of another history")
+        if header is None or header.home != self.home or (header.state and not header.txid):
+            raise IndexLost(f"{self.index.path} is missing, damaged, of another history, or of a file that is to be replaced")
         # Another process may have said so at its own close; here the database is in use.
         header.clean = False
         return header
@@ -130,7 +130,11 @@ class Replicator:
         """A new header over an empty index; not saved."""
         self.index.clear()
         reach("after clear")
-        return IndexHeader(self.home, secrets.token_bytes(16), boot_id())
+        return self.unknown()
+
+    def unknown(self) -> IndexHeader:
+        """A header that tells nothing but whose it is, and looks at no seal that is there already; not saved."""
+        return IndexHeader(self.home, secrets.token_bytes(16), boot_id(), seal_sequence=self.index.seal_sequence())
 
     def _cover(self) -> IndexHeader:
         for look in range(_LOOKS):
@@ -177,7 +181,7 @@ class Replicator:
             if self.local.wal.header() != tip.header:
                 raise SnapshotLost(f"the WAL of {self.local.path} was replaced")
             shape = self.local.shape(tip)
-            whole = reset or header.txid == 0
+            whole = reset or header.txid == 0 or target is not None
             if not whole and shape.page_size != header.page_size:
                 logger.warning("%s: its page size became %d: the next commit is a reset", self.local.path, shape.page_size)
                 whole = reset = True
@@ -197,7 +201,7 @@ class Replicator:
             self.on_logged(header.position)
             self._catch_up(header)
 
-    def learn(self, header: IndexHeader, head: Head, edges: list[Edge]) -> None:
+    def learn(self, header: IndexHeader, head: Head, edges: Sequence[Edge]) -> None:
         """The head's page hashes, from the tables of a chain of edges; no page is kept. `header` is left to be saved.
 
         Raises:
@@ -213,15 +217,25 @@ class Replicator:
                 f"the history of {self.history.name!r} has a gap before txid {head.txid}",
                 hint="`bottomless-wal verify` shows where. `bottomless-wal reset --from-local` starts over from the local file.",
             )
+        size = 0
         for edge in chain:
             found = self.history.segment(edge.pre, edge.post)
             if found is None:
                 raise RestoreError(f"the edge {edge.pre} -> {edge.post} vanished while it was read", hint="Try again.")
             if found.header.whole:
-                self.index.clear()
+                self.index.forget_pages()
+                size = 0
             table = self.history.tables(found)
+            grown = 0
             while some := list(itertools.islice(table, 65536)):
+                grown += sum(pgno > size for pgno, _ in some)
                 self.index.record([pgno for pgno, _ in some], [known for _, known in some], edge.post)
+            if grown != pages_between(size, found.header.db_size, found.header.page_size):
+                raise CorruptionError(
+                    f"{found.name} says that the database grew from {size} to {found.header.db_size} pages, and has {grown} new ones",
+                    hint="`bottomless-wal verify` shows what can still be restored.",
+                )
+            size = found.header.db_size
             reach("within learn")
             header.view_txid = min(found.header.view_txid, head.txid)
         header.txid, header.state = head.txid, head.state
@@ -248,6 +262,9 @@ class Replicator:
             self.on_logged(header.position)
             return
         reach("before intent")
+        if header.txid == 0:
+            # Should the answer be lost and the WAL be gone by the next open, this tells that the file has gone on from what was stored.
+            header.identity, header.change_counter, header.needs_scan = Identity.of(self.local.path), change.change_counter, True
         if change.post_hash in header.intents:
             header.intents.remove(change.post_hash)
         header.intents = [*header.intents[-(MAX_INTENTS - 1) :], change.post_hash]
@@ -274,6 +291,7 @@ class Replicator:
         if edge.body is not None:
             reach("after body")
         receipt = self.history.append(edge, change.staged.blocks)
+        stored = time.monotonic()
         reach("after put")
         if not receipt.created:
             found = self._stored(header, edge.pre, post)
@@ -291,7 +309,7 @@ class Replicator:
         if background:
             self.view.postpone(header)
         else:
-            self.view.put(header, change.pages())
+            self.view.put(header, change.pages(), guard=lambda: self._after_a_pause(header, stored))
 
     def _record(
         self, header: IndexHeader, edge: Header, pgnos: Sequence[int], hashes: Sequence[int], date_ms: int, change_counter: int
@@ -322,6 +340,8 @@ class Replicator:
         header = self.index.load()
         if header is None or header.home != self.home or not header.intents:
             return
+        if len(self.history.edges(since=header.txid)) > 1:
+            return  # the history is further than this index: an old copy of it (a power loss), or a rival; no attempt is open
         found = self.history.segment(header.txid, header.txid + 1)
         if found is not None and self._is_own(header, found.header):
             self._adopt(header, found)
@@ -366,12 +386,14 @@ class Replicator:
         header.position = position if known else None
         header.needs_scan = header.needs_scan or not known
         if edge.whole:
-            self.index.clear()
+            header.view_size = UNKNOWN_SIZE
         pgnos, hashes = array("I"), array("Q")
         for pgno, known_hash in self.history.tables(found):
             pgnos.append(pgno)
             hashes.append(known_hash)
         self._record(header, edge, pgnos, hashes, edge.time_ms, header.change_counter)
+        if known:
+            self.on_logged(position)
         self.require_head(header)
         self.view.put(header, (page for block in self.history.blocks(found) for page in block))
 
@@ -390,6 +412,11 @@ class Replicator:
             self._fence(
                 f"{self.local.path} is at txid {header.txid}, and another writer has gone on to {max(edge.post for edge in beyond)}"
             )
+
+    def _after_a_pause(self, header: IndexHeader, stored: float) -> None:
+        """Who was stopped since the commit was stored may have been overtaken: no page object may be put over a newer one."""
+        if time.monotonic() - stored > _PAUSE_SECONDS:
+            self.require_head(header)
 
     def _prove(self, post: int) -> None:
         beyond = self.history.edges(since=post)

@@ -14,23 +14,20 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
+from .errors import ConflictError
 from .history import History, Staged
-from .local_index import IndexHeader, LocalIndex
+from .local_index import IndexHeader, IndexLost, LocalIndex
 from .segment import Page, lock_page, page_hash
 from .snapshot import FrameMap, LocalDatabase, Shape, SnapshotLost, Tip
 from .standing import position_of
 from .wal import FRAME_HEADER_SIZE, Position, WalHeader
 
-__all__ = ["Change", "IndexLost", "stage_frames", "stage_scan"]
+__all__ = ["Change", "stage_frames", "stage_scan"]
 
 logger = logging.getLogger(__name__)
 
 _PIECE_BYTES: Final = 64 << 20  # of frames in one commit, unless one transaction alone is larger
 _KEPT_BYTES: Final = 4 << 20  # of pages kept for the page view, instead of being read twice
-
-
-class IndexLost(Exception):
-    """The local index vanished, was damaged or contradicts itself: boot has to find out anew where the local state stands."""
 
 
 @dataclass(slots=True)
@@ -105,6 +102,9 @@ def stage_frames(local: LocalDatabase, index: LocalIndex, history: History, head
         for start in range(0, len(pgnos), 4096):
             some = pgnos[start : start + 4096]
             for pgno, old in zip(some, index.hashes(some), strict=True):
+                if not old and pgno <= header.db_size:
+                    # A state hash is built on the old ones: a wrong one, once stored, could never be restored.
+                    raise IndexLost(f"{index.path} has lost the hash of page {pgno}")
                 data = local.frame_page(wal, newest.get(pgno))
                 new = page_hash(pgno, data)
                 if pgno == 1:
@@ -151,15 +151,17 @@ def stage_scan(
     Call it within `LocalDatabase.snapshot`.
 
     Raises:
-        IndexLost: the index's entries are not the state that its header tells. SnapshotLost, CorruptionError: as `LocalDatabase.pages`.
+        IndexLost: the index's entries are not the state that its header tells. ConflictError: a page changed that the WAL, which is
+        the same as before, has no frame of. SnapshotLost, CorruptionError: as `LocalDatabase.pages`.
     """
     passed = _Collector(shape.page_size, lambda pgno: _page_again(local, tip, pgno, shape.page_size))
-    state = 0
+    state, unexplained = 0, 0
     indexed = 0 if whole else _tail(index, header, shape.db_size)
+    frames = None if whole else _frames_since(local, header.position, tip)
     began = time.monotonic()
 
     def changed() -> Iterator[Page]:
-        nonlocal state, indexed
+        nonlocal state, indexed, unexplained
         source = local.pages(tip, shape)
         while some := list(islice(source, 4096)):
             for (pgno, data), old in zip(some, index.hashes([pgno for pgno, _ in some]), strict=True):
@@ -168,6 +170,8 @@ def stage_scan(
                 if pgno <= header.db_size:
                     indexed ^= old
                 if whole or pgno > header.db_size or new != old:
+                    if frames is not None and header.position is not None and pgno <= header.db_size:
+                        unexplained = unexplained or (pgno if frames.get(pgno) <= header.position.frame else 0)
                     yield passed.add(Page(pgno, new, data))
 
     staged = history.stage(pre, post, changed(), shape.page_size, level=level)
@@ -179,6 +183,13 @@ def stage_scan(
         if indexed != header.state:
             # Entries that a power loss tore: what differs from them is not what differs from the log.
             raise IndexLost(f"{index.path} contradicts itself")
+        if unexplained:
+            raise ConflictError(
+                f"page {unexplained} of {local.path} is not what it was at txid {header.txid}, and nothing in its WAL, which has gone on "
+                "since, has changed it: the file was replaced, or written to, by other means than SQLite. Nothing of it was stored",
+                hint="To go on from the remote history: close every connection, and move the file and its -wal away. To make the local "
+                "file the truth, if it is sound: `bottomless-wal reset --from-local`.",
+            )
         if not passed.pgnos and shape.db_size == header.db_size:
             return None
     position = position_of(local, tip)
@@ -189,6 +200,14 @@ def stage_scan(
     )  # fmt: skip
 
 
+def _frames_since(local: LocalDatabase, position: Position | None, tip: Tip) -> FrameMap | None:
+    """The frames of the WAL, if it is the one that the index's position stands in: then what has changed since has a frame beyond it."""
+    wal = tip.header
+    if position is None or wal is None or (position.salt1, position.salt2) != (wal.salt1, wal.salt2) or position.frame > tip.frames:
+        return None
+    return local.frame_map(wal, tip.frames) if local.wal.position(wal, position.frame) == position else None
+
+
 def _page_again(local: LocalDatabase, tip: Tip, pgno: int, page_size: int) -> bytes:
     data = local.page(tip, pgno, page_size)
     if data is None:
@@ -197,9 +216,11 @@ def _page_again(local: LocalDatabase, tip: Tip, pgno: int, page_size: int) -> by
 
 
 def _tail(index: LocalIndex, header: IndexHeader, db_size: int) -> int:
-    """XOR of the hashes of the pages that a shrinking database loses."""
-    gone = 0
+    """XOR of the hashes of the pages that a shrinking database loses. Raises IndexLost when one of them is not there."""
+    gone, lock = 0, lock_page(header.page_size or 512)
     for first in range(db_size + 1, header.db_size + 1, 65536):
-        for old in index.entries(first, min(65536, header.db_size - first + 1))[0]:
+        for pgno, old in enumerate(index.entries(first, min(65536, header.db_size - first + 1))[0], first):
+            if not old and pgno != lock:
+                raise IndexLost(f"{index.path} has lost the hash of page {pgno}")
             gone ^= old
     return gone

@@ -21,10 +21,9 @@ import apsw
 
 from .config import Config
 from .errors import BottomlessError, ConflictError, FencedError, ReplicationError, StoreError
-from .local_index import IndexHeader, LocalIndex
+from .local_index import IndexHeader, IndexLost, LocalIndex
 from .replicator import Replicator
 from .snapshot import LocalDatabase, SnapshotLost
-from .staging import IndexLost
 from .wal import Position
 
 __all__ = ["Worker"]
@@ -67,6 +66,7 @@ class Worker:
         self._cond = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._running = False
         self._submitted = 0  # tickets given out
         self._done = 0  # tickets up to here were covered
         self._failed = 0  # tickets up to here have failed ...
@@ -117,14 +117,22 @@ class Worker:
                     if self._failed >= ticket or self._fatal is not None:
                         raise self._failure()
                     if self._thread is None or not self._thread.is_alive():
-                        raise ReplicationError(
-                            f"the commit to {self._local.path} stands, but replication has been shut down",
-                            hint="The next open sends it.",
-                        )
+                        raise self._shut_down()
                     self._require_lock(began)
                     self._cond.wait(1.0)
             finally:
                 self._waiting -= 1
+
+    def require_running(self) -> None:
+        """Raises ReplicationError when nobody will send what was submitted: at exit, when the replica was closed already."""
+        with self._cond:
+            if self._thread is None or not self._thread.is_alive():
+                raise self._shut_down()
+
+    def _shut_down(self) -> ReplicationError:
+        return ReplicationError(
+            f"the commit to {self._local.path} stands, but replication has been shut down", hint="The next open sends it."
+        )
 
     def flush(self, timeout: float | None = None) -> None:
         """Until everything committed is in the log and the page view is complete.
@@ -199,9 +207,9 @@ class Worker:
                 self._ensure_thread()
             self._stopping = True
             self._cond.notify_all()
-            thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            # Not by Thread.join(): one that Ctrl-C ends takes the thread for dead, though it goes on (CPython 3.11).
+            while self._running and self._thread is not threading.current_thread():
+                self._cond.wait(1.0)
 
     # --- the thread ----------------------------------------------------------------------------------------------------
 
@@ -209,6 +217,7 @@ class Worker:
         if self._thread is None and not self._stopping:
             self._thread = threading.Thread(target=self._run, name=f"bottomless {self._local.path}", daemon=True)
             self._thread.start()
+            self._running = True
 
     def _require_lock(self, since: float) -> None:
         """Raises ReplicationError when the worker has waited for another process for as long as a store would be waited for."""
@@ -245,15 +254,20 @@ class Worker:
         return fresh
 
     def _run(self) -> None:
-        while True:
+        try:
+            while True:
+                with self._cond:
+                    task = self._next_task()
+                if task == "stop":
+                    return
+                if task == "batch":
+                    self._batch()
+                else:
+                    self._fill()
+        finally:
             with self._cond:
-                task = self._next_task()
-            if task == "stop":
-                return
-            if task == "batch":
-                self._batch()
-            else:
-                self._fill()
+                self._running = False
+                self._cond.notify_all()
 
     def _next_task(self) -> str:
         """Waits, with the condition held, for something to do."""

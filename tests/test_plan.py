@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bottomless_wal.history import Edge, plan
+from bottomless_wal.edges import Edge, Edges, plan, reachable
 
 
 def edge(pre: int, post: int, size: int = 100) -> Edge:
@@ -18,7 +19,7 @@ edges = st.lists(
     st.tuples(st.integers(0, 7), st.integers(1, 8), st.integers(1, 1 << 20)).filter(lambda e: e[0] < e[1]).map(lambda e: edge(*e)),
     max_size=9,
     unique_by=lambda e: (e.pre, e.post),
-)
+).map(sorted)
 
 
 def cost(chain: list[Edge]) -> int:
@@ -55,7 +56,7 @@ def test_overlapping_edges_may_begin_before_the_state_reached(usable: list[Edge]
 
 def test_a_snapshot_is_taken_rather_than_many_commits() -> None:
     commits = [edge(n, n + 1) for n in range(100)]
-    assert plan([*commits, edge(0, 90, 5000)], 100) == [edge(0, 90, 5000), *commits[90:]]
+    assert plan(sorted([*commits, edge(0, 90, 5000)]), 100) == [edge(0, 90, 5000), *commits[90:]]
 
 
 def test_a_reset_needs_nothing_before_it() -> None:
@@ -67,3 +68,33 @@ def test_a_reset_needs_nothing_before_it() -> None:
 def test_what_lies_beyond_the_target_is_not_used() -> None:
     assert plan([edge(0, 3), edge(0, 1), edge(1, 2)], 2) == [edge(0, 1), edge(1, 2)]
     assert plan([edge(0, 3)], 2) is None
+
+
+@given(edges)
+def test_what_can_be_reached_is_what_has_a_plan(usable: list[Edge]) -> None:
+    found = list(reachable(usable))
+    assert len(found) == len(set(found))
+    assert set(found) == {txid for txid in range(9) if plan(usable, txid) is not None}
+
+
+@given(edges, st.integers(0, 8))
+def test_what_is_passed_is_forgotten_and_not_missed(usable: list[Edge], target: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        known = plan(usable, target), set(reachable(usable))
+        patch.setattr("bottomless_wal.edges._MOST_OPEN", 1)
+        assert (plan(usable, target), set(reachable(usable))) == known
+
+
+@given(edges)
+def test_edges_are_kept_in_few_bytes_and_come_back_as_they_were(usable: list[Edge]) -> None:
+    kept = Edges(usable).with_bodies({(e.pre, e.post): e.size for e in usable[::2]})
+    expected = [e._replace(body=e.size) if number % 2 == 0 else e for number, e in enumerate(usable)]
+    assert list(kept) == expected
+    assert [kept[number] for number in range(len(kept))] == kept[:] == expected
+    if expected:
+        assert kept[-1] == expected[-1]
+
+
+def test_edges_out_of_order_are_refused() -> None:
+    with pytest.raises(ValueError, match="order"):
+        Edges([edge(3, 4), edge(0, 1)])

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Kills writers with SIGKILL at random moments, over and over on one history, and accounts for every acknowledged commit.
 
-Each round starts `--processes` writers of `--threads` threads on one database and kills one after the other (some by SIGTERM, and some
-of these by SIGKILL in the midst of their orderly close). Then the machine suffers one of
+Each round starts `--processes` writers of `--threads` threads on one database and kills one after the other, or all at once (some
+by SIGTERM, and some of these by SIGKILL in the midst of their orderly close; some are stopped for a while before). Then the machine
+suffers one of
 
     nothing      the database is opened in place
     index lost   ... without the local index
-    power lost   ... with a WAL that is cut somewhere past what checkpoints have copied
+    power lost   ... with a WAL that is cut somewhere past what checkpoints have copied, and an index of which parts are older
     wiped        all local files are gone: it is booted from the bucket
 
 and an auditor opens the database (it too is killed now and then, and begins again): every acknowledged commit is there, the books
@@ -39,6 +40,7 @@ from typing import Any
 
 import backends
 import bank
+from powerloss import age_index, cut_wal
 
 STALL_SECONDS = 20.0
 """No process of a rolling run may go so long without a commit."""
@@ -56,6 +58,8 @@ class Run:
         self.directory = directory
         self.store = store
         self.rng = rng
+        self.aged = directory / "aged"
+        """A copy of the local index, of some moment of the round."""
         patience: dict[str, Any] = {"retry_timeout": 20}
         if args.faults:
             patience = {"retry_timeout": 2 if args.outages else 20, "read_timeout": 1, "connect_timeout": 1}
@@ -88,6 +92,12 @@ class Run:
         who = f"w{self._files}"
         return who, self.start("write", replace(self.job, who=who, seed=self.rng.randrange(1 << 32)))
 
+    def works(self, who: str) -> None:
+        """Waits until the writer has had its first commit acknowledged, or does not get on."""
+        end = time.monotonic() + STALL_SECONDS
+        while time.monotonic() < end and not (self.directory / f"acks-{who}").stat().st_size:
+            time.sleep(0.01)
+
     def found(self) -> None:
         if self.start("open", self.job).wait() != 0:
             raise Failed(f"the bank could not be founded, see {self.directory}/stderr")
@@ -99,14 +109,14 @@ class Run:
         orderly = self.rng.random() < self.args.orderly
         if orderly:
             process.send_signal(signal.SIGTERM)
-            patience = self.rng.choice((self.rng.uniform(0, 0.2), 120))
+            patience = self.rng.choice((self.rng.uniform(0, 0.2), 60.0))
             try:
                 if process.wait(patience) != 0:
                     raise Failed(f"an orderly close ended with exit {process.returncode}: {self.errors()}")
                 self.counts["orderly closes"] += 1
                 return
             except subprocess.TimeoutExpired:
-                if patience == 120:
+                if patience == 60:
                     process.send_signal(signal.SIGUSR1)
                     time.sleep(1)
                     raise Failed(f"an orderly close hangs; see {self.directory}/stacks") from None
@@ -115,8 +125,9 @@ class Run:
         self.counts["kills"] += 1
 
     def errors(self) -> str:
+        """What tellers had to complain of."""
         file = self.directory / "errors"
-        return file.read_text()[:3000] if file.exists() else "no error was told"
+        return file.read_text()[:3000] if file.exists() else ""
 
     # --- what machines suffer ------------------------------------------------------------------------------------------
 
@@ -127,12 +138,19 @@ class Run:
             for file in self.directory.glob(f"{bank.NAME}*"):
                 file.unlink()
             return "wiped"
-        what = self.rng.choices(("in place", "index lost", "power lost"), (6, 1, 2))[0]
+        what = self.rng.choices(("in place", "index lost", "power lost"), (6, 1, 3))[0]
         if what == "index lost":
             path.with_name(path.name + "-bottomless").unlink(missing_ok=True)
         elif what == "power lost":
             cut_wal(path, self.rng)
+            if self.aged.exists() and self.rng.random() < 0.7:
+                age_index(path, self.aged, self.rng)
         return what
+
+    def remember_index(self) -> None:
+        index = Path(self.job.path + "-bottomless")
+        if index.exists():
+            shutil.copyfile(index, self.aged)
 
     # --- the accounts --------------------------------------------------------------------------------------------------
 
@@ -144,6 +162,7 @@ class Run:
             time.sleep(self.rng.uniform(0, 0.4))
             victim.kill()
             victim.communicate()
+            self.store.settle()
             self.counts["audits killed"] += 1
         auditor = self.start("audit", job)
         out, _ = auditor.communicate()
@@ -188,27 +207,10 @@ class Run:
 
 def spread(seconds: list[float]) -> dict[str, float]:
     """Median, the 99th percentile, and the worst."""
-    ranked = sorted(seconds)
+    ranked = sorted(seconds) or [0.0]
     return {
         name: round(ranked[min(len(ranked) - 1, int(len(ranked) * share))], 4) for name, share in (("p50", 0.5), ("p99", 0.99), ("max", 1))
     }
-
-
-def cut_wal(path: Path, rng: random.Random) -> None:
-    """What a power loss leaves of a WAL that was not synced: some of its bytes, but all that checkpoints have begun to copy."""
-    wal, shm = path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")
-    if not wal.exists() or not shm.exists():
-        return
-    head, index = wal.read_bytes()[:32], shm.read_bytes()[:136]
-    shm.unlink()
-    if len(head) < 32 or len(index) < 136 or head[16:24] != index[32:40]:
-        return  # a restart was under way: the main file holds more than the frames before the cut would tell
-    page_size = int.from_bytes(head[8:12], "big")
-    copied = int.from_bytes(index[128:132], sys.byteorder)  # nBackfillAttempted
-    size, least = wal.stat().st_size, 32 + copied * (24 + page_size)
-    if size > least:
-        with wal.open("r+b") as file:
-            file.truncate(rng.choice((least, rng.randint(least, size), rng.randint(least, size))))
 
 
 # --- the two kinds of runs -------------------------------------------------------------------------------------------------
@@ -219,21 +221,32 @@ def crashes(run: Run) -> None:
     args, rng = run.args, run.rng
     while run.counts["kills"] < args.kills:
         run.counts["rounds"] += 1
-        writers = [run.writer()[1] for _ in range(args.processes)]
+        writers = [run.writer() for _ in range(args.processes)]
         away = threading.Thread(target=_outage, args=(run.store, rng.uniform(0, args.longest), rng.uniform(1, 5)))
         outage = args.outages and rng.random() < 0.4
         if outage:
             run.counts["outages"] += 1
             away.start()
-        for writer in rng.sample(writers, len(writers)):
-            time.sleep(rng.uniform(0, args.longest))
+        run.aged.unlink(missing_ok=True)
+        together = rng.random() < 0.3
+        for number, (who, writer) in enumerate(rng.sample(writers, len(writers))):
+            if rng.random() < 0.5:
+                run.remember_index()
+            if number == 0 or not together:
+                if rng.random() < 0.8:  # the others may die while they boot
+                    run.works(who)
+                time.sleep(rng.uniform(0, args.longest))
+                if rng.random() < 0.15:
+                    writer.send_signal(signal.SIGSTOP)  # with whatever lock it has; the others have to wait for it
+                    time.sleep(rng.uniform(0, args.longest))
+                    writer.send_signal(signal.SIGCONT)
             run.end(writer)
         if outage:
             away.join()
-        if (run.directory / "errors").exists():
+        if run.errors():
             raise Failed(run.errors())
-        if args.faults:
-            time.sleep(backends.LONGEST_DELAY + 0.1)  # what is on its way arrives before the machine comes back
+        if not args.ghosts:
+            run.store.settle()
         suffered = run.suffer()
         run.counts[suffered] += 1
         try:
@@ -261,7 +274,7 @@ def rolling(run: Run, seconds: float) -> None:
     end = time.monotonic() + seconds
     seen: dict[str, tuple[int, float]] = {}
     worst = 0.0
-    next_kill = time.monotonic() + rng.uniform(1, 4)
+    next_kill = time.monotonic() + rng.uniform(args.every / 4, args.every)
     while (now := time.monotonic()) < end:
         time.sleep(0.05)
         for who, writer in writers.items():
@@ -279,7 +292,7 @@ def rolling(run: Run, seconds: float) -> None:
                 time.sleep(1)
                 raise Failed(f"writer {who} has made no progress for {now - since:.0f} s; see {run.directory}/stacks")
         if now >= next_kill:
-            next_kill = now + rng.uniform(1, 4)
+            next_kill = now + rng.uniform(args.every / 4, args.every)
             who = rng.choice(sorted(writers))
             run.end(writers.pop(who))
             seen.pop(who, None)
@@ -289,7 +302,7 @@ def rolling(run: Run, seconds: float) -> None:
     for writer in writers.values():
         if writer.wait(120) != 0:
             raise Failed(f"an orderly close ended with exit {writer.returncode}: {run.errors()}")
-    if (run.directory / "errors").exists():
+    if run.errors():
         raise Failed(run.errors())
     run.audit("in place")
     run.counts["longest without a commit, ms"] = int(worst * 1000)
@@ -299,6 +312,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--rolling", type=float, default=None, metavar="SECONDS")
+    parser.add_argument("--every", type=float, default=4.0, help="seconds between two kills of a rolling run, at most")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--ack", default="pages")
@@ -345,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
             run.replay()
         except Exception as failure:  # noqa: BLE001  (whatever it is: the directory stays, the seed is told)
             traceback.print_exc()
-            print(f"FAILED after {run.counts['kills']} kills, seed {seed}, directory {directory}: {failure}", file=sys.stderr)
+            print(f"FAILED after {run.counts['kills']} kills, seed {seed}, directory {directory}", file=sys.stderr)
             print(json.dumps({"failed": str(failure), "seed": seed, "directory": str(directory)}))
             return 1
     print(json.dumps({**run.result(), "seconds": round(time.monotonic() - began, 1), "seed": seed}))

@@ -161,10 +161,10 @@ class FaultProxy:
         with self._lock:
             self._faults.extend(faults)
 
-    def clear(self) -> None:
-        """All is well from here on."""
+    def clear(self, *then: Fault) -> None:
+        """All is well from here on, but for `then`."""
         with self._lock:
-            self._faults.clear()
+            self._faults[:] = then
 
     def count(self, method: str, path: str = "") -> int:
         """How many requests of `method` have come whose path contains `path`."""

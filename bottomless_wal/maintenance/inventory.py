@@ -6,14 +6,15 @@ Everything here only reads. A local file is judged by its index and its WAL alon
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from .. import layout
+from ..edges import Edge
 from ..errors import BottomlessError
-from ..history import Edge, Head
+from ..history import Head
 from ..local_index import HEADER_SIZE, Identity, IndexHeader
 from ..replica import INDEX_SUFFIX
 from ..replicator import home_of
@@ -156,7 +157,7 @@ def _pending(path: str, local: IndexHeader) -> bool | None:
 
 
 def _relation(
-    target: Target, size: int | None, local: IndexHeader | None, pending: bool | None, head: Head | None, edges: list[Edge]
+    target: Target, size: int | None, local: IndexHeader | None, pending: bool | None, head: Head | None, edges: Sequence[Edge]
 ) -> tuple[bool, str]:
     if not size:
         if head is None:
@@ -179,7 +180,7 @@ def _relation(
     return False, f"the local file (txid {local.txid}, state {local.state:016x}) is no state of the history: they diverged"
 
 
-def _is_past(target: Target, local: IndexHeader, edges: list[Edge]) -> bool:
+def _is_past(target: Target, local: IndexHeader, edges: Sequence[Edge]) -> bool:
     """Does the history say of txid `local.txid` that its state was the index's?"""
     if local.txid == 0:
         return True

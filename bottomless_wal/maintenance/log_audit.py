@@ -6,12 +6,14 @@ keys, heads and tables are needed for that; the pages themselves are decoded whe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from .. import layout, parallel
+from ..edges import Edge, plan, reachable
 from ..errors import BottomlessError, CorruptionError
-from ..history import Edge, Head, plan
+from ..history import Head
 from ..rebuild import Progress
 from ..segment import Header
 from .page_hashes import PageHashes
@@ -74,14 +76,14 @@ class LogAudit:
                 self.chain, self.restorable = chain, last
                 return self._head()
             sound.remove(misfit)
-        self.restorable = max(_reachable(sound))
+        self.restorable = max(reachable(sound))
         self.notes.append(
             f"the head cannot be rebuilt from the log, up to txid {self.restorable} can "
             f"(bottomless-wal restore --txid {self.restorable}); page objects and local file were not compared"
         )
         return None
 
-    def _from_a_reset(self, sound: list[Edge], last: int) -> list[Edge] | None:
+    def _from_a_reset(self, sound: Sequence[Edge], last: int) -> list[Edge] | None:
         """A chain that begins with a reset, which makes whatever came before it superfluous; None without one."""
         resets = self.history.resets(sound, width=self.target.config.concurrency)
         return plan(sound, last, wholes={(edge.pre, edge.post) for edge in resets}) if resets else None
@@ -110,7 +112,7 @@ class LogAudit:
 
     # --- each segment by itself, and all of them together ---------------------------------------------------------------
 
-    def _sound(self, edges: list[Edge]) -> list[Edge]:
+    def _sound(self, edges: Sequence[Edge]) -> list[Edge]:
         prefix = layout.log_prefix(self.history.name)
         stored = {
             entry.key.removeprefix(prefix): entry.size
@@ -174,10 +176,10 @@ class LogAudit:
             states.setdefault(txid, (state, key))
         return True
 
-    def _find_gaps(self, edges: list[Edge], sound: list[Edge]) -> None:
+    def _find_gaps(self, edges: Sequence[Edge], sound: Sequence[Edge]) -> None:
         """Where no sound segment leads on. What is there but not sound has been told already."""
         last = self.txid
-        reached = max(_reachable(sound))
+        reached = max(reachable(sound))
         while reached < last:
             beyond = [edge.pre for edge in sound if edge.pre > reached]
             resumed = min(beyond, default=last)
@@ -188,7 +190,7 @@ class LogAudit:
                     layout.segment_key(self.history.name, reached, reached + 1),
                     f"is missing: nothing leads on from txid {reached}{until}",
                 )
-            reached = max(_reachable(sound, start=resumed))
+            reached = max(reachable(sound, start=resumed))
 
     # --- the way to the head --------------------------------------------------------------------------------------------
 
@@ -224,11 +226,3 @@ def _named(error: BottomlessError, key: str) -> tuple[str, str]:
     """(key, message): an error about a body names the body, not the segment that was asked for."""
     first = error.message.split(maxsplit=1)[0].rstrip(":,")
     return (first if "/" in first and first != key else key), error.message
-
-
-def _reachable(edges: list[Edge], *, start: int = 0) -> set[int]:
-    reached = {start}
-    for edge in sorted(edges, key=lambda edge: (edge.pre, edge.post)):
-        if edge.pre in reached:
-            reached.add(edge.post)
-    return reached

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Final
 
+from ..block import pages_between
+from ..errors import CorruptionError
 from ..local_index import LocalIndex
 from ..segment import Header, lock_page
 
@@ -33,17 +35,25 @@ class PageHashes:
         self.state = self.page_size = self.db_size = 0
 
     def apply(self, header: Header, table: Iterable[tuple[int, int]]) -> None:
-        """Follows the edge of `header`, whose pages have the (number, hash) in `table`. `state` tells whether it leads where it says."""
+        """Follows the edge of `header`, whose pages have the (number, hash) in `table`. `state` tells whether it leads where it says.
+
+        Raises:
+            CorruptionError: the database grew by more pages than the edge has.
+        """
         if header.whole:
             self.clear()
         self._first = 0
         self.page_size = header.page_size
+        grown = 0
         rows = iter(table)
         while some := list(islice(rows, _AT_ONCE)):
             pgnos, hashes = [pgno for pgno, _ in some], [known for _, known in some]
+            grown += sum(pgno > self.db_size for pgno in pgnos)
             for pgno, old, new in zip(pgnos, self._index.hashes(pgnos), hashes, strict=True):
                 self.state ^= new ^ (old if pgno <= self.db_size else 0)
             self._index.record(pgnos, hashes, header.post)
+        if grown != pages_between(self.db_size, header.db_size, header.page_size):
+            raise CorruptionError(f"says that the database grew from {self.db_size} to {header.db_size} pages, and has {grown} new ones")
         lock = lock_page(header.page_size)
         for first in range(header.db_size + 1, self.db_size + 1, _AT_ONCE):
             count = min(_AT_ONCE, self.db_size - first + 1)

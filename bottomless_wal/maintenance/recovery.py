@@ -12,19 +12,20 @@ one beside the old WAL, which SQLite would take for the database's own.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import apsw
 
 from .. import api, layout, vfs
 from ..crashpoints import reach
+from ..edges import Edge
 from ..errors import ConfigError, ConflictError, RestoreError
-from ..history import Edge
 from ..local_index import Backlog, Identity, IndexHeader, LocalIndex, boot_id
 from ..pageview import UNKNOWN_SIZE
 from ..rebuild import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch, translated
@@ -169,7 +170,9 @@ def _temporary_index(destination: str) -> Iterator[LocalIndex]:
             os.unlink(index.path)
 
 
-def _rebuild(target: Target, into: Scratch, edges: list[Edge], head: int | None, txid: int | None, progress: Progress | None) -> Rebuilt:
+def _rebuild(
+    target: Target, into: Scratch, edges: Sequence[Edge], head: int | None, txid: int | None, progress: Progress | None
+) -> Rebuilt:
     width = target.config.concurrency
     if head is not None:
         if txid is not None and not 0 < txid <= head:
@@ -228,7 +231,7 @@ def _put_in_place(destination: str, into: Scratch, old: LocalIndex, header: Inde
     with _exclusive(destination):
         mode = os.stat(destination if os.path.exists(destination) else into.index.path).st_mode
         os.fchmod(into.fd, mode & 0o777)
-        with _companions_gone(destination):
+        with _unclaimed(old), _companions_gone(destination):
             reach("before rename")
             os.rename(into.path, destination)
     reach("after rename")
@@ -241,6 +244,22 @@ def _put_in_place(destination: str, into: Scratch, old: LocalIndex, header: Inde
     into.index.sync()
     reach("before index")
     os.rename(into.index.path, old.path)
+
+
+@contextlib.contextmanager
+def _unclaimed(old: LocalIndex) -> Iterator[None]:
+    """From before its WAL is set aside the index no longer says that the old file comes from the head: killed in between, it would pass
+    for a descendant of commits that it has lost."""
+    claim = old.load()
+    if claim is None:
+        yield
+        return
+    old.save(dataclasses.replace(claim, identity=None, needs_scan=True))
+    try:
+        yield
+    except BaseException:
+        old.save(claim)
+        raise
 
 
 @contextlib.contextmanager

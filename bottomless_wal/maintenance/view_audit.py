@@ -14,8 +14,9 @@ from itertools import islice
 from typing import Final
 
 from .. import layout, parallel
+from ..edges import Edge
 from ..errors import CorruptionError
-from ..history import Edge, Head
+from ..history import Head
 from ..local_index import LocalIndex
 from ..page_object import PAGE_OBJECT_LIMIT, PageTrailer, decode_page_object, encode_page_object
 from ..rebuild import Progress

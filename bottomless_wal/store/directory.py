@@ -157,12 +157,16 @@ class DirectoryStore:
     def _open(self, key: str) -> int | None:
         """A descriptor of the object; None when there is no such file, in a directory that is there."""
         try:
-            fd = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+            # (Not to wait for the other end of a pipe.)
+            fd = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except (FileNotFoundError, NotADirectoryError):
             self._check_root()
             return None
-        if stat.S_ISDIR(os.fstat(fd).st_mode):
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode):
             os.close(fd)
+            if not stat.S_ISDIR(mode):
+                raise StoreError(f"{key!r} in {self.describe()} is no file", hint="Remove it: it is none of ours.")
             return None
         return fd
 
@@ -236,9 +240,14 @@ class DirectoryStore:
         """The files below `above` (empty, or with a slash at its end), in the order of their keys' bytes."""
         with os.scandir(os.path.join(self._root, above)) as entries:
             # A directory sorts as what its files' keys go on with: its name and a slash.
-            # Names that no key can have are not ours, and symbolic links are not followed (they may lead in circles).
-            named = [entry for entry in entries if entry.name.isprintable()]
-            rows = [(above + entry.name + ("/" if entry.is_dir(follow_symlinks=False) else ""), entry) for entry in named]
+            # Names that no key can have are not ours. Symbolic links are followed where the prefix itself leads through them, as reads
+            # and writes do; not below it, where they may lead in circles.
+            named = [entry for entry in entries if entry.name.isprintable() and len((above + entry.name).encode()) <= 1024]
+            asked = [prefix.startswith(f"{above}{entry.name}/") for entry in named]
+            rows = [
+                (above + entry.name + ("/" if entry.is_dir(follow_symlinks=follow) else ""), entry)
+                for entry, follow in zip(named, asked, strict=True)
+            ]
         for key, entry in sorted(rows, key=lambda row: row[0].encode()):
             if key.endswith("/"):
                 if above == "" and entry.name == _TEMPORARY:

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _FIRST_WAIT: Final = 0.2
 _LONGEST_WAIT: Final = 5.0
+_LEAST_LEFT: Final = 0.2  # with less than this, no further attempt is worth it
 _BACKOFF: Final = tenacity.wait_random_exponential(multiplier=_FIRST_WAIT, max=_LONGEST_WAIT)
 
 # Context variables, and not thread-locals: `parallel` hands them on to the threads that do a caller's work.
@@ -80,8 +81,8 @@ class Retrier:
         token = _attempt_end.set(end)
         state = tenacity.Retrying(
             sleep=self._wait,
-            wait=_BACKOFF,
-            stop=lambda state: end is None or self._clock() + state.upcoming_sleep >= end,
+            wait=lambda state: self._pause(state, end),
+            stop=lambda _: end is None or end - self._clock() < _LEAST_LEFT,
             retry=tenacity.retry_if_exception_type(TransientError),
             before_sleep=lambda state: self._retrying(what, state),
             reraise=True,
@@ -98,6 +99,10 @@ class Retrier:
             ) from error
         finally:
             _attempt_end.reset(token)
+
+    def _pause(self, state: tenacity.RetryCallState, end: float | None) -> float:
+        # Never longer than half of what is left: a server that is back before the time is over is found.
+        return _BACKOFF(state) if end is None else min(_BACKOFF(state), max(0.0, end - self._clock()) / 2)
 
     def remaining(self) -> float | None:
         """Seconds left to the running attempt, at least a twentieth; None for no limit but the timeouts."""

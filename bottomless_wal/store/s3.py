@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_PARTS: Final = 10_000  # of one upload, by the rules of S3
 _PARTS_IN_FLIGHT: Final = 3
+_IDLE_PAGES: Final = 1000  # of a listing, in a row, that bring nothing new: some servers send empty ones over what was deleted
 _BATCH: Final = 1000  # keys in one DeleteObjects, by the rules of S3
 _ABORT_SECONDS: Final = 5.0  # for tidying up after a failed upload
 _SKIP: Final = 128 << 10  # bytes read at once that nobody wants
@@ -122,11 +123,15 @@ class S3Store:
         return self._retrier.run(what, attempt)
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Entry]:
-        last, token = after, ""
+        last, token, seen, idle = after, "", "", 0
         while True:
             page = self._page(prefix, after, token)
-            for row in page.get("Contents") or ():
-                key = row["Key"]
+            rows = page.get("Contents") or ()
+            idle = 0 if rows and rows[-1]["Key"] > seen else idle + 1
+            if idle > _IDLE_PAGES:
+                raise StoreError(f"{self._what('LIST', prefix)}: {idle} answers without a new key, and the server says there is more")
+            for row in rows:
+                seen = key = row["Key"]
                 if key <= after or not key.startswith(prefix):
                     continue  # a server that does not know StartAfter
                 if key <= last and last != after:
@@ -183,8 +188,7 @@ class S3Store:
             data = beginning[0] if beginning else b""
             self.put(key, data)
             return len(data)
-        begin = self._retrier.run(what, lambda: self._ask("begin", what, "create_multipart_upload", Key=key))
-        upload: dict[str, Any] = {"Key": key, "UploadId": begin.fields["UploadId"]}
+        upload: dict[str, Any] = {"Key": key, "UploadId": self._retrier.run(what, lambda: self._begin(what, key))}
         try:
             sent: list[tuple[_Part, int]] = list(
                 ordered(
@@ -200,14 +204,23 @@ class S3Store:
             raise
         return size
 
+    def _begin(self, what: str, key: str) -> str:
+        fields = self._ask("begin", what, "create_multipart_upload", Key=key).fields
+        if not fields.get("UploadId"):
+            raise TransientError(f"{what}: the answer begins no upload", hint="Is the endpoint an S3 server's?")
+        return str(fields["UploadId"])
+
     def _part(self, what: str, upload: dict[str, Any], number: int, data: bytes) -> tuple[_Part, int]:
         if number > _MOST_PARTS:
             raise StoreError(f"{what}: more than {_MOST_PARTS} parts of {len(data)} bytes", hint="Make smaller transactions.")
-        answer = self._retrier.run(
-            what,
-            lambda: self._ask("part", what, "upload_part", PartNumber=number, data=data, **upload),
-        )
-        return {"PartNumber": number, "ETag": answer.fields.get("ETag", "")}, len(data)
+
+        def attempt() -> _Part:
+            fields = self._ask("part", what, "upload_part", PartNumber=number, data=data, **upload).fields
+            if not fields.get("ETag"):
+                raise TransientError(f"{what}: the answer to part {number} is not one of S3", hint="Is the endpoint an S3 server's?")
+            return {"PartNumber": number, "ETag": fields["ETag"]}
+
+        return self._retrier.run(what, attempt), len(data)
 
     def _complete(self, what: str, upload: dict[str, Any], done: Iterable[_Part], size: int) -> None:
         """Ends the upload; that the object is there, and whole, is seen, not concluded."""

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from email.utils import parsedate_to_datetime
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import boto3
 import botocore.config
@@ -24,9 +24,11 @@ from ..config import Config
 from ..errors import ConfigError, TransientError
 from ..parallel import fork_aware
 from .base import Stats
-from .s3_errors import FAILURES, code_of, headers_of, status_of, translated
+from .s3_errors import FAILURES, code_of, has_secret, headers_of, status_of, translated
 
 __all__ = ["Answer", "Connection"]
+
+_READING: Final = frozenset({"get", "head"})  # kinds of requests
 
 
 class Answer(NamedTuple):
@@ -78,14 +80,20 @@ class Connection:
             refusal = next((name for name in (code_of(error), str(status_of(error))) if name in expected), None)
             if refusal is not None and isinstance(error, ClientError):
                 return Answer({}, refusal, date)
-            raise translated(error, what) from error
-        return Answer(fields, "", self._dated(fields["ResponseMetadata"]["HTTPHeaders"]))
+            told = translated(error, what)
+            # What no header can carry is a part of the credentials, and botocore repeats it.
+            raise told from None if has_secret(error) else error
+        headers = fields["ResponseMetadata"]["HTTPHeaders"]
+        if kind in _READING and headers.get("content-type", "").startswith("text/html") and not _of_s3(headers):
+            # A portal's page must pass neither for an object that is damaged nor for one that is there.
+            raise TransientError(f"{what}: the answer is a page in HTML", hint="Is the endpoint an S3 server's?")
+        return Answer(fields, "", self._dated(headers))
 
     def put(self, kind: str, what: str, key: str, data: bytes, *, expected: Iterable[str] = (), **more: str) -> Answer:
         """PutObject, the answer to which must be that of an S3 server."""
         answer = self.request(kind, what, "put_object", expected=expected, data=data, parameters={"Key": key, **more})
         headers = answer.fields.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-        if not answer.refusal and not any(name == "etag" or name.startswith("x-amz") for name in headers):
+        if not answer.refusal and not _of_s3(headers):
             # A portal or a misdirected proxy may say 200 to everything. What it says is no proof that anything is stored.
             raise TransientError(f"{what}: the answer is not one of S3", hint="Is the endpoint an S3 server's?")
         return answer
@@ -133,6 +141,11 @@ class Connection:
                     self._client = _client(self._config, self._remaining)
                 client = self._client
         return client
+
+
+def _of_s3(headers: dict[str, str]) -> bool:
+    """Are these the headers of an S3 server's answer?"""
+    return any(name == "etag" or name.startswith("x-amz") for name in headers)
 
 
 _loaders: dict[str | None, botocore.loaders.Loader] = {}

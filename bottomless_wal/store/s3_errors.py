@@ -26,7 +26,7 @@ from urllib3.exceptions import HTTPError
 
 from ..errors import StoreError, TransientError
 
-__all__ = ["FAILURES", "code_of", "headers_of", "status_of", "translated"]
+__all__ = ["FAILURES", "code_of", "has_secret", "headers_of", "status_of", "translated"]
 
 FAILURES: Final = (BotoCoreError, ClientError, ResponseParserError, HTTPError, OSError)
 """Whatever a call of the client may raise because of the server, the line or the settings."""
@@ -70,6 +70,10 @@ _CREDENTIALS: Final = (
     "(a profile, a role, a container's or a machine's)."
 )
 _DENIED: Final = "Check the credentials, and that they may list, read, write and delete in this bucket."
+# An unknown authority, or a certificate that is over; one of another name; a file of authorities that is missing, or none.
+_CERTIFICATE: Final = ("CERTIFICATE_VERIFY_FAILED", "doesn't match", "No such file", "[X509")
+_AUTHORITY: Final = "For a certificate of your own, set AWS_CA_BUNDLE to its authority's file."
+_OTHER_NAME: Final = "The certificate is another server's: check the host in the endpoint."
 _HINTS: Final = {
     "NoSuchBucket": "Check the bucket's name, or set create_bucket=1 (LIBSQL_BOTTOMLESS_CREATE_BUCKET=1) to have it made.",
     "RequestTimeTooSkewed": "This machine's clock and the server's are too far apart: set this machine's (NTP).",
@@ -103,6 +107,11 @@ def _answer(error: BaseException | None, part: str) -> Any:
     return (error.response.get(part) or {}) if isinstance(error, ClientError) else {}
 
 
+def has_secret(error: BaseException) -> bool:
+    """Does the error's text repeat a header, and with it a session token or a signature?"""
+    return not isinstance(error, ClientError) and "header value" in str(error)
+
+
 def translated(error: BaseException, what: str) -> StoreError:
     """Our error for one of `FAILURES`. `what` names the request, its key and the store.
 
@@ -110,11 +119,13 @@ def translated(error: BaseException, what: str) -> StoreError:
     """
     if isinstance(error, ClientError):
         return _refused(error, what)
+    if has_secret(error):
+        return StoreError(f"{what}: the credentials hold a character that no HTTP header can, such as a line's end", hint=_CREDENTIALS)
     cause = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
         return StoreError(f"{what}: {cause}", hint=_CREDENTIALS)
-    if isinstance(error, SSLError) and "CERTIFICATE_VERIFY_FAILED" in cause:
-        return StoreError(f"{what}: {cause}", hint="For a certificate of your own, set AWS_CA_BUNDLE to its authority's file.")
+    if isinstance(error, SSLError) and any(sign in cause for sign in _CERTIFICATE):
+        return StoreError(f"{what}: {cause}", hint=_OTHER_NAME if "match" in cause else _AUTHORITY)
     if isinstance(error, CredentialRetrievalError):
         return TransientError(f"{what}: {cause}", hint=_CREDENTIALS)
     if isinstance(error, ResponseParserError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import struct
@@ -82,14 +83,21 @@ def test_a_leftover_wal_beside_a_missing_database_and_an_empty_bucket(world: Wor
     world.comes_back(here)
 
 
-def test_leftovers_of_an_interrupted_restore_do_no_harm(world: World) -> None:
+def test_leftovers_of_an_interrupted_restore_do_no_harm_and_go(world: World) -> None:
     lost = _history(world)
     here = world.machine()
-    Path(here.path("app.db-bottomless-0123456789abcdef")).write_bytes(b"half a database")
-    con = here.connect()
+    dead, alive, born = (Path(here.path(f"app.db-bottomless-{digit * 16}")) for digit in "abc")
+    for path in (dead, alive, born):
+        path.write_bytes(b"half a database")
+    for path in (dead, alive):
+        os.utime(path, (1, 1))
+    with open(alive, "rb") as at_work:
+        fcntl.flock(at_work, fcntl.LOCK_EX)
+        con = here.connect()
     assert rows(con) == 3
     con.close()
     assert here.content() == lost.content()
+    assert [path.exists() for path in (dead, alive, born)] == [False, True, True]
 
 
 # --- two at once -------------------------------------------------------------------------------------------------------------------

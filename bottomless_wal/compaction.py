@@ -1,0 +1,216 @@
+"""A history that stays short: runs of edges merged into one that leads as far, and snapshots, edges from 0. The last of each page wins.
+
+    commits      ├┼┼┼┼┼┼┼┼┼┼┼┼┼┼┼┼┼┼┼┼┼┼┤        n -> n + 1
+    level 64     ├───────┼───────┼───────┤        a -> a + 64, a a multiple of 64
+    level 4096   ├───────────────────────┤        a -> a + 4096, a a multiple of 4096
+    snapshot     0 ──────────────────────►        the whole database
+
+Invariants:
+
+* It works through the store alone, and only ever adds segments, create-only: two at work at once, or one that is killed anywhere, cost
+  at worst a superfluous object. Deleting is `retention`'s.
+* A merged edge joins states that the history has: each edge's pre hash is the post hash of the one before, and the hashes of the ends are
+  taken over. A snapshot's pages must give its state hash before it is stored.
+* It lists the commits that it merges (txid, state hash, time) and their positions in the WAL, so that what was known of them stays known.
+* Memory: pages of all edges are read in step, in order of their numbers; no more than a block and a chunk of each is held, and of no
+  more than `FAN_IN` edges at once.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Final
+
+from .crashpoints import reach
+from .edges import Edge, plan
+from .errors import CorruptionError, RestoreError
+from .history import History
+from .segment import Commit, Header, Page, lock_page
+from .wal import Position
+
+__all__ = ["FAN_IN", "LEVELS", "Stopped", "Vanished", "compact", "merge", "missing", "snapshot"]
+
+logger = logging.getLogger(__name__)
+
+LEVELS: Final = (64, 4096)
+FAN_IN: Final = 80
+"""Edges that are read at once: 64 of a level and some that remain."""
+
+_MOST_ROWS: Final = 1 << 16  # positions listed by an edge; a snapshot lists so many commits, too: the last ones
+_CHUNKS: Final = 24 << 20  # bytes read ahead, of all edges together
+_SMALLEST_CHUNK: Final = 64 << 10
+_LARGEST_CHUNK: Final = 4 << 20
+
+
+class Vanished(Exception):
+    """An edge that was listed is gone: somebody has pruned the history meanwhile. List it anew."""
+
+
+class Stopped(Exception):
+    """The caller's `stop` said so."""
+
+
+def _never() -> bool:
+    return False
+
+
+def missing(edges: Iterable[Edge], size: int) -> Iterator[list[Edge]]:
+    """The chains that aligned edges of `size` commits are to be merged from, where there is none yet. Gaps are passed over.
+
+    `edges` are in the order of their keys; no more than one run of them is held.
+    """
+    for start, run in itertools.groupby(edges, lambda edge: edge.pre // size * size):
+        inside = [edge for edge in run if edge.post <= start + size]
+        if not any(edge.post - edge.pre == size for edge in inside):
+            chain = plan(inside, start + size, start=start)
+            if chain is not None:
+                yield chain
+
+
+def compact(
+    history: History,
+    edges: Sequence[Edge],
+    *,
+    level: int = 3,
+    stop: Callable[[], bool] = _never,
+    rest: Callable[[float], None] = lambda seconds: None,
+) -> list[Edge]:
+    """Merges every complete run of commits that is aligned and not merged yet. Returns the edges added.
+
+    `level` is zstd's. `stop` is asked at every page; `rest` is called after each merge with the seconds that it took.
+
+    Raises:
+        Vanished: list the edges anew. CorruptionError: an edge is damaged, or does not follow its predecessor. StoreError. Stopped.
+    """
+    added: list[Edge] = []
+    for size in LEVELS:
+        for chain in missing(heapq.merge(edges, sorted(added)), size):
+            began = time.monotonic()
+            added.append(merge(history, chain, level=level, stop=stop))
+            rest(time.monotonic() - began)
+    return added
+
+
+def snapshot(history: History, edges: Iterable[Edge], target: int, *, level: int = 3, stop: Callable[[], bool] = _never) -> Edge | None:
+    """Makes the edge 0 -> `target`. None when it is there already.
+
+    Raises:
+        RestoreError: no chain of edges leads to `target`. Otherwise as `compact`.
+    """
+    known = [edge for edge in edges if edge.post <= target]
+    while True:
+        chain = plan(known, target)
+        if chain is None:
+            chain = plan(known, target, wholes={(edge.pre, edge.post) for edge in history.resets(known, width=8)})
+        if chain is None:
+            raise RestoreError(
+                f"no snapshot of {history.name!r} can be made: its history has a gap before txid {target}",
+                hint="`bottomless-wal verify` shows where.",
+            )
+        if len(chain) == 1 and chain[0].pre == 0:
+            return None if chain[0].post == target else chain[0]
+        # A longer chain goes by way of a snapshot of its beginning.
+        made = merge(history, chain[:FAN_IN], whole=True, level=level, stop=stop)
+        if made.post == target:
+            return made
+        known = sorted([*known, made])
+
+
+def merge(history: History, chain: list[Edge], *, whole: bool = False, level: int = 3, stop: Callable[[], bool] = _never) -> Edge:
+    """Stores the edge from the beginning of `chain` to its end; or, where that begins with the whole database (`whole`), from 0.
+
+    Raises:
+        Vanished: one of them is gone. CorruptionError: one is damaged, or does not follow its predecessor. StoreError. Stopped.
+    """
+    pre = 0 if whole else chain[0].pre
+    if history.header(pre, chain[-1].post) is not None:
+        # Another one has been quicker: what it made is sound, and nothing is overwritten.
+        return chain[-1]._replace(pre=pre)
+    total = sum(edge.size + edge.body for edge in chain)
+    parts = [_Part(history, edge, total) for edge in chain]
+    headers = [part.header for part in parts]
+    for one, other in itertools.pairwise(parts):
+        if not other.header.reset and (other.header.pre_hash, other.header.page_size) != (one.header.post_hash, one.header.page_size):
+            raise CorruptionError(
+                f"{other.name} does not follow {one.name}: before it the state hash is {other.header.pre_hash:016x}, after that one "
+                f"{one.header.post_hash:016x}",
+                hint="`bottomless-wal verify` shows what can still be restored.",
+            )
+    last = headers[-1]
+    # What lies before the last reset is in none of the pages, only in the list of commits.
+    begin = max((number for number, header in enumerate(headers) if header.whole), default=0)
+    if whole and not headers[begin].whole:
+        raise ValueError("a snapshot needs the whole database to begin with")
+    state = 0
+
+    def pages() -> Iterator[Page]:
+        nonlocal state
+        for page in _newest([part.blocks for part in parts[begin:]]):
+            if stop():
+                raise Stopped
+            if page.pgno <= last.db_size and page.pgno != lock_page(last.page_size):
+                state ^= page.hash
+                yield page
+
+    staged = history.stage(pre, last.post, pages(), last.page_size, level=level)
+    commits = tuple(commit for header in headers for commit in header.commits)
+    header = replace(
+        last,
+        pre=pre,
+        pre_hash=headers[0].pre_hash if pre else 0,
+        page_count=staged.page_count,
+        reset=pre > 0 and headers[begin].whole,
+        commits=_bounded(commits) if whole else commits,
+        positions=_positions(headers),
+        body=staged.body,
+    )
+    if header.whole and state != header.post_hash:
+        raise CorruptionError(
+            f"the edges from {parts[begin].name} to {parts[-1].name} give the state hash {state:016x}, not {header.post_hash:016x}",
+            hint="`bottomless-wal verify` shows what can still be restored.",
+        )
+    reach("before merged")
+    receipt = history.append(header, staged.blocks)
+    reach("after merged")
+    logger.info("%s: %d edges merged into %d -> %d%s", history.name, len(chain), pre, last.post, "" if receipt.created else " by another")
+    size = sum(map(len, staged.blocks))  # and the header: nobody plans by a few bytes
+    return Edge(pre, last.post, size, receipt.date, staged.body.size if staged.body is not None else 0)
+
+
+class _Part:
+    """One edge of a chain, its header read, its pages yet to come; once, in order."""
+
+    def __init__(self, history: History, edge: Edge, total: int) -> None:
+        chunk = min(max(_CHUNKS * (edge.size + edge.body) // max(total, 1), _SMALLEST_CHUNK), _LARGEST_CHUNK)
+        found = history.stream(edge, chunk=chunk)
+        if found is None:
+            raise Vanished(f"the edge {edge.pre} -> {edge.post} of {history.name!r} is gone")
+        self.name, self.header, self.blocks = found.name, found.header, found.blocks
+
+
+def _newest(streams: list[Callable[[], Iterator[list[Page]]]]) -> Iterator[Page]:
+    """The pages of all streams in order of their numbers; of equal numbers the one of the last stream."""
+
+    def ranked(rank: int, blocks: Iterator[list[Page]]) -> Iterator[tuple[int, int, Page]]:
+        for block in blocks:
+            for page in block:
+                yield page.pgno, rank, page
+
+    before = 0
+    for pgno, _, page in heapq.merge(*(ranked(-rank, blocks()) for rank, blocks in enumerate(streams))):
+        if pgno != before:
+            before = pgno
+            yield page
+
+
+def _bounded(commits: tuple[Commit, ...]) -> tuple[Commit, ...]:
+    return commits[-_MOST_ROWS:]
+
+
+def _positions(headers: list[Header]) -> tuple[Position, ...]:
+    return tuple(position for header in headers for position in header.positions)[-_MOST_ROWS:]

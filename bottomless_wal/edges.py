@@ -1,0 +1,160 @@
+"""The edges of a history as a listing shows them, and the cheapest way through them to a state. No I/O.
+
+Edges come in the order of their keys, by (pre, post), as stores list them. So they can be kept in few bytes each, and a way be found in one
+pass: whatever leads to a state is listed before whatever leads on from it. Years of commits are millions of edges.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Final, NamedTuple, overload
+
+__all__ = ["Edge", "Edges", "plan", "reachable"]
+
+_REQUEST_COST: Final = 64 << 10  # a request costs about as much as these bytes
+_MOST_OPEN: Final = 16384  # states that are remembered though nothing may begin there any more
+
+
+class Edge(NamedTuple):
+    """A segment as a listing shows it; `size` in bytes, `modified` in unix seconds by the server's clock; `body`: bytes of its body."""
+
+    pre: int
+    post: int
+    size: int
+    modified: float
+    body: int = 0
+
+
+class Edges(Sequence[Edge]):
+    """Edges in the order of their keys, in 32 bytes each. Immutable once it is made."""
+
+    def __init__(self, edges: Iterable[Edge] = ()) -> None:
+        self._pre, self._post, self._size, self._modified = array("Q"), array("Q"), array("Q"), array("d")
+        self._bodies: dict[int, int] = {}
+        last = (-1, -1)
+        for edge in edges:
+            if not last <= edge[:2]:
+                raise ValueError(f"{edge} after {last}: edges come in the order of their keys")
+            last = edge[:2]
+            if edge.body:
+                self._bodies[len(self._pre)] = edge.body
+            self._pre.append(edge.pre)
+            self._post.append(edge.post)
+            self._size.append(edge.size)
+            self._modified.append(edge.modified)
+
+    def with_bodies(self, sizes: dict[tuple[int, int], int]) -> Edges:
+        """Itself, told the sizes of the bodies of the edges with these ends."""
+        if sizes:
+            for at, ends in enumerate(zip(self._pre, self._post, strict=True)):
+                if ends in sizes:
+                    self._bodies[at] = sizes[ends]
+        return self
+
+    def __len__(self) -> int:
+        return len(self._pre)
+
+    @overload
+    def __getitem__(self, at: int) -> Edge: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Edge]: ...
+    def __getitem__(self, at: int | slice) -> Edge | list[Edge]:
+        if isinstance(at, slice):
+            return [self[number] for number in range(*at.indices(len(self)))]
+        number = range(len(self))[at]
+        return Edge(self._pre[number], self._post[number], self._size[number], self._modified[number], self._bodies.get(number, 0))
+
+    def __iter__(self) -> Iterator[Edge]:
+        bodies = self._bodies
+        for at, row in enumerate(zip(self._pre, self._post, self._size, self._modified, strict=True)):
+            yield Edge(*row, bodies.get(at, 0)) if bodies else Edge(*row)
+
+
+class _Way(NamedTuple):
+    """The cheapest way to a state: its last step, and the way before it. What no better way needs is forgotten with it."""
+
+    cost: int
+    step: Edge
+    before: _Way | None
+
+
+def plan(
+    edges: Iterable[Edge], target: int, *, start: int = 0, overlapping: bool = False, wholes: Collection[tuple[int, int]] = ()
+) -> list[Edge] | None:
+    """The cheapest chain of edges from txid `start` to `target`; None if there is none. `edges` are in the order of their keys.
+
+    `wholes` are edges (pre, post) known to carry a whole database, so that the chain may begin with them. Cost is the number of
+    requests and bytes. With `overlapping`, an edge may also begin before the state reached so far: its pages are those of its end,
+    so it leads there from any state that it spans.
+    """
+    if target == start:
+        return []
+    usable = (edge for edge in edges if start < edge.post <= target)
+    way = (_overlapping(usable, start, wholes) if overlapping else _exact(usable, start, wholes)).get(target)
+    if way is None:
+        return None
+    chain: list[Edge] = []
+    while way is not None:
+        chain.append(way.step)
+        way = way.before
+    return chain[::-1]
+
+
+def _exact(edges: Iterable[Edge], start: int, wholes: Collection[tuple[int, int]]) -> dict[int, _Way | None]:
+    """The cheapest way to each state that is still of interest at the end of `edges`."""
+    best: dict[int, _Way | None] = {start: None}
+    most = _MOST_OPEN
+    for edge in edges:
+        if len(best) > most:
+            best = {txid: way for txid, way in best.items() if txid >= edge.pre}  # nothing begins before any more
+            most = max(_MOST_OPEN, 2 * len(best))
+        if edge.pre in best:
+            _improve(best, edge, best[edge.pre])
+        if edge[:2] in wholes:
+            _improve(best, edge, None)
+    return best
+
+
+def _overlapping(edges: Iterable[Edge], start: int, wholes: Collection[tuple[int, int]]) -> dict[int, _Way | None]:
+    """As `_exact`; of all states that an edge spans, it begins at the one that is cheapest to reach."""
+    best: dict[int, _Way | None] = {start: None}
+    # The states from which no later one is as cheap, ascending: the first of them at or after a txid is the cheapest from there on.
+    txids, costs = [start], [0]
+    for post, group in itertools.groupby(sorted(edges, key=lambda edge: (edge.post, edge.pre)), lambda edge: edge.post):
+        for edge in group:
+            at = bisect.bisect_left(txids, edge.pre)
+            if at < len(txids):
+                _improve(best, edge, best[txids[at]])
+            if edge[:2] in wholes:
+                _improve(best, edge, None)
+        way = best.get(post)
+        if way is not None:
+            while costs and costs[-1] >= way.cost:
+                txids.pop()
+                costs.pop()
+            txids.append(post)
+            costs.append(way.cost)
+    return best
+
+
+def _improve(best: dict[int, _Way | None], edge: Edge, way: _Way | None) -> None:
+    known = best.get(edge.post)
+    cost = (way.cost if way is not None else 0) + edge.size + edge.body + _REQUEST_COST
+    if known is None or cost < known.cost:
+        best[edge.post] = _Way(cost, edge, way)
+
+
+def reachable(edges: Iterable[Edge], start: int = 0) -> Iterator[int]:
+    """The txids that exact chains from `start` lead to, each once, `start` first. `edges` are in the order of their keys."""
+    states, most = {start}, _MOST_OPEN
+    yield start
+    for edge in edges:
+        if edge.pre in states and edge.post not in states:
+            if len(states) > most:
+                states = {txid for txid in states if txid >= edge.pre}
+                most = max(_MOST_OPEN, 2 * len(states))
+            states.add(edge.post)
+            yield edge.post

@@ -1,0 +1,160 @@
+"""What a history keeps: every commit of the last while, then a snapshot a day, and the newest state whatever clocks say.
+
+    0 ────────► s1   0 ────────► s2        0 ──► base ├┼┼┼┼┼┼┼┼┼┼┼┼┼┼┼┼┼┼┼┼┼┤ head
+    snapshots, one a day, for some days          the cutoff ▲     every commit, and whatever shortens the way
+
+The *base* is the newest snapshot that is no younger than the state at the cutoff. Everything that begins at the base or after it stays,
+so every state from the cutoff on stays within reach. What lies before, or reaches across, goes, but for one snapshot a day.
+
+Invariants:
+
+* Whatever leads to the head leads there afterwards: it does not depend on any clock. If it would not, nothing is deleted.
+* A commit counts as young as the youngest before it, by the server's clock, and "now" is the server's too. A clock that jumps ahead and
+  back makes commits stay longer; a clock that stays ahead cuts the retention short, never the head.
+* No commit key younger than twice the fence horizon is deleted, nor the head's: a writer that was away must find out about it.
+* A segment goes before its body. A body that no segment names goes when it is a week old: whoever uploads one names it soon after.
+* Killed anywhere, it leaves a history in which everything promised is there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from . import layout
+from .crashpoints import reach
+from .edges import Edge, reachable
+from .errors import CorruptionError
+from .history import FENCE_HORIZON_SECONDS, History
+
+__all__ = ["Pruned", "prune", "superfluous"]
+
+logger = logging.getLogger(__name__)
+
+_DAY: Final = 86400.0
+_ABANDONED: Final = 7 * _DAY
+_AT_ONCE: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What `prune` deleted, or would delete: edges, bodies (keys), and their bytes together. `base`: the oldest txid from which on
+    every commit can be restored; `snapshots`: txids before it that can be, too."""
+
+    edges: tuple[Edge, ...]
+    bodies: tuple[str, ...]
+    size: int
+    base: int
+    snapshots: tuple[int, ...]
+
+
+def superfluous(edges: Sequence[Edge], *, now: float, retention: float, keep_snapshots: int) -> tuple[list[Edge], int]:
+    """(the edges that no promised restore needs, the base's txid). Pure. Times in seconds; `keep_snapshots` in days, one a day.
+
+    Raises:
+        CorruptionError: the head, or a state that is promised, would not be within reach of what is left.
+    """
+    if not edges:
+        return [], 0
+    head = max(edge.post for edge in edges)
+    cutoff = now - max(retention, 2 * FENCE_HORIZON_SECONDS)
+    base = _base(edges, cutoff)
+    snapshots = [edge for edge in edges if edge.pre == 0]
+    daily: dict[int, Edge] = {}
+    for edge in sorted(snapshots, key=lambda edge: edge.post):
+        if edge.post < base and edge.modified > now - keep_snapshots * _DAY:
+            daily[int(edge.modified // _DAY)] = edge
+    kept_days = {edge.post for edge in daily.values()}
+
+    def stays(edge: Edge) -> bool:
+        if edge.pre >= base or (edge.pre, edge.post) == (head - 1, head):
+            return True
+        return edge.pre == 0 and (edge.post >= base or edge.post in kept_days)
+
+    kept = [edge for edge in edges if stays(edge)]
+    gone = [edge for edge in edges if not stays(edge)]
+    before = (txid for txid in reachable(edges) if txid >= base)
+    after = [txid for txid in reachable(kept) if txid >= base]
+    if gone and (head not in after or sum(1 for _ in before) != len(after)):
+        raise CorruptionError(
+            f"nothing was deleted: without what is old, some state of {base} to {head} could not be restored any more",
+            hint="The history has a gap. `bottomless-wal verify` shows where; a reset (`reset --from-local`) and a snapshot close it.",
+        )
+    return gone, base
+
+
+def prune(history: History, *, retention: float, keep_snapshots: int, dry_run: bool = False) -> Pruned:
+    """Deletes what no promised restore needs. Makes no snapshot: without one that is old enough, nothing can go.
+
+    Raises:
+        CorruptionError: as `superfluous`. StoreError: some may have been deleted.
+    """
+    edges = history.edges()
+    now = history.store.now()
+    gone, base = superfluous(edges, now=now, retention=retention, keep_snapshots=keep_snapshots)
+    lost = {(edge.pre, edge.post) for edge in gone}
+    kept = {(edge.pre, edge.post) for edge in edges} - lost
+    bodies, size = _bodies(history, gone, kept, now)
+    report = Pruned(
+        tuple(gone), tuple(bodies), size + sum(edge.size for edge in gone), base,
+        tuple(sorted(post for pre, post in kept if pre == 0 and post < base)),
+    )  # fmt: skip
+    if dry_run:
+        return report
+    _delete(history, [layout.segment_key(history.name, edge.pre, edge.post) for edge in gone])
+    _delete(history, bodies)
+    if gone or bodies:
+        logger.info("%s: %d segments and %d bodies deleted (%d bytes)", history.name, len(gone), len(bodies), report.size)
+    return report
+
+
+def _base(edges: Iterable[Edge], cutoff: float) -> int:
+    """The txid of the newest snapshot from which the state at `cutoff`, and all later ones, can be reached; 0 without one."""
+    commits = sorted((edge for edge in edges if edge.post == edge.pre + 1), key=lambda edge: edge.post)
+    limit, youngest = (commits[0].pre if commits else 0), 0.0
+    for edge in commits:
+        youngest = max(youngest, edge.modified)
+        if youngest > cutoff:
+            break
+        limit = edge.post
+    return max((edge.post for edge in edges if edge.pre == 0 and edge.post <= limit), default=0)
+
+
+def _bodies(history: History, gone: Sequence[Edge], kept: set[tuple[int, int]], now: float) -> tuple[list[str], int]:
+    """The bodies of the edges that go, and those that nobody names: their keys, and their bytes."""
+    lost = {(edge.pre, edge.post): edge.modified for edge in gone}
+    keys, size = [], 0
+    for entry in history.store.list(layout.body_prefix(history.name)):
+        parsed = layout.parse_body_key(history.name, entry.key)
+        if parsed is None:
+            continue
+        ends = parsed[:2]
+        if ends in lost:
+            wanted = entry.modified > lost[ends] and now - entry.modified < _ABANDONED
+        elif now - entry.modified < _ABANDONED:
+            wanted = True
+        else:
+            wanted = ends in kept and _names(history, ends, entry.key)
+        if not wanted:
+            keys.append(entry.key)
+            size += entry.size
+    return keys, size
+
+
+def _names(history: History, ends: tuple[int, int], key: str) -> bool:
+    """Is `key` the body of the edge? When that cannot be told, it is."""
+    try:
+        header = history.header(*ends)
+    except CorruptionError as error:
+        logger.warning("%s", error.message)
+        return True
+    return header is None or (header.body is not None and layout.log_prefix(history.name) + header.body.name == key)
+
+
+def _delete(history: History, keys: Sequence[str]) -> None:
+    for first in range(0, len(keys), _AT_ONCE):
+        reach("before prune")
+        history.store.delete(keys[first : first + _AT_ONCE])
+        reach("within prune")

@@ -1,0 +1,164 @@
+"""The writer's own upkeep of its history: compaction, snapshots and retention, in a thread of their own, off the commit path.
+
+    commit stored ──► told(txid) ──► 64 more commits, or `snapshot_interval` is over ──► a turn
+
+    a turn:  list what is new ──► merge what is complete ──► snapshot, if it is due ──► prune, after a snapshot
+
+A snapshot is due when the commits since the last one outweigh it, so that what is written at most doubles, and when the last one is
+older than `snapshot_interval`. Everything goes through the store and is safe beside other processes, and machines, that do the same.
+What fails is logged and done by a later turn: neither a commit nor a restore depends on anything here. An idle writer sends nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from .compaction import LEVELS, Stopped, Vanished, compact, snapshot
+from .config import Config
+from .edges import Edge
+from .errors import BottomlessError
+from .history import History
+from .retention import prune
+
+__all__ = ["Upkeep"]
+
+logger = logging.getLogger(__name__)
+
+_SMALLEST_SNAPSHOT: Final = 1 << 20  # bytes of commits below which a snapshot saves no restore anything
+_LISTINGS: Final = 3
+
+
+class Upkeep:
+    """Keeps the history of one database short while it is open. `told` may be called from any thread."""
+
+    def __init__(
+        self,
+        config: Config,
+        history: History,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], None] | None = None,
+    ) -> None:
+        self._config = config
+        self._history = history
+        self._clock = clock
+        self._pause = pause
+        self._cond = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._head = 0
+        self._turned = 0  # the head at the last turn
+        self._due = clock() + config.snapshot_interval
+        # What a turn needs to know of the edges that it does not list again.
+        self._window: Sequence[Edge] = ()
+        self._last: Edge | None = None
+        self._bytes = 0
+        self._listed = False
+
+    def told(self, txid: int) -> None:
+        """The head is `txid` now."""
+        if not self._config.compaction:
+            return
+        with self._cond:
+            if not self._turned:
+                self._turned = txid - 1
+            self._head = max(self._head, txid)
+            if self._thread is None and not self._stopping:
+                self._thread = threading.Thread(target=self._run, name=f"bottomless upkeep {self._history.name}", daemon=True)
+                self._thread.start()
+            elif self._head // LEVELS[0] > self._turned // LEVELS[0]:
+                self._cond.notify_all()
+
+    def stop(self) -> None:
+        """Ends the thread, a merge that is under way too."""
+        with self._cond:
+            self._stopping = True
+            self._cond.notify_all()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _stopped(self) -> bool:
+        return self._stopping
+
+    def _run(self) -> None:
+        while self._wait():
+            try:
+                self._turn()
+            except Stopped:
+                return
+            except BottomlessError as error:
+                logger.warning("upkeep of %s: %s", self._history.name, error.message)
+            except Exception:
+                logger.exception("the upkeep of %s failed in a way that was not foreseen", self._history.name)
+
+    def _wait(self) -> bool:
+        with self._cond:
+            while not self._stopping:
+                now = self._clock()
+                if self._head // LEVELS[0] > self._turned // LEVELS[0] or (now >= self._due and self._head > self._turned):
+                    return True
+                self._cond.wait(max(0.0, self._due - now) if self._head > self._turned else None)
+            return False
+
+    def _turn(self) -> None:
+        with self._cond:
+            head = self._head
+            self._turned = head
+            overdue = self._clock() >= self._due
+            if overdue:
+                self._due = self._clock() + self._config.snapshot_interval
+        for _ in range(_LISTINGS):
+            try:
+                self._look()
+                added = compact(self._history, self._window, level=self._config.level, stop=self._stopped, rest=self._rest)
+                # Every complete run of the highest level has been merged, or has a gap.
+                begin = head // LEVELS[-1] * LEVELS[-1]
+                self._window = sorted(edge for edges in (self._window, added) for edge in edges if edge.pre >= begin)
+                if self._snapshot_due(overdue):
+                    self._snapshot(head, overdue)
+                return
+            except Vanished as vanished:
+                logger.info("%s: %s", self._history.name, vanished)
+                self._listed = False
+
+    def _look(self) -> None:
+        """Lists what is new. The window is what the next aligned edges may be merged from."""
+        if self._listed:
+            new = self._history.edges(since=max((edge.post for edge in self._window), default=0))
+            self._window = sorted({edge[:2]: edge for edge in (*self._window, *new)}.values())
+        else:
+            self._window = new = self._history.edges()
+            self._last, self._bytes = max((edge for edge in new if edge.pre == 0), key=lambda edge: edge.post, default=None), 0
+        begin = self._last.post if self._last is not None else 0
+        self._bytes += sum(edge.size + edge.body for edge in new if edge.post == edge.pre + 1 and edge.pre >= begin)
+        self._listed = True
+
+    def _snapshot_due(self, overdue: bool) -> bool:
+        if self._last is None:
+            return True
+        return overdue or self._bytes > max(self._last.size + self._last.body, _SMALLEST_SNAPSHOT)
+
+    def _snapshot(self, head: int, overdue: bool) -> None:
+        target = head if overdue else head // LEVELS[0] * LEVELS[0]
+        if self._last is not None and target <= self._last.post:
+            return
+        edges = self._history.edges()
+        made = snapshot(self._history, edges, target, level=self._config.level, stop=self._stopped)
+        if made is not None:
+            self._last = made
+            self._bytes = sum(edge.size + edge.body for edge in edges if edge.post == edge.pre + 1 and edge.pre >= made.post)
+        prune(self._history, retention=self._config.retention, keep_snapshots=self._config.keep_snapshots)
+
+    def _rest(self, seconds: float) -> None:
+        """After a merge that took `seconds`: commits come first."""
+        if self._pause is not None:
+            self._pause(seconds)
+            return
+        with self._cond:
+            if not self._stopping:
+                self._cond.wait_for(self._stopped, seconds)

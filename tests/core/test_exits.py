@@ -1,0 +1,207 @@
+"""However a process ends: what it was told is stored is stored, what it committed is sent at the exit or by the next open, and no thread of
+ours leaves a trace on standard error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from worlds import World, rows, spawn
+
+import bottomless_wal
+
+OURS = ("Traceback", "Exception ignored", "Fatal Python error", "terminate called")
+"""What must not be on standard error, unless the application itself has raised it."""
+
+OPEN = """
+con = connect(argv[0])
+con.execute("CREATE TABLE IF NOT EXISTS t(x)")
+"""
+
+LOCAL: dict[str, Any] = {"ack": "local", "interval": 60}
+
+# How it ends: script, options, exit code, rows in the end, are they all in the log at once.
+EXITS: dict[str, tuple[str, dict[str, Any], int, int, bool]] = {
+    "connections are left open in globals": (OPEN + "con.execute('INSERT INTO t VALUES (1)')", LOCAL, 0, 1, True),
+    "os._exit": (OPEN + "con.execute('INSERT INTO t VALUES (1)')\nos._exit(3)", LOCAL, 3, 1, False),
+    "SIGTERM": (OPEN + "con.execute('INSERT INTO t VALUES (1)')\nos.kill(os.getpid(), signal.SIGTERM)", LOCAL, -15, 1, False),
+    "an exception nobody handles": (OPEN + "con.execute('INSERT INTO t VALUES (1)')\nsys.exit('the end')", LOCAL, 1, 1, True),
+    "sys.exit in a thread": (
+        OPEN
+        + """
+def work():
+    connect(argv[0]).execute("INSERT INTO t VALUES (1)")
+    sys.exit(1)
+thread = threading.Thread(target=work); thread.start(); thread.join()
+""",
+        LOCAL, 0, 1, True,
+    ),
+    "threads still commit": (
+        OPEN
+        + """
+def work():
+    own = connect(argv[0])
+    for _ in range(10): own.execute("INSERT INTO t VALUES (1)")
+for _ in range(2): threading.Thread(target=work).start()
+""",
+        {}, 0, 20, True,
+    ),
+    "a thread opens it when the main thread is through": (
+        OPEN
+        + """
+def work():
+    threading.main_thread().join()
+    own = connect(argv[0])
+    for _ in range(5): own.execute("INSERT INTO t VALUES (1)")
+threading.Thread(target=work).start()
+con.close()
+""",
+        LOCAL, 0, 5, True,
+    ),
+    "the application writes and closes at exit, before us": (
+        OPEN
+        + """
+import atexit
+def last(): con.execute("INSERT INTO t VALUES (1)"); con.close()
+atexit.register(last)
+""",
+        LOCAL, 0, 1, True,
+    ),
+    "the application opens it at exit, for the first time": (
+        """
+import atexit
+def last():
+    global con
+    con = connect(argv[0]); con.execute("CREATE TABLE t(x); INSERT INTO t VALUES (1)")
+atexit.register(last)
+""",
+        LOCAL, 0, 1, True,
+    ),
+    "Ctrl-C at exit": (
+        OPEN
+        + """
+from bottomless_wal import crashpoints
+def strike():
+    crashpoints.disarm()
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+con.execute("INSERT INTO t VALUES (1)")
+crashpoints.arm("before put", strike)
+""",
+        LOCAL, 0, 1, False,
+    ),
+    "a cancelled task of asyncio": (
+        OPEN
+        + """
+import asyncio
+from bottomless_wal import crashpoints
+started, go_on = threading.Event(), threading.Event()
+def wait(): started.set(); go_on.wait(20)
+async def main():
+    crashpoints.arm("before put", wait)
+    task = asyncio.create_task(asyncio.to_thread(con.execute, "INSERT INTO t VALUES (1)"))
+    await asyncio.to_thread(started.wait, 20)
+    task.cancel()
+    try:
+        await task
+    except asyncio.CancelledError:
+        go_on.set()
+asyncio.run(main())
+""",
+        {}, 0, 1, True,
+    ),
+    "a child of multiprocessing": (
+        OPEN
+        + """
+import multiprocessing
+con.close()
+def work():
+    global own
+    own = connect(argv[0]); own.execute("INSERT INTO t VALUES (1)")
+process = multiprocessing.get_context("fork").Process(target=work); process.start(); process.join()
+assert process.exitcode == 0
+""",
+        LOCAL, 0, 1, True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", EXITS)
+def test_a_process_ends(world: World, how: str) -> None:
+    """What stood is there at the next open, once, and nothing of ours is said on the way out."""
+    script, options, code, count, at_once = EXITS[how]
+    here = world.machine()
+    process = spawn(script, here.path(), options={**world.options, **options})
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert not [word for word in OURS if word in said], said
+    head = world.bucket.head("app.db")
+    con = here.connect()
+    assert rows(con) == count
+    bottomless_wal.flush(con)
+    world.stored(con)
+    if at_once:
+        assert world.bucket.head("app.db") == head, "the exit has left something to the next open"
+    con.close()
+    world.comes_back(here)
+
+
+@pytest.mark.parametrize("ack", ["pages", "local"])
+def test_the_application_writes_at_exit_after_us(world: World, ack: str) -> None:
+    """A handler that was registered before the import runs after ours: its commit raises, whatever `ack` is, and the next open sends it."""
+    here = world.machine()
+    script = """
+import atexit
+from bottomless_wal.replica import registry
+def last():
+    try:
+        con.execute("INSERT INTO t VALUES (1)")
+        print("acknowledged")
+    except bottomless_wal.ReplicationError as error:
+        print(error.message)
+    con.close()
+atexit.unregister(registry.exit)
+atexit.register(last)
+atexit.register(registry.exit)
+"""
+    process = spawn(script + OPEN, here.path(), options={**world.options, "ack": ack})
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "has been shut down" in out, out
+    assert not [word for word in OURS if word in said], said
+    con = here.connect()
+    assert rows(con) == 1
+    bottomless_wal.flush(con)
+    world.stored(con)
+
+
+def test_daemon_threads_in_the_middle_of_a_commit(world: World) -> None:
+    """Theirs may raise, and die where they stand: what they were told is stored is stored, and the process ends quietly."""
+    here = world.machine()
+    script = (
+        OPEN
+        + """
+lock = threading.Lock()
+def work():
+    try:
+        own = connect(argv[0])
+        while True:
+            own.execute("INSERT INTO t VALUES (1)")
+            os.write(1, b"x")  # acknowledged
+    except apsw.Error:
+        pass
+for _ in range(3): threading.Thread(target=work, daemon=True).start()
+while con.execute("SELECT count(*) FROM t").get < 20: time.sleep(0.005)
+"""
+    )
+    process = spawn(script, here.path(), options={**world.options, "ack": "log"})
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert not [word for word in OURS if word in said], said
+    lost = world.machine().connect()  # from the bucket alone
+    assert rows(lost) >= out.count("x") >= 15
+    lost.close()
+    con = here.connect()
+    assert rows(con) >= out.count("x")
+    bottomless_wal.flush(con)
+    world.stored(con)
