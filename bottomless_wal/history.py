@@ -90,6 +90,7 @@ class History:
         """
         bodies = layout.body_prefix(self.name)
         sizes: dict[tuple[int, int], int] = {}
+        foreign: list[str] = []
 
         def listed() -> Iterator[Edge]:
             for entry in self.store.list(layout.log_prefix(self.name), after=layout.log_after(self.name, since)):
@@ -102,11 +103,14 @@ class History:
                     continue
                 ends = layout.parse_segment_key(self.name, entry.key)
                 if ends is None:
-                    logger.warning("%s in %s is no object of ours: passed over", entry.key, self.store.describe())
+                    foreign[1:] = [entry.key]  # the first and the last
                     continue
                 yield Edge(*ends, entry.size, entry.modified)
 
-        return Edges(listed()).with_bodies(sizes)
+        found = Edges(listed()).with_bodies(sizes)
+        if foreign:
+            logger.warning("%r to %r in %s are no objects of ours: passed over", foreign[0], foreign[-1], self.store.describe())
+        return found
 
     @_twice
     def segment(self, pre: int, post: int) -> Segment | None:

@@ -158,6 +158,9 @@ class IndexHeader:
         here = None if self.position is None else (self.position.salt1, self.position.salt2)
         if seal.anywhere or (seal.before == here and not seal.covered):
             self.needs_scan = True
+            if seal.after is None and seal.before == here and None not in (self.identity, seal.identity):
+                # The WAL went with commits that are not stored: they are in this very file, as we left it.
+                self.position, self.identity = None, seal.identity
         elif seal.before == here:
             self.position, self.identity = seal.after, seal.identity
 

@@ -1,7 +1,8 @@
 """The page view: the latest committed content of every page, one object each, written behind the log.
 
-    commit n stored ──► put its pages, n = view txid ──► (killed, or failed, in between: n joins the backlog)
-    initial, reset  ──► backlog of the whole database, filled in the background
+    commit n stored, ack=pages ──► put its pages, n = view txid ──► (killed, or failed, in between: n joins the backlog)
+    ack=log, ack=local         ──► filled in turns, as soon as no commit waits for its segment, or at a checkpoint (pages=checkpoint)
+    initial, reset             ──► backlog of the whole database, filled in the background
 
 Invariants:
 
@@ -52,12 +53,12 @@ class PageView:
         self.history = history
 
     def put(self, header: IndexHeader, pages: Iterable[Page], *, guard: Callable[[], None] = lambda: None) -> None:
-        """Puts the pages of the commit that the index has just recorded (nothing unless pages=commit).
+        """Puts the pages of the commit that the index has just recorded, when somebody waits for them (ack=pages); else `fill` does.
 
         `guard` is called just before. Raises whatever it raises, and:
             ReplicationError: the commit is in the log, but not all of its page objects are stored.
         """
-        if self.config.pages != "commit":
+        if self.config.ack != "pages":
             return
         reach("before view")
         try:
@@ -82,7 +83,7 @@ class PageView:
             self.index.save(header)
 
     def catch_up(self, header: IndexHeader) -> None:
-        """Puts what commits the view has missed, for somebody may be waiting for it (nothing unless pages=commit). Call it pinned.
+        """Puts what commits the view has missed, for somebody may be waiting for it (nothing unless ack=pages). Call it pinned.
 
         Raises:
             ReplicationError: as `put`.
@@ -91,15 +92,15 @@ class PageView:
             self.put(header, self._missed(header, header.txid - 1, header.txid))
 
     def has_missed(self, header: IndexHeader) -> bool:
-        """Are there commits whose page objects nobody has put, nor left to the backlog (never unless pages=commit)?"""
-        return self.config.pages == "commit" and header.view_txid < header.txid
+        """Are there commits whose page objects nobody has put, nor left to the backlog (never unless ack=pages)?"""
+        return self.config.ack == "pages" and header.view_txid < header.txid
 
     def behind(self, header: IndexHeader) -> bool:
         """Is there anything to `fill`?"""
         return self.config.pages != "off" and (header.backlog is not None or header.view_txid < header.txid)
 
     def fill(self, header: IndexHeader, tip: Tip, *, most: int) -> None:
-        """Puts up to `most` pages of the backlog, and what pages=checkpoint has left until now. Call it pinned.
+        """Puts up to `most` pages of the backlog, and what commits have left until now. Call it pinned.
 
         Raises:
             StoreError: they were not all stored; the backlog is as it was.
@@ -126,6 +127,13 @@ class PageView:
         header.view_size = max(header.view_size, header.db_size)
         header.backlog = backlog._replace(cursor=cursor) if cursor <= header.db_size else None
         self.index.save(header)
+
+    def finish(self, header: IndexHeader) -> None:
+        """Puts what the last commits have left, unless it is much: that joins the backlog. Call it pinned. Raises as `fill`."""
+        if header.view_txid < header.txid:
+            self._put_missed(header, upto=header.txid)
+            header.view_size = max(header.view_size, header.db_size)
+            self.index.save(header)
 
     def to_sweep(self, header: IndexHeader) -> bool:
         """May there be page objects past the end?"""
@@ -188,6 +196,9 @@ class PageView:
             page = Page(pgno, known, data) if data is not None else None
             if page is not None and page_hash(pgno, page.data) == known:
                 yield page
+            elif tip.header is not None and not self.local.unchanged(tip.header):
+                # A pin holds no frames of a WAL that is wholly in the main file: what was read is another page's, and nobody changed this.
+                raise SnapshotLost(f"the WAL of {self.local.path} was restarted while page objects were put")
 
     def _put(self, header: IndexHeader, pages: Iterable[Page]) -> None:
         name, store, level = self.history.name, self.history.store, self.config.level

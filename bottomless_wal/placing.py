@@ -8,7 +8,8 @@
     UNKNOWN   anything else
 
 They are asked in this order, so that an old backup copied over the file is EARLIER, and never passes for a descendant. But a WAL that
-holds the head's commit, and more, is asked first: it alone proves the descent of a state whose bytes have been there before.
+holds the head's commit, and more, is asked first, and so is the very file that our own close left behind: they alone prove the descent
+of a state whose bytes have been there before.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from . import parallel
 from .edges import Edge, reachable
 from .errors import CorruptionError
 from .history import Head, History
-from .local_index import Identity, IndexHeader, LocalIndex
+from .local_index import Identity, IndexHeader, LocalIndex, boot_id
 from .segment import Header, page_hash
 from .snapshot import LocalDatabase, Shape
 from .standing import position_of
@@ -89,7 +90,7 @@ def relate(
     """
     if (found.state, found.page_size, found.db_size) == (head.state, head.page_size, head.db_size):
         return Relation.HEAD
-    if _outruns(found, head, edges, local, history):
+    if _outruns(found, head, edges, local, history) or _was_left_so(found, head, index.load(), local, home):
         return Relation.DESCENDS
     if _is_earlier(found, edges, history, width):
         return Relation.EARLIER
@@ -109,6 +110,15 @@ def _outruns(found: LocalState, head: Head, edges: Sequence[Edge], local: LocalD
     if header is None or header.post != head.txid or not header.positions or found.position is None:
         return False
     return 0 < header.positions[-1].frame < found.position.frame and _begins_with(header.positions[-1], local)
+
+
+def _was_left_so(found: LocalState, head: Head, header: IndexHeader | None, local: LocalDatabase, home: bytes) -> bool:
+    """Is this the very file that the index, at the head, saw its WAL go into with commits that are not stored? They may have led back
+    to the bytes of an earlier state, too."""
+    if header is None or header.home != home or (header.txid, header.state) != (head.txid, head.state):
+        return False
+    gone = header.needs_scan and header.position is None and found.position is None
+    return gone and header.identity is not None and header.identity == Identity.of(local.path)
 
 
 def _is_earlier(found: LocalState, edges: Sequence[Edge], history: History, width: int) -> bool:
@@ -147,7 +157,8 @@ def _descends(found: LocalState, head: Head, header: IndexHeader, local: LocalDa
     if known is not None and position is None and now == header.identity and not header.needs_scan:
         return False  # nobody has copied the WAL into the file: it was deleted, and with it what makes this the head
     if known is None or position is None:
-        return True
+        # After a power loss it may be an older file that somebody has written to since; only the one that was left here is known.
+        return header.clean or header.boot == boot_id() or now == header.identity
     restarts = (position.salt1 - known.salt1) & 0xFFFFFFFF  # salt 1 increments at each restart
     if restarts:
         return restarts < 1 << 31

@@ -87,6 +87,7 @@ class Replicator:
         self._fenced: FencedError | None = None
         self._backfilled: tuple[object, ...] | None = None
         self._suspect: tuple[Identity | None, float] | None = None
+        self._stored_last = (0, 0.0)  # (txid, when)
 
     # --- the batch -----------------------------------------------------------------------------------------------------
 
@@ -297,6 +298,7 @@ class Replicator:
             found = self._stored(header, edge.pre, post)
             self._adopt(header, found)
             raise MovedOn("an earlier attempt was adopted")
+        self._stored_last = (post, stored)
         date_ms = int(receipt.date * 1000)
         if header.proved_ms and date_ms - header.proved_ms > FENCE_HORIZON_SECONDS * 1000:
             self._prove(post)
@@ -309,7 +311,7 @@ class Replicator:
         if background:
             self.view.postpone(header)
         else:
-            self.view.put(header, change.pages(), guard=lambda: self._after_a_pause(header, stored))
+            self.view.put(header, change.pages(), guard=lambda: self.require_recent_head(header))
 
     def _record(
         self, header: IndexHeader, edge: Header, pgnos: Sequence[int], hashes: Sequence[int], date_ms: int, change_counter: int
@@ -413,9 +415,10 @@ class Replicator:
                 f"{self.local.path} is at txid {header.txid}, and another writer has gone on to {max(edge.post for edge in beyond)}"
             )
 
-    def _after_a_pause(self, header: IndexHeader, stored: float) -> None:
-        """Who was stopped since the commit was stored may have been overtaken: no page object may be put over a newer one."""
-        if time.monotonic() - stored > _PAUSE_SECONDS:
+    def require_recent_head(self, header: IndexHeader) -> None:
+        """As `require_head`, unless this process has just stored the head itself: who was stopped since then may have been overtaken."""
+        txid, stored = self._stored_last
+        if txid != header.txid or time.monotonic() - stored > _PAUSE_SECONDS:
             self.require_head(header)
 
     def _prove(self, post: int) -> None:

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _PIECE_BYTES: Final = 64 << 20  # of frames in one commit, unless one transaction alone is larger
 _KEPT_BYTES: Final = 4 << 20  # of pages kept for the page view, instead of being read twice
+_MOST_POSITIONS: Final = 1 << 16  # that a scanned commit lists, the last ones
 
 
 @dataclass(slots=True)
@@ -193,7 +194,12 @@ def stage_scan(
         if not passed.pgnos and shape.db_size == header.db_size:
             return None
     position = position_of(local, tip)
-    positions = (position,) if position is not None else ()
+    positions: tuple[Position, ...] = (position,) if position is not None else ()
+    if tip.header is not None and tip.frames:
+        # Each of them is a state that a power loss may lead back to.
+        positions = tuple(row.position(frame) for frame, row in local.frame_headers(tip.header, 1, tip.frames) if row.db_size)[
+            -_MOST_POSITIONS:
+        ]
     return Change(
         staged, passed.pgnos, passed.hashes, state, shape.page_size, shape.db_size, shape.change_counter, position, positions,
         reset, passed.pages,

@@ -35,7 +35,7 @@ _GATHER_MOST: Final = 0.005
 _RETRY_FIRST: Final = 1.0
 _RETRY_MOST: Final = 30.0
 _LOOKS: Final = 100
-_FILL_PAGES: Final = 32
+_FILL_PAGES: Final = 16  # in one turn, with the index locked
 _FILL_PAUSE: Final = 0.25  # between two turns of the page view's backlog while commits are waiting
 
 
@@ -324,6 +324,8 @@ class Worker:
             if behind and stopping and self._config.pages == "checkpoint":
                 self._fill_all()
                 behind = False
+            elif behind and stopping and self._config.ack != "pages":
+                self._finish()
             if stopping or (flushing and not behind):
                 self._sweep()
             goal = header.txid if flushing and behind else None
@@ -373,6 +375,17 @@ class Worker:
             ) from failure
         except StoreError as failure:
             raise _view_is_missing(self._local.path, failure) from failure
+
+    def _finish(self) -> None:
+        """At the close, what the last commits have left of the page view; what is more than that goes on at the next open."""
+        try:
+            with self._index.locked():
+                header = self._replicator.header()
+                with self._local.pinned():
+                    self._replicator.require_head(header)
+                    self._replicator.view.finish(header)
+        except (StoreError, SnapshotLost) as failure:
+            logger.warning("%s: page objects are left to the next open: %s", self._local.path, failure)
 
     def _sweep(self) -> None:
         try:
@@ -453,13 +466,15 @@ class Worker:
                 if self._local.wal.header() != tip.header:
                     self._pause(0.001)  # a restart is under way
                     return True
-                self._replicator.require_head(header)
+                self._replicator.require_recent_head(header)
                 self._replicator.view.fill(header, tip, most=most)
             if goal:
                 return header.view_complete < goal
             if everything:
                 return self._replicator.view.behind(header)
-            return header.backlog is not None
+            if self._config.pages == "checkpoint":
+                return header.backlog is not None
+            return self._replicator.view.behind(header)
 
     def _as_replication_error(self, failure: BottomlessError) -> BottomlessError:
         if isinstance(failure, ReplicationError | FencedError | ConflictError):

@@ -36,6 +36,10 @@ CASES: dict[str, tuple[list[tuple[str, object]], list[str]]] = {
     "create_bucket": ([("1", True), ("0", False), ("TRUE", True), ("no", False)], ["", "2", "maybe"]),
     "concurrency": ([("1", 1), ("64", 64)], ["", "0", "65", "1.5", "x"]),
     "level": ([("1", 1), ("19", 19)], ["", "0", "20", "x"]),
+    "compaction": ([("1", True), ("off", False)], ["", "2", "always"]),
+    "snapshot_interval": ([("60", 60.0), ("86400", 86400.0)], ["", "59", "1d", "nan"]),
+    "retention": ([("0", 0.0), ("604800", 604800.0)], ["", "-1", "7d", "inf"]),
+    "keep_snapshots": ([("0", 0), ("365", 365)], ["", "-1", "1.5", "x"]),
 }
 ALLOWED = [(name, text, value) for name, (allowed, _) in CASES.items() for text, value in allowed]
 REFUSED = [(name, text) for name, (_, refused) in CASES.items() for text in refused]

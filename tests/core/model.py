@@ -177,7 +177,9 @@ class Model(Books):
     @precondition(lambda self: self.busy() and self.processes())
     @step(pick=pick, point=st.sampled_from(sorted(POINTS)), passes=st.integers(0, 3))
     def arm_a_crash(self, pick: int, point: str, passes: int) -> None:
-        self.ask(self.processes()[pick % len(self.processes())], "arm", point=point, passes=passes)
+        process = self.processes()[pick % len(self.processes())]
+        process.armed = True
+        self.ask(process, "arm", point=point, passes=passes)
 
     @precondition(lambda self: self.busy() and self.processes())
     @step(
@@ -211,7 +213,7 @@ class Model(Books):
     def leave(self, pick: int) -> None:
         """The process exits, its connections open."""
         process = self.processes()[pick % len(self.processes())]
-        excused = process.remote.failing or process.held or not process.slots
+        excused = process.remote.failing or process.held or process.armed or not process.slots
         self.ask(process, "exit")
         assert process not in process.site.processes
         process.slots.clear()

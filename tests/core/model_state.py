@@ -97,6 +97,7 @@ class Process:
     slots: dict[int, str | None] = field(default_factory=dict)
     fenced: bool = False
     held: bool = False
+    armed: bool = False
     policy: str = "error"
 
 

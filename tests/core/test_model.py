@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import apsw
 import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.errors import Flaky, FlakyStrategyDefinition
 from hypothesis.stateful import run_state_machine_as_test
 from model import FAILURES, Model
 from model_process import nursery
+from worlds import World, refusal, replica_of, until
+
+import bottomless_wal
 
 
 @pytest.fixture
@@ -36,10 +41,8 @@ def test_whatever_happens_nothing_acknowledged_is_lost_and_nothing_is_invented(m
         assert not FAILURES, FAILURES[0]  # that processes do not do the same twice is no failure
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_a_pending_commit_that_leads_back_to_earlier_bytes_is_not_taken_for_an_old_image(
-    model_class: type[Model], checkpoint: bool
-) -> None:
+@pytest.mark.parametrize("way", ["killed", "power lost", "truncated", "closed"])
+def test_a_pending_commit_that_leads_back_to_earlier_bytes_is_not_taken_for_an_old_image(model_class: type[Model], way: str) -> None:
     model = model_class()
     model.start_a_process(0, "log", "commit")
     for _ in range(3):
@@ -48,11 +51,31 @@ def test_a_pending_commit_that_leads_back_to_earlier_bytes_is_not_taken_for_an_o
     model.there_and_back(0, 1)
     (site,) = model.sites
     assert site.pending == [model.line.names[-2]], "not stored, and the very bytes of the state before the head"
-    if checkpoint:
-        model.checkpoint(0, "RESTART")
+    if way == "power lost":
+        model.power_loss(0, 8, 0)
+    elif way == "closed":
+        model.close_a_connection(0)
         model.kill(0)
     else:
-        model.power_loss(0, 8, 0)
+        model.checkpoint(0, "RESTART" if way == "killed" else "TRUNCATE")
+        model.kill(0)
     model.start_a_process(0, "log", "commit")
     assert (model.line.head, site.pending) == (4, [])
     model.teardown()
+
+
+def test_a_wal_that_is_restarted_while_the_view_is_filled_leaves_no_hole_in_it(world: World) -> None:
+    """The pin holds no frames of a WAL that is wholly in the main file: the next writer begins it anew, under whoever reads its frames."""
+    con = world.machine().connect(ack="local", pages="checkpoint")
+    con.execute("CREATE TABLE t(x)")
+    con.execute("WITH RECURSIVE n(i) AS (VALUES(1) UNION ALL SELECT i + 1 FROM n LIMIT 100) INSERT INTO t SELECT randomblob(3000) FROM n")
+    until(lambda: bottomless_wal.status(con).txid > 0 and bottomless_wal.status(con).pending_frames == 0)
+    con.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+    store, on = refusal(con), threading.Event()
+    store.hold(on, "put")
+    replica_of(con).worker.poke()
+    until(lambda: any(kind == "put" for kind, _ in store.seen))
+    con.execute("VACUUM")  # every page once more, at another place in the WAL, and nearly all as they were
+    on.set()
+    bottomless_wal.flush(con)
+    world.stored(con)

@@ -73,6 +73,10 @@ def test_every_option_has_one_name_in_all_four_places(world: World, monkeypatch:
         "create_bucket": True,
         "concurrency": 3,
         "level": 9,
+        "compaction": False,
+        "snapshot_interval": 3600.0,
+        "retention": 7200.0,
+        "keep_snapshots": 3,
     }
     value = values[name]
     path = world.machine().path()

@@ -155,3 +155,10 @@ def test_a_position_that_is_carried_across_takes_the_main_files_identity_with_it
     header = _sealed(HERE, Seal(6, (1, 2), None, covered=True, identity=identity))
     assert (header.position, header.identity) == (None, identity)
     assert _sealed(HERE, Seal(6, (1, 2), None, covered=False, identity=identity)).identity is None
+
+
+def test_a_wal_that_goes_with_what_is_not_stored_leaves_the_files_identity_and_asks_for_a_scan() -> None:
+    before, after = Identity(1, 2, 3, 4, 5), Identity(1, 2, 9, 9, 9)
+    header = IndexHeader(bytes(16), bytes(16), bytes(16), position=HERE, seal_sequence=5, identity=before)
+    header.absorb(Seal(6, (1, 2), None, covered=False, identity=after))
+    assert (header.position, header.identity, header.needs_scan) == (None, after, True)
