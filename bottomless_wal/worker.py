@@ -36,7 +36,9 @@ _RETRY_FIRST: Final = 1.0
 _RETRY_MOST: Final = 30.0
 _LOOKS: Final = 100
 _FILL_PAGES: Final = 16  # in one turn, with the index locked
-_FILL_PAUSE: Final = 0.25  # between two turns of the page view's backlog while commits are waiting
+_FILL_PAUSE: Final = 0.25  # between two turns of the page view's backlog while commits are waiting, here or in another process ...
+_FILL_SHARE: Final = 0.1  # ... and as much longer as leaves a turn no more than this share of the time
+_CONTENDED_SECONDS: Final = 0.003  # who waits that long for the index's lock is not alone
 
 
 class Worker:
@@ -83,6 +85,7 @@ class Worker:
         self._flush_done = 0
         self._behind = False
         self._fill_turn = 0.0
+        self._contended = False
         self._goal: tuple[int, int] | None = None  # (ticket of a flush, the txid up to which it wants the view complete)
         self._retry_wait = 0.0
         self._retry_at: float | None = None
@@ -291,9 +294,10 @@ class Worker:
                 continue
             if self._stopping:
                 return "stop"
-            if may_fill:
+            if may_fill and (self._goal is not None or not self._contended):
                 return "fill"
-            self._cond.wait(None if self._retry_at is None else max(0.0, self._retry_at - now))
+            wake = [moment for moment in (self._retry_at, self._fill_turn if may_fill else None) if moment is not None]
+            self._cond.wait(max(0.0, min(wake) - now) if wake else None)
 
     def _gather(self) -> None:
         """When the last batch served several, they are about to commit again: worth a few per cent of a round trip."""
@@ -315,6 +319,7 @@ class Worker:
             self._locking = began
             with self._index.locked():
                 self._locking = None
+                self._contended = self._clock() - began > _CONTENDED_SECONDS
                 try:
                     header = self._replicator.batch()
                 except IndexLost as lost:
@@ -427,6 +432,7 @@ class Worker:
     def _fill(self) -> None:
         with self._cond:
             goal = self._goal
+        began = self._clock()
         try:
             more = self._fill_some(_FILL_PAGES * (4 if goal is not None else 1), goal=goal[1] if goal is not None else 0)
             if goal is not None and not more:
@@ -448,7 +454,8 @@ class Worker:
             return
         with self._cond:
             self._behind = more
-            self._fill_turn = self._clock() + _FILL_PAUSE
+            now = self._clock()
+            self._fill_turn = now + max(_FILL_PAUSE, (now - began) / _FILL_SHARE)
             if goal is not None and not more:
                 self._flush_done = max(self._flush_done, goal[0])
                 if self._goal == goal:
@@ -459,7 +466,9 @@ class Worker:
 
     def _fill_some(self, most: int, *, goal: int = 0, everything: bool = False) -> bool:
         """Puts some of the backlog; is there more (to do for the view to be complete up to `goal`)?"""
+        began = self._clock()
         with self._index.locked():
+            self._contended = self._clock() - began > _CONTENDED_SECONDS
             header = self._replicator.header()
             with self._local.pinned():
                 tip = self._local.tip()
