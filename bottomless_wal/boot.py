@@ -102,6 +102,7 @@ class Boot:
         self.progress = progress
         self.action: Action | None = None
         self.identity: Identity | None = None
+        self._listed_ms = 0  # when the head was seen to be the head
         self._distrusted = False  # the index: it was found damaged
 
     def run(self, *, reset: bool = False) -> IndexHeader:
@@ -141,6 +142,7 @@ class Boot:
                 self.action = Action.RESUME
                 return self._resume(known)
         edges = self.history.edges()
+        self._listed_ms = edges.listed_ms
         head_state = self.history.head(edges)
         if head_state is None:
             # A missing bucket must not pass for an empty one.
@@ -314,7 +316,7 @@ class Boot:
         self._convert()
         self.replicator.held = True
         header = self.replicator.fresh()
-        self.replicator.learn(header, head, edges)
+        self.replicator.learn(header, head, edges, proved_ms=self._listed_ms)
         header.needs_scan = True
         # No identity: until a commit has made it so, the file is no descendant of the head, and the policy is asked again.
         return self._opened(header)
@@ -326,6 +328,8 @@ class Boot:
         # Killed, or cut off from the store, before the entries are there: this header keeps the file's descent, and asks for them.
         header.txid, header.state, header.page_size, header.db_size = head
         header.identity = Identity.of(self.local.path)
+        if before is not None and before.home != header.home:
+            before = None
         header.position = before.position if before is not None and before.txid <= head.txid else None
         if before is None and local.state != head.state:
             # It descends by its WAL, which begins with the head's frames: what differs has a frame beyond them.
@@ -339,7 +343,7 @@ class Boot:
         if local.state == head.state:
             self._learn_locally(header, head, edges)
         else:
-            self.replicator.learn(header, head, edges)
+            self.replicator.learn(header, head, edges, proved_ms=self._listed_ms)
         header.needs_scan = True  # finds the position, and the difference if there is one
         header.change_counter = local.change_counter
         header.identity = Identity.of(self.local.path)
@@ -358,21 +362,28 @@ class Boot:
         if self.index.state(head.db_size) != head.state:
             raise SnapshotLost(f"{self.local.path} was written to meanwhile")
         chain = plan(edges, head.txid, start=view_txid)
-        if chain is None:
+        if chain is None or not self._note_missed(chain, head):
             logger.info("%s: the page view is put anew, for nothing tells what it has missed", self.local.path)
-            view_txid, chain = 0, []
+            view_txid = 0
             for first in range(1, head.db_size + 1, 65536):
                 hashes = self.index.entries(first, min(65536, head.db_size - first + 1))[0]
                 self.index.record(range(first, first + len(hashes)), hashes, head.txid)
-        for edge in chain:
-            segment = self.history.segment(edge.pre, edge.post)
-            missed = [] if segment is None else [row for row in self.history.tables(segment) if row[0] <= head.db_size]
-            pgnos = [pgno for pgno, _ in missed]
-            self.index.record(pgnos, self.index.hashes(pgnos), edge.post)
         header.txid, header.state = head.txid, head.state
         header.page_size, header.db_size = head.page_size, head.db_size
         header.view_txid, header.view_size = view_txid, UNKNOWN_SIZE
-        header.proved_ms = int(self.history.store.now() * 1000)
+        header.proved_ms = self._listed_ms
+
+    def _note_missed(self, chain: Sequence[Edge], head: Head) -> bool:
+        """Which pages the edges of `chain` changed last. False when one of them is gone."""
+        for edge in chain:
+            segment = self.history.segment(edge.pre, edge.post)
+            if segment is None:
+                return False
+            table = self.history.tables(segment)
+            while some := list(islice(table, 65536)):
+                pgnos = [pgno for pgno, _ in some if pgno <= head.db_size]
+                self.index.record(pgnos, self.index.hashes(pgnos), edge.post)
+        return True
 
     def _fast_forward(self, local: LocalState, head: Head, edges: Sequence[Edge]) -> IndexHeader:
         # By its hash the index now says that this is an earlier state (see `placing`): the place in the WAL, which may be all that told
@@ -438,7 +449,7 @@ class Boot:
         header.view_txid = min(rebuilt.view_txid, rebuilt.txid)
         header.view_size = UNKNOWN_SIZE
         header.position, header.needs_scan = None, False
-        header.proved_ms = int(self.history.store.now() * 1000)
+        header.proved_ms = self._listed_ms
         header.identity = Identity.of(path)
         header.change_counter = int.from_bytes(os.pread(into.fd, 4, 24), "big")
         if header.backlog is None and header.view_txid < header.txid and self.replicator.config.pages == "commit":

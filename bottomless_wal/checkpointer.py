@@ -17,6 +17,8 @@ from typing import Final
 
 import apsw
 
+from .parallel import mark_own_thread
+
 __all__ = ["AUTOCHECKPOINT_FRAMES", "RESTART_FRAMES", "Checkpointer"]
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ class Checkpointer:
             thread.join()
 
     def _run(self) -> None:
+        mark_own_thread()
         connection: apsw.Connection | None = None
         try:
             while True:

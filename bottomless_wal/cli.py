@@ -1,6 +1,6 @@
 """The command line: each command calls one library function and shows what it returns.
 
-Exit codes: 0 it went well; 1 a problem was found (`verify`, `doctor`, `demo`); 2 the command or a setting cannot be meant; 3 an
+Exit codes: 0 it went well; 1 a problem was found (`verify`, `doctor`, `demo`, `compact`); 2 the command or a setting cannot be meant; 3 an
 error; 130 interrupted. Results go to stdout (with `--json` nothing else does), everything else to stderr.
 """
 
@@ -9,28 +9,24 @@ from __future__ import annotations
 import errno
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from typing import Any, Final, TypeVar
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, Final
 
 import apsw
 import click
 
-from . import __version__, maintenance
+from . import __version__, cli_history, maintenance
+from .cli_common import DATABASE, FAILED, FOUND, INTERRUPTED, USAGE, json_option, moment
 from .config import ENV_PREFIX
-from .console import as_json, complain, configure_logging, console, human_bytes, human_time, progress_bar
+from .console import as_json, complain, configure_logging, console, human_bytes, moment_text, progress_bar
 from .errors import BottomlessError, ConfigError
 
 __all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
-FOUND, USAGE, FAILED, INTERRUPTED = 1, 2, 3, 130
-
-_SHOWN: Final = 20
 _STATES: Final = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "failed": ("FAILED", "bold red")}
-
-C = TypeVar("C", bound=Callable[..., Any])
 
 
 class _Faces(click.Group):
@@ -58,13 +54,6 @@ class _Faces(click.Group):
             ctx.exit(FAILED)
 
 
-def _json_option(command: C) -> C:
-    return click.option("--json", "json", is_flag=True, help="The result as JSON, on stdout.")(command)
-
-
-_DATABASE: Final = click.argument("database", metavar="DB", type=click.Path(dir_okay=True))
-
-
 @click.group(cls=_Faces, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.option("--endpoint", metavar="URL", help=f"The S3 server, file:///directory, or aws. [{ENV_PREFIX}ENDPOINT]")
 @click.option("--bucket", metavar="NAME", help=f"The bucket. [{ENV_PREFIX}BUCKET]")
@@ -81,7 +70,7 @@ def main(ctx: click.Context, endpoint: str | None, bucket: str | None, database_
     Settings come from LIBSQL_BOTTOMLESS_* in the environment, credentials from where boto3 looks for them. DB is a database's file, or its
     name as `ls` shows it. LIBSQL_BOTTOMLESS_LOG=info tells what is going on.
 
-    Exit codes: 0 well, 1 a problem was found (verify, doctor, demo), 2 wrong usage or settings, 3 an error.
+    Exit codes: 0 well, 1 a problem was found (verify, doctor, demo, compact), 2 wrong usage or settings, 3 an error.
     """
     given = {"endpoint": endpoint, "bucket": bucket, "database_id": database_id}
     ctx.obj = {name: value for name, value in given.items() if value is not None}
@@ -119,19 +108,36 @@ def shell(options: dict[str, str], file: str | None, sql: Sequence[str]) -> None
 
 
 @main.command()
-@_DATABASE
+@DATABASE
 @click.option("-o", "--output", type=click.Path(), help="Where to restore it to, instead of DB itself.")
 @click.option("--txid", type=click.IntRange(min=1), help="An earlier state than the newest; `ls DB` shows them.")
+@click.option(
+    "--timestamp",
+    callback=moment,
+    metavar="TIME",
+    help="The last state made not later, such as 2026-11-22T10:00:00Z, by the server's clock; UTC where it names no zone.",
+)
 @click.option("--force", is_flag=True, help="Replace a file that is there, once the new one is verified.")
 @click.option("-v", "--verbose", is_flag=True, help="Tell the steps.")
-@_json_option
+@json_option
 @click.pass_obj
-def restore(options: dict[str, str], database: str, output: str | None, txid: int | None, force: bool, verbose: bool, json: bool) -> None:
+def restore(
+    options: dict[str, str],
+    database: str,
+    output: str | None,
+    txid: int | None,
+    timestamp: datetime | None,
+    force: bool,
+    verbose: bool,
+    json: bool,
+) -> None:
     """Restore a database from the bucket into a local file, verified."""
+    if txid is not None and timestamp is not None:
+        raise click.UsageError("Say --txid or --timestamp, not both.")
     if verbose:
         configure_logging("info")
     with progress_bar("restoring", unit="bytes") as progress:
-        done = maintenance.restore(database, output=output, txid=txid, force=force, progress=progress, **options)
+        done = maintenance.restore(database, output=output, txid=txid, timestamp=timestamp, force=force, progress=progress, **options)
     if json:
         click.echo(as_json(done))
         return
@@ -140,6 +146,8 @@ def restore(options: dict[str, str], database: str, output: str | None, txid: in
         f"{done.path}: restored at txid {done.txid}, state {done.state_hash:016x}: {done.pages} pages, "
         f"{human_bytes(done.pages * done.page_size)}"
     )
+    if done.committed is not None:
+        speaker.print(f"  It was committed at {moment_text(done.committed)}.")
     speaker.print(f"  {human_bytes(done.received)} in {done.requests} requests, {done.seconds:.2f} s", style="dim")
     if done.head is not None and done.txid < done.head and output is None:
         speaker.print(f"  The history goes on to txid {done.head}: opening the file through vfs=bottomless takes it there.")
@@ -148,8 +156,8 @@ def restore(options: dict[str, str], database: str, output: str | None, txid: in
 
 @main.command()
 @click.option("--from-local", is_flag=True, help="Required: it is the local file that wins.")
-@_DATABASE
-@_json_option
+@DATABASE
+@json_option
 @click.pass_obj
 def reset(options: dict[str, str], from_local: bool, database: str, json: bool) -> None:
     """Make the local file the newest state, whatever the bucket has. Earlier states stay in the history."""
@@ -162,57 +170,9 @@ def reset(options: dict[str, str], from_local: bool, database: str, json: bool) 
         console().print(f"{status.path}: is now txid {status.txid}, state {status.state_hash:016x}, in {status.store}")
 
 
-@main.command(name="ls")
-@click.argument("database", metavar="[DB]", required=False)
-@click.option("--all", "everything", is_flag=True, help=f"With DB: all its segments, not only the last {_SHOWN}.")
-@_json_option
-@click.pass_obj
-def list_(options: dict[str, str], database: str | None, everything: bool, json: bool) -> None:
-    """List the databases in the bucket; with DB, the states of that one."""
-    found = maintenance.listing(database, **options)
-    if json:
-        hidden = set() if database is not None else {"edges"}
-        rows = [{**{name: getattr(row, name) for name in row.__slots__ if name not in hidden}, "segments": row.segments} for row in found]
-        click.echo(as_json(rows))
-        return
-    speaker = console()
-    if not found:
-        speaker.print("nothing is stored" + (f" for {database}" if database else "") + " in this bucket")
-        if database is not None:
-            sys.exit(FOUND)
-        return
-    speaker.print(
-        _table(
-            ["database", ">txid", ">segments", ">log", ">page objects", ">their size", "last commit"],
-            [
-                [
-                    row.name,
-                    str(row.txid) if row.edges else "no log",
-                    str(row.segments),
-                    human_bytes(row.log_bytes),
-                    str(row.page_objects),
-                    human_bytes(row.page_bytes),
-                    human_time(row.last_commit),
-                ]
-                for row in found
-            ],
-        )
-    )
-    if database is not None:
-        edges = [edge for row in found for edge in row.edges]
-        shown = edges if everything else edges[-_SHOWN:]
-        if len(shown) < len(edges):
-            speaker.print(f"the last {len(shown)} of {len(edges)} segments (--all shows all):")
-        states = [
-            [str(edge.pre), str(edge.post), human_bytes(edge.size), human_time(datetime.fromtimestamp(edge.modified, UTC))]
-            for edge in shown
-        ]
-        speaker.print(_table([">from", ">to txid", ">size", "stored"], states))
-
-
 @main.command()
-@_DATABASE
-@_json_option
+@DATABASE
+@json_option
 @click.pass_obj
 def status(options: dict[str, str], database: str, json: bool) -> None:
     """Show how a local file stands to its history, without opening it."""
@@ -235,11 +195,11 @@ def status(options: dict[str, str], database: str, json: bool) -> None:
 
 
 @main.command()
-@_DATABASE
+@DATABASE
 @click.option("--deep", is_flag=True, help="Decode every page of every segment.")
 @click.option("--repair-view", is_flag=True, help="Put stale and missing page objects anew, delete superfluous ones.")
 @click.option("--local", is_flag=True, help="Compare the local file DB with the head, page by page.")
-@_json_option
+@json_option
 @click.pass_obj
 def verify(options: dict[str, str], database: str, deep: bool, repair_view: bool, local: bool, json: bool) -> None:
     """Verify what the bucket holds of a database: the log, the page objects, and with --local the file."""
@@ -274,7 +234,7 @@ def _show_report(report: maintenance.Report) -> None:
 
 
 @main.command()
-@_json_option
+@json_option
 @click.pass_obj
 def doctor(options: dict[str, str], json: bool) -> None:
     """Check server, credentials, bucket, create-only writes, round trip and clock, and say what to do."""
@@ -293,14 +253,5 @@ def doctor(options: dict[str, str], json: bool) -> None:
         sys.exit(FOUND)
 
 
-def _table(columns: list[str], rows: list[list[str]]) -> Any:
-    """A table; columns whose title begins with `>` are numbers."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in columns:
-        table.add_column(title.lstrip(">"), justify="right" if title.startswith(">") else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
+for _command in cli_history.COMMANDS:
+    main.add_command(_command)

@@ -41,6 +41,7 @@ LEVELS: Final = (64, 4096)
 FAN_IN: Final = 80
 """Edges that are read at once: 64 of a level and some that remain."""
 
+_ATTEMPTS: Final = 8
 _MOST_ROWS: Final = 1 << 16  # positions listed by an edge; a snapshot lists so many commits, too: the last ones
 _CHUNKS: Final = 24 << 20  # bytes read ahead, of all edges together
 _SMALLEST_CHUNK: Final = 64 << 10
@@ -57,6 +58,10 @@ class Stopped(Exception):
 
 def _never() -> bool:
     return False
+
+
+def _warn(error: CorruptionError) -> None:
+    logger.warning("%s", error.message)
 
 
 def missing(edges: Iterable[Edge], size: int) -> Iterator[list[Edge]]:
@@ -79,19 +84,29 @@ def compact(
     level: int = 3,
     stop: Callable[[], bool] = _never,
     rest: Callable[[float], None] = lambda seconds: None,
+    damaged: Callable[[CorruptionError], None] = _warn,
 ) -> list[Edge]:
     """Merges every complete run of commits that is aligned and not merged yet. Returns the edges added.
 
-    `level` is zstd's. `stop` is asked at every page; `rest` is called after each merge with the seconds that it took.
+    `level` is zstd's. `stop` is asked at every page; `rest` is called after each merge with the seconds that it took, `damaged` when a run
+    has an edge that is damaged, or does not follow its predecessor: it stays as it is.
 
     Raises:
-        Vanished: list the edges anew. CorruptionError: an edge is damaged, or does not follow its predecessor. StoreError. Stopped.
+        Vanished: list the edges anew. StoreError. Stopped.
     """
     added: list[Edge] = []
+    head = max((edge.post for edge in edges), default=0)
+    # A commit that leads nowhere is no part of the history (see `Replicator._prove`): it is not to be merged with what is.
+    going_on = {edge.pre for edge in edges if edge.pre % LEVELS[0] == 0} | {head}
     for size in LEVELS:
         for chain in missing(heapq.merge(edges, sorted(added)), size):
+            if chain[-1].post not in going_on:
+                continue
             began = time.monotonic()
-            added.append(merge(history, chain, level=level, stop=stop))
+            try:
+                added.append(merge(history, chain, level=level, stop=stop))
+            except CorruptionError as error:
+                damaged(error)
             rest(time.monotonic() - began)
     return added
 
@@ -103,7 +118,7 @@ def snapshot(history: History, edges: Iterable[Edge], target: int, *, level: int
         RestoreError: no chain of edges leads to `target`. Otherwise as `compact`.
     """
     known = [edge for edge in edges if edge.post <= target]
-    while True:
+    for attempt in itertools.count(1):
         chain = plan(known, target)
         if chain is None:
             chain = plan(known, target, wholes={(edge.pre, edge.post) for edge in history.resets(known, width=8)})
@@ -113,12 +128,22 @@ def snapshot(history: History, edges: Iterable[Edge], target: int, *, level: int
                 hint="`bottomless-wal verify` shows where.",
             )
         if len(chain) == 1 and chain[0].pre == 0:
-            return None if chain[0].post == target else chain[0]
-        # A longer chain goes by way of a snapshot of its beginning.
-        made = merge(history, chain[:FAN_IN], whole=True, level=level, stop=stop)
-        if made.post == target:
-            return made
-        known = sorted([*known, made])
+            return None
+        try:
+            while len(chain) > FAN_IN:
+                # The whole database is read, and written, but once.
+                runs = [chain[at : at + FAN_IN] for at in range(1, len(chain), FAN_IN)]
+                chain = [chain[0], *(merge(history, run, level=level, stop=stop) if len(run) > 1 else run[0] for run in runs)]
+            return merge(history, chain, whole=True, level=level, stop=stop)
+        except CorruptionError as error:
+            named = [edge for edge in chain if f"{edge.pre:016x}-{edge.post:016x}" in error.message]
+            if not named or attempt == _ATTEMPTS:
+                raise
+            logger.warning("%s", error.message)
+            # Of two that do not fit it is the longer one, for the others may do without it.
+            worst = max(named, key=lambda edge: edge.post - edge.pre)
+            known = [edge for edge in known if edge[:2] != worst[:2]]
+    raise AssertionError("unreachable")
 
 
 def merge(history: History, chain: list[Edge], *, whole: bool = False, level: int = 3, stop: Callable[[], bool] = _never) -> Edge:

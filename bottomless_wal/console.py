@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
@@ -23,7 +23,7 @@ from .errors import BottomlessError, ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["as_json", "complain", "configure_logging", "console", "human_bytes", "human_time", "on_terminal", "progress_bar"]
+__all__ = ["as_json", "complain", "configure_logging", "console", "human_bytes", "human_time", "moment_text", "on_terminal", "progress_bar"]
 
 LOG_VARIABLE: Final = ENV_PREFIX + "LOG"
 _LEVELS: Final = ("debug", "info", "warning", "error")
@@ -126,7 +126,7 @@ def _plain(value: Any, name: str = "") -> Any:
     if isinstance(value, BottomlessError):
         return {"error": type(value).__name__, "message": value.message, "hint": value.hint}
     if isinstance(value, datetime):
-        return value.isoformat(timespec="seconds")
+        return value.isoformat(timespec="milliseconds" if value.microsecond else "seconds")
     if isinstance(value, Enum):
         return value.name.lower()
     return value.hex() if isinstance(value, bytes) else value
@@ -144,3 +144,8 @@ def human_bytes(count: float) -> str:
 def human_time(moment: datetime | None) -> str:
     """A moment in the local time zone, to the second."""
     return "" if moment is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment.timestamp()))
+
+
+def moment_text(moment: datetime) -> str:
+    """A moment as `--timestamp` takes it, exact to the millisecond, in UTC."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple, overload
 
-__all__ = ["Edge", "Edges", "plan", "reachable"]
+__all__ = ["Edge", "Edges", "leading_to", "plan", "reachable"]
 
 _REQUEST_COST: Final = 64 << 10  # a request costs about as much as these bytes
 _MOST_OPEN: Final = 16384  # states that are remembered though nothing may begin there any more
@@ -34,6 +34,8 @@ class Edges(Sequence[Edge]):
     def __init__(self, edges: Iterable[Edge] = ()) -> None:
         self._pre, self._post, self._size, self._modified = array("Q"), array("Q"), array("Q"), array("d")
         self._bodies: dict[int, int] = {}
+        self.listed_ms = 0
+        """The server's time, ms since 1970, at (or a little before) which they were listed."""
         last = (-1, -1)
         for edge in edges:
             if not last <= edge[:2]:
@@ -145,6 +147,21 @@ def _improve(best: dict[int, _Way | None], edge: Edge, way: _Way | None) -> None
     cost = (way.cost if way is not None else 0) + edge.size + edge.body + _REQUEST_COST
     if known is None or cost < known.cost:
         best[edge.post] = _Way(cost, edge, way)
+
+
+def leading_to(edges: Sequence[Edge], head: int) -> Iterator[Edge]:
+    """The edges from which exact chains lead on to `head`, and those from 0; the last in the order of their keys first.
+
+    What is left over is no part of the history: such as the commit of a writer that was away, stored where all had been pruned.
+    """
+    states = {head}
+    for at in range(len(edges) - 1, -1, -1):
+        edge = edges[at]
+        if edge.pre == 0:
+            yield edge
+        elif edge.post in states:
+            states.add(edge.pre)
+            yield edge
 
 
 def reachable(edges: Iterable[Edge], start: int = 0) -> Iterator[int]:

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import logging
 import secrets
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple, ParamSpec, TypeVar
 
@@ -34,6 +35,7 @@ FENCE_HORIZON_SECONDS: Final = 3600.0
 """After so long since a txid was last proved the head, a successful put alone proves nothing: pruning may have freed the key."""
 
 _RANGE_BYTES: Final = 4 << 20
+_RECENT_BYTES: Final = 4 << 20
 _INLINE_BYTES: Final = 8 << 20  # encoded pages beyond this go into a body
 
 
@@ -77,11 +79,15 @@ class Head(NamedTuple):
 
 
 class History:
-    """The log of the database stored as `name`. Thread-safe; keeps no state but the store."""
+    """The log of the database stored as `name`. Thread-safe; keeps no state but the store, and what it has just stored."""
 
     def __init__(self, store: Store, name: str) -> None:
         self.store = store
         self.name = name
+        # What was stored here last, oldest first: compaction need not fetch it. An edge never changes.
+        self._recent: dict[tuple[int, int], bytes] = {}
+        self._recent_bytes = 0
+        self._lock = threading.Lock()
 
     def edges(self, *, since: int = 0) -> Edges:
         """All edges with pre >= `since`, in the order of their keys. Foreign keys below the prefix are passed over.
@@ -92,8 +98,12 @@ class History:
         sizes: dict[tuple[int, int], int] = {}
         foreign: list[str] = []
 
+        dates: list[float] = []
+
         def listed() -> Iterator[Edge]:
             for entry in self.store.list(layout.log_prefix(self.name), after=layout.log_after(self.name, since)):
+                if not dates:
+                    dates.append(self.store.now())
                 if entry.key.startswith(bodies):
                     if since:
                         return
@@ -108,6 +118,7 @@ class History:
                 yield Edge(*ends, entry.size, entry.modified)
 
         found = Edges(listed()).with_bodies(sizes)
+        found.listed_ms = int(dates[0] * 1000) if dates else 0
         if foreign:
             logger.warning("%r to %r in %s are no objects of ours: passed over", foreign[0], foreign[-1], self.store.describe())
         return found
@@ -176,10 +187,15 @@ class History:
             hint="Another program deletes objects of this history. Try again when it is done.",
         )
 
-    def stream(self, edge: Edge, *, chunk: int) -> Stream | None:
-        """As `segment` and `blocks`, holding at most some `chunk` bytes of the edge at a time; None when it is not there."""
+    def stream(self, edge: Edge, *, chunk: int, stored: bool = False) -> Stream | None:
+        """As `segment` and `blocks`, holding at most some `chunk` bytes of the edge at a time; None when it is not there.
+
+        `stored`: read it from the store, even if it was stored here a moment ago.
+        """
         key = layout.segment_key(self.name, edge.pre, edge.post)
-        first = self.store.read(key, 0, chunk)
+        with self._lock:
+            recent = None if stored else self._recent.get(edge[:2])
+        first = recent if recent is not None else self.store.read(key, 0, chunk)
         if first is None:
             return None
 
@@ -187,7 +203,7 @@ class History:
             start, data = 0, first
             while data:
                 yield data
-                if len(data) < chunk:
+                if len(data) < chunk or recent is not None:
                     return
                 start += len(data)
                 more = self.store.read(key, start, chunk)
@@ -286,7 +302,14 @@ class History:
     def append(self, header: Header, blocks: Sequence[bytes] = ()) -> Receipt:
         """Stores an edge, create-only. `created` False: its key is taken, by an earlier attempt or by a rival."""
         data = segment.encode(header, blocks)
-        return self.store.create(layout.segment_key(self.name, header.pre, header.post), data)
+        receipt = self.store.create(layout.segment_key(self.name, header.pre, header.post), data)
+        if receipt.created and len(data) < _RECENT_BYTES:
+            with self._lock:
+                self._recent[header.pre, header.post] = data
+                self._recent_bytes += len(data)
+                while self._recent_bytes > _RECENT_BYTES:
+                    self._recent_bytes -= len(self._recent.pop(next(iter(self._recent))))
+        return receipt
 
 
 def _check_ends(header: Header, pre: int, post: int, key: str) -> None:

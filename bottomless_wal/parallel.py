@@ -22,7 +22,7 @@ from itertools import count, islice
 from queue import SimpleQueue
 from typing import Final, Generic, Protocol, TypeVar
 
-__all__ = ["ForkAware", "Pool", "each", "fork_aware", "ordered"]
+__all__ = ["ForkAware", "Pool", "each", "fork_aware", "is_own_thread", "mark_own_thread", "ordered"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -40,6 +40,19 @@ class ForkAware(Protocol):
 def fork_aware(owner: ForkAware) -> None:
     """Has `owner.after_fork()` called in every child that this process forks, for as long as `owner` lives."""
     _fork_aware.add(owner)
+
+
+_thread = threading.local()
+
+
+def mark_own_thread() -> None:
+    """Says that the running thread is one of this package: it serves those who wait, and must wait for nobody."""
+    _thread.own = True
+
+
+def is_own_thread() -> bool:
+    """Has the running thread been marked?"""
+    return getattr(_thread, "own", False)
 
 
 _fork_aware: weakref.WeakSet[ForkAware] = weakref.WeakSet()
@@ -144,6 +157,7 @@ class Pool:
             self._jobs.put(work)
 
     def _work(self, jobs: SimpleQueue[Callable[[], object] | None]) -> None:
+        mark_own_thread()
         while (job := jobs.get()) is not None:
             job()
             # Holding on to a finished job while idle would keep its pages in memory.

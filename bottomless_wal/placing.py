@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from . import parallel
-from .edges import Edge, reachable
+from .edges import Edge, leading_to
 from .errors import CorruptionError
 from .history import Head, History
 from .local_index import Identity, IndexHeader, LocalIndex, boot_id
@@ -92,7 +92,7 @@ def relate(
         return Relation.HEAD
     if _outruns(found, head, edges, local, history) or _was_left_so(found, head, index.load(), local, home):
         return Relation.DESCENDS
-    if _is_earlier(found, edges, history, width):
+    if _is_earlier(found, head, edges, history, width):
         return Relation.EARLIER
     header = index.load()
     if header is not None and header.home == home and not header.txid and header.state == found.state:
@@ -121,7 +121,7 @@ def _was_left_so(found: LocalState, head: Head, header: IndexHeader | None, loca
     return gone and header.identity is not None and header.identity == Identity.of(local.path)
 
 
-def _is_earlier(found: LocalState, edges: Sequence[Edge], history: History, width: int) -> bool:
+def _is_earlier(found: LocalState, head: Head, edges: Sequence[Edge], history: History, width: int) -> bool:
     """Is the local state, by its hash or by its place in a WAL, one that a segment lists? Newest first."""
 
     def load(edge: Edge) -> Header | None:
@@ -131,10 +131,7 @@ def _is_earlier(found: LocalState, edges: Sequence[Edge], history: History, widt
             logger.warning("%s", error.message)
             return None
 
-    # A commit that was stored where the history had been pruned (see `Replicator._prove`) is no part of it.
-    states = set(reachable(edges))
-    newest_first = sorted((edge for edge in edges if edge.pre in states), key=lambda edge: (-edge.post, -edge.pre))
-    for header in parallel.ordered(load, newest_first, width):
+    for header in parallel.ordered(load, leading_to(edges, head.txid), width):
         if header is None:
             continue
         if any(commit.post == found.state for commit in header.commits) or (header.pre and header.pre_hash == found.state):

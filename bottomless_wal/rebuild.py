@@ -153,7 +153,7 @@ def rebuild(
         overlapping = False
         if chain is None:
             # A reset makes everything before it superfluous, gaps included; only its header tells that it is one.
-            wholes = {(e.pre, e.post) for e in history.resets(usable, width=width)}
+            wholes = {(e.pre, e.post) for e in history.resets([e for e in usable if e.post <= target], width=width)}
             chain = plan(usable, target, wholes=wholes) if wholes else None
         if chain is None:
             chain = plan(usable, target, overlapping=True)
@@ -169,8 +169,8 @@ def rebuild(
             suspects.add((misfit.edge.pre, misfit.edge.post))
             into.index.forget_pages()
             os.ftruncate(into.fd, 0)
-            if attempt == 0:
-                edges = history.edges()  # retention may have replaced what was listed
+            if attempt + 1 < _ATTEMPTS:
+                edges = history.edges()  # retention may have replaced what was listed, each time anew
             continue
         os.fsync(into.fd)
         return state

@@ -31,11 +31,13 @@ from .crashpoints import reach
 from .errors import BottomlessError, ConfigError, ConflictError, FencedError, ReplicationError
 from .history import History
 from .local_index import Identity, IndexHeader, LocalIndex
+from .parallel import is_own_thread
 from .rebuild import Progress
 from .replicator import Replicator
 from .snapshot import LocalDatabase
 from .standing import seal
 from .store import open_store
+from .upkeep import Upkeep
 from .wal import Position, WalHeader
 from .worker import Worker
 
@@ -92,6 +94,8 @@ class Replica:
         self.index = LocalIndex(path + INDEX_SUFFIX, beside=path)
         self.replicator = Replicator(config, self.local, self.index, self.history)
         self.checkpointer = Checkpointer(path, lambda: connect(path))
+        self.upkeep = Upkeep(config, self.history)
+        self.replicator.on_head = self.upkeep.told
         self.worker = Worker(config, self.replicator, self.index, self.local, self._reboot)
 
     # --- opening -------------------------------------------------------------------------------------------------------
@@ -153,7 +157,7 @@ class Replica:
             worker.require_running()
             return
         ticket = worker.submit()
-        if threading.current_thread().name.startswith(OWN_THREADS):
+        if is_own_thread():
             # The garbage collector has ended a statement that committed, in a thread that this wait might be waiting for; nobody would
             # hear of an error.
             return
@@ -248,6 +252,7 @@ class Replica:
                 return
             self.booted = False
             self.drain()
+            self.upkeep.stop()
             self.checkpointer.stop()
             if self.opens:
                 self._leave_nothing_to_do()
@@ -374,17 +379,18 @@ class Registry:
             if replica.opens:
                 return
             replica.closing = True
-        if threading.get_ident() in self._acquiring or threading.current_thread().name.startswith(OWN_THREADS):
+        if threading.get_ident() in self._acquiring or is_own_thread():
             threading.Thread(target=self._close, args=(replica,), name=f"{OWN_THREADS} close {replica.path}").start()
         else:
             self._close(replica)
 
     def _close(self, replica: Replica) -> None:
+        booted = replica.booted
         try:
             replica.close()
         except KeyboardInterrupt:
             # Ctrl-C ends the wait, not the upload: another thread, which the exit waits for, does what is left.
-            replica.booted = True
+            replica.booted = booted
             threading.Thread(target=self._close, args=(replica,), name=f"{OWN_THREADS} close {replica.path}").start()
             raise
         except BaseException:

@@ -34,7 +34,7 @@ from .errors import CorruptionError, FencedError, ReplicationError, RestoreError
 from .history import FENCE_HORIZON_SECONDS, Head, History
 from .local_index import MAX_INTENTS, Identity, IndexHeader, IndexLost, LocalIndex, boot_id
 from .pageview import UNKNOWN_SIZE, PageView
-from .segment import Commit, Header, Segment
+from .segment import Body, Commit, Header, Segment
 from .snapshot import LocalDatabase, SnapshotLost, Tip
 from .staging import Change, stage_frames, stage_scan
 from .standing import Standing, position_of, standing
@@ -81,6 +81,8 @@ class Replicator:
         self.home = home_of(config, history.name)
         self.view = PageView(config, local, index, history)
         self.on_logged = on_logged
+        self.on_head: Callable[[int], None] = lambda txid: None
+        """Called with the txid of each segment that was stored here, under the lock: what it does is quick."""
         self._sleep = sleep
         self.held = False
         """Nothing is sent before the next commit, not even by a close: initial_replication=skip, or a new database."""
@@ -202,7 +204,7 @@ class Replicator:
             self.on_logged(header.position)
             self._catch_up(header)
 
-    def learn(self, header: IndexHeader, head: Head, edges: Sequence[Edge]) -> None:
+    def learn(self, header: IndexHeader, head: Head, edges: Sequence[Edge], *, proved_ms: int) -> None:
         """The head's page hashes, from the tables of a chain of edges; no page is kept. `header` is left to be saved.
 
         Raises:
@@ -242,7 +244,7 @@ class Replicator:
         header.txid, header.state = head.txid, head.state
         header.page_size, header.db_size = head.page_size, head.db_size
         header.view_size = UNKNOWN_SIZE
-        header.proved_ms = int(self.history.store.now() * 1000)
+        header.proved_ms = proved_ms
         state = self.index.state(head.db_size)
         if state != head.state:
             raise CorruptionError(
@@ -299,9 +301,12 @@ class Replicator:
             self._adopt(header, found)
             raise MovedOn("an earlier attempt was adopted")
         self._stored_last = (post, stored)
+        self.on_head(post)
         date_ms = int(receipt.date * 1000)
         if header.proved_ms and date_ms - header.proved_ms > FENCE_HORIZON_SECONDS * 1000:
-            self._prove(post)
+            self._prove(edge)
+        if edge.body is not None and date_ms - now_ms > FENCE_HORIZON_SECONDS * 1000:
+            self._require_body(edge, edge.body)
         header.position = change.position
         if scanned:
             header.needs_scan = False
@@ -350,7 +355,8 @@ class Replicator:
 
     @staticmethod
     def _is_own(header: IndexHeader, edge: Header) -> bool:
-        return edge.pre_hash == header.state and edge.post_hash in header.intents
+        # (The edge with which a log begins anew, from page objects alone, leads from nothing to the state that the header tells.)
+        return edge.pre_hash == (header.state if edge.pre else 0) and edge.post_hash in header.intents
 
     def _stored(self, header: IndexHeader, pre: int, post: int) -> Segment:
         found = self.history.segment(pre, post)
@@ -371,7 +377,7 @@ class Replicator:
             )
         logger.info("%s: %s is our own, from an attempt whose answer was lost", self.local.path, found.name)
         if edge.time_ms - header.proved_ms > FENCE_HORIZON_SECONDS * 1000:
-            self._prove(edge.post)
+            self._prove(edge)
         reach("within adopt")
         position = edge.positions[-1] if edge.positions else None
         with self.local.pinned():
@@ -421,9 +427,24 @@ class Replicator:
         if txid != header.txid or time.monotonic() - stored > _PAUSE_SECONDS:
             self.require_head(header)
 
-    def _prove(self, post: int) -> None:
+    def _require_body(self, edge: Header, body: Body) -> None:
+        """We were stopped between the upload of a body and its segment: a body that nobody names is garbage after a while."""
+        if self.history.store.read(layout.log_prefix(self.history.name) + body.name, 0, 1) is None:
+            self._withdraw(edge)
+            raise ReplicationError(
+                f"commit {edge.post} of {self.local.path} is not stored: its pages, uploaded long ago, were deleted meanwhile",
+                hint="It stays pending, and goes anew with the next commit, flush() or open.",
+            )
+
+    def _withdraw(self, edge: Header) -> None:
+        """Deletes a segment that was stored just now, by this process, and that nobody was told of."""
+        self.history.store.delete([layout.segment_key(self.history.name, edge.pre, edge.post)])
+
+    def _prove(self, edge: Header) -> None:
+        post = edge.post
         beyond = self.history.edges(since=post)
         if beyond:
+            self._withdraw(edge)
             self._fence(
                 f"{self.local.path} was away for too long: its commit {post} was stored where the history, which is at txid "
                 f"{max(e.post for e in beyond)} by now, had been pruned"

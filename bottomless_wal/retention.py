@@ -13,6 +13,7 @@ Invariants:
   back makes commits stay longer; a clock that stays ahead cuts the retention short, never the head.
 * No commit key younger than twice the fence horizon is deleted, nor the head's: a writer that was away must find out about it.
 * A segment goes before its body. A body that no segment names goes when it is a week old: whoever uploads one names it soon after.
+* Nothing is deleted on the word of a key: the base is read, to its end, before.
 * Killed anywhere, it leaves a history in which everything promised is there.
 """
 
@@ -29,13 +30,14 @@ from .edges import Edge, reachable
 from .errors import CorruptionError
 from .history import FENCE_HORIZON_SECONDS, History
 
-__all__ = ["Pruned", "prune", "superfluous"]
+__all__ = ["Pruned", "oldest_promised", "prune", "superfluous"]
 
 logger = logging.getLogger(__name__)
 
 _DAY: Final = 86400.0
 _ABANDONED: Final = 7 * _DAY
 _AT_ONCE: Final = 1000
+_CHUNK: Final = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +61,8 @@ def superfluous(edges: Sequence[Edge], *, now: float, retention: float, keep_sna
     if not edges:
         return [], 0
     head = max(edge.post for edge in edges)
-    cutoff = now - max(retention, 2 * FENCE_HORIZON_SECONDS)
-    base = _base(edges, cutoff)
+    oldest = oldest_promised(edges, now=now, retention=retention)
+    base = max((edge.post for edge in edges if edge.pre == 0 and edge.post <= oldest), default=0)
     snapshots = [edge for edge in edges if edge.pre == 0]
     daily: dict[int, Edge] = {}
     for edge in sorted(snapshots, key=lambda edge: edge.post):
@@ -89,7 +91,7 @@ def prune(history: History, *, retention: float, keep_snapshots: int, dry_run: b
     """Deletes what no promised restore needs. Makes no snapshot: without one that is old enough, nothing can go.
 
     Raises:
-        CorruptionError: as `superfluous`. StoreError: some may have been deleted.
+        CorruptionError: as `superfluous`, or the base is not sound. StoreError: some may have been deleted.
     """
     edges = history.edges()
     now = history.store.now()
@@ -103,6 +105,8 @@ def prune(history: History, *, retention: float, keep_snapshots: int, dry_run: b
     )  # fmt: skip
     if dry_run:
         return report
+    if gone and base:
+        _require_sound(history, edges, base)
     _delete(history, [layout.segment_key(history.name, edge.pre, edge.post) for edge in gone])
     _delete(history, bodies)
     if gone or bodies:
@@ -110,8 +114,36 @@ def prune(history: History, *, retention: float, keep_snapshots: int, dry_run: b
     return report
 
 
-def _base(edges: Iterable[Edge], cutoff: float) -> int:
-    """The txid of the newest snapshot from which the state at `cutoff`, and all later ones, can be reached; 0 without one."""
+def _require_sound(history: History, edges: Sequence[Edge], base: int) -> None:
+    """Reads the snapshot that all the rest will stand on, to its end, and sees that what follows stands on its state.
+
+    Raises:
+        CorruptionError: it is damaged, its body is missing, or another state follows.
+    """
+    (edge,) = (edge for edge in edges if (edge.pre, edge.post) == (0, base))
+    found = history.stream(edge, chunk=_CHUNK, stored=True)
+    if found is None:
+        raise CorruptionError(
+            f"nothing was deleted: the snapshot of txid {base} is gone", hint="Another program deletes objects. Try again."
+        )
+    try:
+        for _ in found.blocks():
+            pass
+    except CorruptionError as error:
+        raise CorruptionError(f"nothing was deleted: {error.message}", hint=error.hint) from error
+    for after in edges:
+        if after.pre == base:
+            follows = history.header(after.pre, after.post)
+            if follows is not None and not follows.reset and follows.pre_hash != found.header.post_hash:
+                raise CorruptionError(
+                    f"nothing was deleted: {layout.segment_key(history.name, *after[:2])} does not follow {found.name}",
+                    hint="`bottomless-wal verify` shows what can still be restored.",
+                )
+
+
+def oldest_promised(edges: Iterable[Edge], *, now: float, retention: float) -> int:
+    """The txid of the state that the database had when what is to be kept begins: it, and all later ones, are promised."""
+    cutoff = now - max(retention, 2 * FENCE_HORIZON_SECONDS)
     commits = sorted((edge for edge in edges if edge.post == edge.pre + 1), key=lambda edge: edge.post)
     limit, youngest = (commits[0].pre if commits else 0), 0.0
     for edge in commits:
@@ -119,7 +151,7 @@ def _base(edges: Iterable[Edge], cutoff: float) -> int:
         if youngest > cutoff:
             break
         limit = edge.post
-    return max((edge.post for edge in edges if edge.pre == 0 and edge.post <= limit), default=0)
+    return limit
 
 
 def _bodies(history: History, gone: Sequence[Edge], kept: set[tuple[int, int]], now: float) -> tuple[list[str], int]:

@@ -22,6 +22,7 @@ from .config import Config
 from .edges import Edge
 from .errors import BottomlessError
 from .history import History
+from .parallel import mark_own_thread
 from .retention import prune
 
 __all__ = ["Upkeep"]
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _SMALLEST_SNAPSHOT: Final = 1 << 20  # bytes of commits below which a snapshot saves no restore anything
 _LISTINGS: Final = 3
+_PATIENCE: Final = 2.0
 
 
 class Upkeep:
@@ -50,6 +52,7 @@ class Upkeep:
         self._cond = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._running = False
         self._head = 0
         self._turned = 0  # the head at the last turn
         self._due = clock() + config.snapshot_interval
@@ -70,31 +73,37 @@ class Upkeep:
             if self._thread is None and not self._stopping:
                 self._thread = threading.Thread(target=self._run, name=f"bottomless upkeep {self._history.name}", daemon=True)
                 self._thread.start()
+                self._running = True
             elif self._head // LEVELS[0] > self._turned // LEVELS[0]:
                 self._cond.notify_all()
 
     def stop(self) -> None:
-        """Ends the thread, a merge that is under way too."""
+        """Ends the thread, a merge that is under way too; for a request that hangs nobody waits."""
         with self._cond:
             self._stopping = True
             self._cond.notify_all()
-            thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            self._cond.wait_for(lambda: not self._running, _PATIENCE)
 
     def _stopped(self) -> bool:
         return self._stopping
 
     def _run(self) -> None:
-        while self._wait():
-            try:
-                self._turn()
-            except Stopped:
-                return
-            except BottomlessError as error:
-                logger.warning("upkeep of %s: %s", self._history.name, error.message)
-            except Exception:
-                logger.exception("the upkeep of %s failed in a way that was not foreseen", self._history.name)
+        mark_own_thread()
+        try:
+            while self._wait():
+                try:
+                    self._turn()
+                except Stopped:
+                    return
+                except Exception as error:
+                    if self._stopping:
+                        return  # the store was closed under it
+                    expected = isinstance(error, BottomlessError)
+                    logger.warning("upkeep of %s: %s", self._history.name, error, exc_info=not expected)
+        finally:
+            with self._cond:
+                self._running = False
+                self._cond.notify_all()
 
     def _wait(self) -> bool:
         with self._cond:

@@ -22,6 +22,7 @@ import apsw
 from .config import Config
 from .errors import BottomlessError, ConflictError, FencedError, ReplicationError, StoreError
 from .local_index import IndexHeader, IndexLost, LocalIndex
+from .parallel import mark_own_thread
 from .replicator import Replicator
 from .snapshot import LocalDatabase, SnapshotLost
 from .wal import Position
@@ -257,6 +258,7 @@ class Worker:
         return fresh
 
     def _run(self) -> None:
+        mark_own_thread()
         try:
             while True:
                 with self._cond:
@@ -373,9 +375,9 @@ class Worker:
                     lost += 1
                     if lost == _LOOKS:
                         raise
-        except SnapshotLost as failure:
+        except (SnapshotLost, IndexLost) as failure:
             raise ReplicationError(
-                f"everything committed to {self._local.path} is in the log, but its WAL kept changing while page objects were put",
+                f"everything committed to {self._local.path} is in the log, but not all page objects could be put: {failure}",
                 hint="Nothing is lost. They are put with the next flush(), or in the background.",
             ) from failure
         except StoreError as failure:
@@ -389,7 +391,7 @@ class Worker:
                 with self._local.pinned():
                     self._replicator.require_head(header)
                     self._replicator.view.finish(header)
-        except (StoreError, SnapshotLost) as failure:
+        except (StoreError, SnapshotLost, IndexLost) as failure:
             logger.warning("%s: page objects are left to the next open: %s", self._local.path, failure)
 
     def _sweep(self) -> None:
@@ -399,9 +401,9 @@ class Worker:
                 if self._replicator.view.to_sweep(header):
                     self._replicator.require_head(header)
                     self._replicator.view.sweep(header)
-        except StoreError as failure:
+        except (StoreError, IndexLost) as failure:
             # Superfluous objects harm nobody.
-            logger.warning("%s: page objects past its end stay until the next time: %s", self._local.path, failure.message)
+            logger.warning("%s: page objects past its end stay until the next time: %s", self._local.path, failure)
 
     def _concluded(self, ticket: int, error: BottomlessError | None, began: float, company: int, behind: bool) -> None:
         now = self._clock()

@@ -15,9 +15,14 @@ from collections.abc import Iterator
 
 import pytest
 from endpoints import Endpoint, MakeConfig, endpoint_of
+from hypothesis import settings
 
 from bottomless_wal.config import ENV_PREFIX, Config
 from bottomless_wal.s3server import RcloneServer, guarded
+
+# No example is wrong for being slow: on a machine that is busy any of them may be.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""What is done to databases from beside, without opening them: restore, reset, verify, list, inspect, diagnose.
+"""What is done to databases from beside, without opening them: restore, reset, verify, list, inspect, diagnose,
+and the upkeep of their histories.
 
 These are library functions; the command line only shows what they return.
 """
@@ -6,22 +7,43 @@ These are library functions; the command line only shows what they return.
 from __future__ import annotations
 
 from .diagnosis import Check, diagnose
+from .history_upkeep import CompactionReport, PruneReport, SnapshotReport, compact, forget, prune, snapshot
 from .inventory import Inspection, Listed, inspect, listing
 from .log_audit import Problem
+from .prices import LIST_PRICES, Prices, load_prices
 from .recovery import Restored, reset_from_local, restore
+from .timeline import State, States, states
+from .usage import Cost, Kind, Usage, stats
 from .verification import Report, verify
 
 __all__ = [
+    "LIST_PRICES",
     "Check",
+    "CompactionReport",
+    "Cost",
     "Inspection",
+    "Kind",
     "Listed",
+    "Prices",
     "Problem",
+    "PruneReport",
     "Report",
     "Restored",
+    "SnapshotReport",
+    "State",
+    "States",
+    "Usage",
+    "compact",
     "diagnose",
+    "forget",
     "inspect",
     "listing",
+    "load_prices",
+    "prune",
     "reset_from_local",
     "restore",
+    "snapshot",
+    "states",
+    "stats",
     "verify",
 ]

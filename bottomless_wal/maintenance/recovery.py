@@ -19,10 +19,13 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
 
 import apsw
 
 from .. import api, layout, vfs
+from ..compaction import Vanished
 from ..crashpoints import reach
 from ..edges import Edge
 from ..errors import ConfigError, ConflictError, RestoreError
@@ -33,16 +36,19 @@ from ..replacement import aside, nobody_else
 from ..replica import INDEX_SUFFIX, Status, registry
 from ..replicator import home_of
 from .target import Target, configured, opened, stored_name
+from .timeline import ranges, relisted, restorable, txid_at
 
 __all__ = ["Restored", "reset_from_local", "restore"]
 
 logger = logging.getLogger(__name__)
 
+_RANGES: Final = 8  # that a message lists
+
 
 @dataclass(frozen=True, slots=True)
 class Restored:
     """What `restore` did. `head`: the history's last txid (None: there was no log, the page objects alone were used). `pages` of
-    `page_size` bytes; `received`: bytes of content downloaded."""
+    `page_size` bytes; `received`: bytes of content downloaded. `committed`: when that state was made, where a moment was asked for."""
 
     path: str
     name: str
@@ -54,6 +60,7 @@ class Restored:
     received: int
     requests: int
     seconds: float
+    committed: datetime | None = None
 
 
 def restore(
@@ -61,13 +68,15 @@ def restore(
     *,
     output: str | os.PathLike[str] | None = None,
     txid: int | None = None,
+    timestamp: datetime | None = None,
     force: bool = False,
     progress: Progress | None = None,
     **options: object,
 ) -> Restored:
     """Restores the database that is stored for `path` (or under that name, see `listing`) to `output`, or to `path` itself.
 
-    `txid`: an earlier state than the head. `force`: replace a file that is there; it stays as it is until the new one is complete and
+    `txid`: an earlier state than the head. `timestamp`: the last one that was made not later (by the server's clock; naive: UTC); only one
+    of the two may be given. `force`: replace a file that is there; it stays as it is until the new one is complete and
     verified. `progress` is called with (bytes read, bytes expected). `options` are those of `connect`.
 
     Raises:
@@ -75,9 +84,14 @@ def restore(
             no sound way to it; the message names the object. CorruptionError, StoreError, ConfigError. Nothing was changed then.
     """
     began = time.monotonic()
+    if txid is not None and timestamp is not None:
+        raise ConfigError("txid and timestamp were both given", hint="Say which state by one of them.")
     with opened(path, options) as target:
         destination = _destination(target, output)
         _check(destination, force=force)
+        committed: datetime | None = None
+        if timestamp is not None:
+            txid, committed = _state_at(target, timestamp)
         edges = target.history.edges()
         head = max(edge.post for edge in edges) if edges else None
         # The lock that keeps others from opening the new file is let go last: closing our descriptor of it would drop SQLite's locks.
@@ -87,7 +101,7 @@ def restore(
             own = rebuilt.txid == head and target.name == layout.database_name(target.config.database_id, destination)
             old = last.enter_context(_nobody_opens(destination))
             _check(destination, force=force)
-            _put_in_place(destination, into, old, _index_header(target, rebuilt) if own else None)
+            _put_in_place(destination, into, old, _index_header(target, rebuilt, edges.listed_ms) if own else None)
         logger.info("%s: restored at txid %d (%d pages)", destination, rebuilt.txid, rebuilt.db_size)
         return Restored(
             path=destination,
@@ -100,6 +114,7 @@ def restore(
             received=target.store.stats.bytes_received,
             requests=target.requests,
             seconds=time.monotonic() - began,
+            committed=committed,
         )
 
 
@@ -180,7 +195,10 @@ def _rebuild(
                 f"{target.name!r} in {target.store.describe()} has no txid {txid}: its history goes from 1 to {head}",
                 hint="`bottomless-wal ls` with the database's name shows what can be restored.",
             )
-        return rebuild(target.history, into, head if txid is None else txid, edges, width=width, progress=progress)
+        try:
+            return rebuild(target.history, into, head if txid is None else txid, edges, width=width, progress=progress)
+        except RestoreError as error:
+            raise (_removed(target, txid) or error) from error
     rebuilt = rebuild_from_pages(target.history, into, width=width, progress=progress)
     if rebuilt is None:
         raise RestoreError(
@@ -195,13 +213,39 @@ def _rebuild(
     return rebuilt
 
 
-def _index_header(target: Target, rebuilt: Rebuilt) -> IndexHeader:
+def _state_at(target: Target, moment: datetime) -> tuple[int, datetime]:
+    """The txid of the last state not later than `moment`, and its time."""
+    for edges in relisted(target.history):
+        try:
+            found = txid_at(target.history, edges, moment, width=target.config.concurrency)
+        except Vanished as error:
+            logger.info("%s: listed once more", error)
+            continue
+        return found.txid, datetime.fromtimestamp(found.time_ms / 1000, UTC)
+    raise AssertionError("relisted() ends with an error")
+
+
+def _removed(target: Target, txid: int | None) -> RestoreError | None:
+    """The error for a state that retention has removed: it says what is left. None: it has not; the history is broken."""
+    edges = target.history.edges()
+    found = restorable(target.history, edges)
+    if txid is None or not found or txid in found or found[-1] < txid:
+        return None
+    runs = [f"{first} to {last}" if first != last else str(first) for first, last in ranges(found)]
+    shown = ", ".join(runs if len(runs) <= _RANGES else [*runs[:2], "...", *runs[2 - _RANGES :]])
+    return RestoreError(
+        f"txid {txid} of {target.name!r} is not kept any more; what can be restored: {shown}",
+        hint="`retention` and `keep_snapshots` say what is kept. `bottomless-wal ls` with the database's name shows the states.",
+    )
+
+
+def _index_header(target: Target, rebuilt: Rebuilt, proved_ms: int) -> IndexHeader:
     """The index of a file that has just been restored at the head, but for what only the file in its place can tell."""
     header = IndexHeader(home_of(target.config, target.name), secrets.token_bytes(16), boot_id())
     header.txid, header.state = rebuilt.txid, rebuilt.state
     header.page_size, header.db_size = rebuilt.page_size, rebuilt.db_size
     header.view_txid, header.view_size = min(rebuilt.view_txid, rebuilt.txid), UNKNOWN_SIZE
-    header.proved_ms = int(target.store.now() * 1000)
+    header.proved_ms = proved_ms
     header.clean = True
     if header.view_txid < header.txid and target.config.pages == "commit":
         header.backlog = Backlog(header.view_txid, header.txid, 1)

@@ -256,6 +256,7 @@ class Books(RuleBasedStateMachine):
 
     def booted(self, process: Process, local: bytes | None, head: bytes | None, image: bytes | None) -> None:
         site, policy = process.site, process.policy
+        site.opened_in = site.boot
         # Another machine's worker may have gone on while this one booted: any head since then will do.
         before = self.line.head
         current = site.synced == before

@@ -113,6 +113,7 @@ class Site:
     processes: list[Process] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     boot: int = 1
+    opened_in: int = 1  # the boot in which it was opened last
     saved: tuple[Path, bytes | None, int, list[str]] | None = None
 
     @property

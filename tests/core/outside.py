@@ -128,6 +128,8 @@ class Bucket:
         for pre, post in self.edges(name):
             if upto is not None and post > upto:
                 break
+            if pre < txid:
+                continue  # a merged one, of commits that are all there
             edge = self.segment(name, pre, post)
             assert (edge.pre, edge.post) == (pre, post)
             assert pre == txid, f"gap: {txid} -> {pre}"

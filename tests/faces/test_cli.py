@@ -62,7 +62,7 @@ def test_help_is_quick_and_complete() -> None:
     )
     result = CliRunner().invoke(main, ["--help"])
     assert result.exit_code == 0
-    for name in ("demo", "shell", "restore", "reset", "ls", "status", "verify", "doctor"):
+    for name in ("demo", "shell", "restore", "reset", "ls", "status", "verify", "doctor", "compact", "snapshot", "prune", "rm", "stats"):
         assert f"  {name} " in result.output
         assert CliRunner().invoke(main, [name, "--help"]).exit_code == 0
     assert bottomless_wal.__version__ in CliRunner().invoke(main, ["--version"]).output

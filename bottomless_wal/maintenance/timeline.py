@@ -1,0 +1,233 @@
+"""When the states of a history were made, read from few headers: an edge lists every commit that it passes, with the server's time.
+
+    states that can be restored  ·  ·  · ··········│··········│·········      each with the time that some edge tells
+    headers that are read        ├───────┼─────────┼──────────┼┼┼┼┼┼┼┼┼       the fewest that list them all
+
+Only states that can be restored are told: those that exact chains of edges lead to, or chains that a reset begins. Times are the server's,
+in whole seconds where it tells no more (S3 does not), and may jump back with its clock. So a moment is looked up in their running maximum,
+which never does.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import os
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final, NamedTuple
+
+from .. import parallel
+from ..compaction import Vanished
+from ..edges import Edge, reachable
+from ..errors import CorruptionError, RestoreError
+from ..history import History
+from ..segment import Commit, Header
+from .target import opened
+
+__all__ = ["State", "States", "ranges", "relisted", "restorable", "states", "timeline", "txid_at"]
+
+logger = logging.getLogger(__name__)
+
+_SNAPSHOT_ROWS: Final = 1 << 16  # a snapshot lists so many commits, the last ones
+_MOST_LIES: Final = 8  # edges that do not list what they should, before a state's time counts as unknown
+_LISTINGS: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A state that can be restored. `time` by the server's clock; `size` in bytes, of the edge that leads there: of a snapshot, or of the
+    commit itself (None: it has been merged with others, and its own segment is gone)."""
+
+    txid: int
+    state_hash: int
+    time: datetime
+    size: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """What of the database `name` can be restored: `count` states in all, `ranges` of txids (first, last), all snapshots, and
+    `commits` (the last ones, where not all were asked for)."""
+
+    name: str
+    head: int
+    count: int
+    ranges: list[tuple[int, int]]
+    snapshots: list[State]
+    commits: list[State]
+
+
+def states(database: str | os.PathLike[str], *, last: int | None = None, **options: object) -> States:
+    """The states of a database that can be restored, with their times; of the commits only the `last` ones, if that is given.
+
+    Raises:
+        RestoreError: nothing is stored. StoreError, ConfigError.
+    """
+    with opened(database, options) as target:
+        history = target.history
+        for edges in relisted(history):
+            known = restorable(history, edges)
+            sizes = {edge[:2]: edge.size + edge.body for edge in edges if edge.pre == 0 or edge.post == edge.pre + 1}
+            recent = known[-last:] if last else known
+            snapshots = sorted(edge.post for edge in edges if edge.pre == 0 and edge.post > 1)
+            wanted = array("Q", sorted({*recent, *snapshots}))
+            try:
+                told = {commit.txid: commit for commit in timeline(history, edges, wanted=wanted, width=target.config.concurrency)}
+            except Vanished as error:
+                logger.info("%s: listed once more", error)
+                continue
+
+            def state(txid: int, pre: int, told: dict[int, Commit] = told, sizes: dict[tuple[int, int], int] = sizes) -> State:
+                commit = told[txid]
+                return State(txid, commit.post, _moment(commit), sizes.get((pre, txid)))
+
+            return States(
+                name=target.name,
+                head=known[-1] if known else 0,
+                count=len(known),
+                ranges=ranges(known),
+                snapshots=[state(txid, 0) for txid in snapshots if txid in told],
+                commits=[state(txid, txid - 1) for txid in recent if txid in told],
+            )
+    raise AssertionError("relisted() ends with an error")
+
+
+def relisted(history: History) -> Iterator[Sequence[Edge]]:
+    """Listings of the edges, for as long as they are asked for: for what has to begin anew when edges vanish.
+
+    Raises:
+        RestoreError: nothing is stored, or edges have vanished again and again.
+    """
+    for _ in range(_LISTINGS):
+        edges = history.edges()
+        if not edges:
+            raise RestoreError(
+                f"nothing is stored as {history.name!r} in {history.store.describe()}",
+                hint="`bottomless-wal ls` shows what is. Is it the right bucket, and the right database_id?",
+            )
+        yield edges
+    raise RestoreError(
+        f"segments of {history.name!r} vanished while they were read, again and again",
+        hint="Another program deletes objects of this history. Try again when it is done.",
+    )
+
+
+def restorable(history: History, edges: Sequence[Edge]) -> array[int]:
+    """The txids that can be restored, ascending. Where the head is behind a gap, resets are looked for: they need nothing before."""
+    found = set(reachable(edges))
+    if edges and max(edge.post for edge in edges) not in found:
+        begins = [edge._replace(pre=0) for edge in history.resets(edges, width=8)]
+        found = set(reachable(sorted([*edges, *begins])))
+    return array("Q", sorted(found - {0}))
+
+
+def ranges(txids: Iterable[int]) -> list[tuple[int, int]]:
+    """Runs of consecutive numbers: (first, last) of each. `txids` are ascending."""
+    found: list[tuple[int, int]] = []
+    for txid in txids:
+        if found and found[-1][1] == txid - 1:
+            found[-1] = (found[-1][0], txid)
+        else:
+            found.append((txid, txid))
+    return found
+
+
+def timeline(history: History, edges: Sequence[Edge], *, wanted: Sequence[int] | None = None, width: int = 8) -> Iterator[Commit]:
+    """Txid, state hash and the server's time of every state that can be restored, ascending; of the `wanted` ones, if those are given.
+
+    What no sound header lists is left out.
+
+    Raises:
+        Vanished: list the edges anew. StoreError.
+    """
+    return _told(history, edges, restorable(history, edges) if wanted is None else wanted, width, frozenset())
+
+
+def txid_at(history: History, edges: Sequence[Edge], moment: datetime, *, width: int = 8) -> Commit:
+    """The last state that can be restored and was made not later than `moment` (naive: UTC).
+
+    Raises:
+        RestoreError: the first one is later, or none has a time. Vanished: list the edges anew. StoreError.
+    """
+    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
+    limit = moment.timestamp() * 1000
+    best: Commit | None = None
+    first: Commit | None = None
+    for commit in timeline(history, edges, width=width):
+        first = first or commit
+        if commit.time_ms > limit:
+            break  # whatever follows counts as no earlier
+        best = commit
+    if best is not None:
+        return best
+    if first is None:
+        raise RestoreError(f"no state of {history.name!r} can be restored", hint="`bottomless-wal verify` shows what is wrong.")
+    raise RestoreError(
+        f"{history.name!r} has no state of {_text(moment)}: the earliest that can be restored is txid {first.txid}, "
+        f"of {_text(_moment(first))}",
+        hint="Ask for a later moment. `bottomless-wal ls` with the database's name shows what there is.",
+    )
+
+
+class _Cover(NamedTuple):
+    """An edge whose header is to be read, and the wanted txids that it should list."""
+
+    edge: Edge
+    txids: Sequence[int]
+
+
+def _told(
+    history: History, edges: Sequence[Edge], wanted: Sequence[int], width: int, tried: frozenset[tuple[int, int]]
+) -> Iterator[Commit]:
+    def load(cover: _Cover) -> Header | None:
+        try:
+            header = history.header(cover.edge.pre, cover.edge.post)
+        except CorruptionError as error:
+            logger.warning("%s", error.message)
+            return None
+        if header is None:
+            raise Vanished(f"the edge {cover.edge.pre} -> {cover.edge.post} of {history.name!r} is gone")
+        return header
+
+    covers = list(_cover(edges, wanted, tried))
+    for cover, header in zip(covers, parallel.ordered(load, covers, width), strict=True):
+        listed = {commit.txid: commit for commit in header.commits} if header is not None else {}
+        rest = [txid for txid in cover.txids if txid not in listed]
+        if rest and len(tried) < _MOST_LIES:
+            listed |= {commit.txid: commit for commit in _told(history, edges, rest, width, tried | {cover.edge[:2]})}
+        for txid in cover.txids:
+            if txid in listed:
+                yield listed[txid]
+
+
+def _cover(edges: Sequence[Edge], wanted: Sequence[int], tried: Collection[tuple[int, int]]) -> Iterator[_Cover]:
+    """The fewest edges that list all of the `wanted` txids; what none lists is passed over. Those in `tried` are not asked again."""
+    spans = sorted((_listed_from(edge), edge) for edge in edges if edge[:2] not in tried)
+    at, next_span, far = 0, 0, None
+    while at < len(wanted):
+        while next_span < len(spans) and spans[next_span][0] < wanted[at]:
+            edge = spans[next_span][1]
+            far = edge if far is None or edge.post > far.post else far
+            next_span += 1
+        if far is None or far.post < wanted[at]:
+            at += 1
+            continue
+        end = bisect.bisect_right(wanted, far.post, lo=at)
+        yield _Cover(far, wanted[at:end])
+        at = end
+
+
+def _listed_from(edge: Edge) -> int:
+    """After which txid the list of an edge begins."""
+    return max(0, edge.post - _SNAPSHOT_ROWS) if edge.pre == 0 else edge.pre
+
+
+def _text(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _moment(commit: Commit) -> datetime:
+    return datetime.fromtimestamp(commit.time_ms / 1000, UTC)

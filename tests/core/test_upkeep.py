@@ -1,0 +1,165 @@
+"""The writer's own upkeep: its history stays short while it commits, off the commit path, and nothing of it can fail a commit."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import apsw
+import pytest
+from past import Past
+from worlds import World, refusal, replica_of, rows, until
+
+import bottomless_wal
+from bottomless_wal import crashpoints
+from bottomless_wal.config import Config
+from bottomless_wal.edges import plan
+from bottomless_wal.errors import TransientError
+from bottomless_wal.history import History
+from bottomless_wal.store import open_store
+from bottomless_wal.upkeep import Upkeep
+
+
+def history(world: World) -> History:
+    return History(open_store(Config.load(world.options, environ={})), "app.db")
+
+
+def commits(con: apsw.Connection, count: int) -> None:
+    for number in range(count):
+        con.execute("INSERT OR REPLACE INTO t VALUES (?, randomblob(300))", (number % 50,))
+
+
+def opened(world: World, **options: Any) -> apsw.Connection:
+    con = world.machine().connect(**{"pages": "off", "ack": "log", "compaction": "on", **options})
+    con.execute("CREATE TABLE t(id INTEGER PRIMARY KEY, x)")
+    return con
+
+
+def test_runs_are_merged_while_it_commits_and_come_back_from_few_objects(world: World) -> None:
+    con = opened(world)
+    commits(con, 300)
+    edges = history(world).edges
+    until(lambda: {(64, 128), (128, 192), (192, 256)} <= {edge[:2] for edge in edges()})
+    chain = plan(edges(), 301)
+    assert chain is not None
+    assert len(chain) < 64
+    image = con.serialize("main")
+    con.close()
+    assert world.bucket.log_image("app.db") == image
+    elsewhere = world.machine().connect(pages="off", ack="log")
+    assert elsewhere.serialize("main") == image
+
+
+def test_what_was_just_stored_is_not_fetched_again(world: World) -> None:
+    con = opened(world)
+    commits(con, 130)
+    until(lambda: any(edge[:2] == (64, 128) for edge in history(world).edges()))
+    assert bottomless_wal.status(con).requests.get("get", 0) < 20
+    con.close()
+
+
+def test_compaction_off_leaves_it_to_the_command(world: World) -> None:
+    con = opened(world, compaction="off")
+    commits(con, 130)
+    con.close()
+    assert all(edge.post == edge.pre + 1 for edge in history(world).edges())
+    assert not any("upkeep" in thread.name for thread in threading.enumerate())
+
+
+def test_an_idle_writer_sends_nothing(world: World) -> None:
+    con = opened(world)
+    commits(con, 70)
+    until(lambda: any(edge[:2] == (0, 64) for edge in history(world).edges()))
+    upkeep = replica_of(con).upkeep
+    until(lambda: upkeep._turned >= 64)
+    store = refusal(con)
+    upkeep._due = 0.0
+    with upkeep._cond:
+        upkeep._turned = upkeep._head
+        upkeep._cond.notify_all()
+    assert bottomless_wal.status(con).pending_frames == 0
+    assert store.seen == []
+    con.close()
+
+
+def test_its_failures_are_none_of_the_commits(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    con = opened(world)
+    store = refusal(con)
+
+    def refuse(kind: str, key: str) -> None:
+        if kind == "create" and f"-{64:016x}" in key and f"/{0:016x}" in key:
+            raise TransientError(f"{key}: no", hint="A test did that.")
+
+    store.rules.append(refuse)
+    commits(con, 70)
+    until(lambda: "upkeep of app.db" in caplog.text)
+    store.nothing()
+    commits(con, 70)
+    until(lambda: {(0, 64), (64, 128)} <= {edge[:2] for edge in history(world).edges()} or _again(con))
+    con.close()
+
+
+def _again(con: apsw.Connection) -> bool:
+    commits(con, 64)
+    return False
+
+
+def test_a_close_does_not_wait_for_a_merge(world: World) -> None:
+    con = opened(world)
+    reached, on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        reached.set()
+        on.wait(20)
+
+    crashpoints.arm("before merged", hold)
+    commits(con, 70)
+    assert reached.wait(20)
+    image = con.serialize("main")
+    con.close()
+    on.set()
+    assert world.bucket.log_image("app.db") == image
+
+
+def test_a_snapshot_is_made_when_the_commits_outweigh_the_last_one_and_then_it_prunes(tmp_path: Any) -> None:
+    past = Past(tmp_path)
+    import random
+
+    rng = random.Random(1)
+    config = past.config.changed(compaction=True, retention=0.0, keep_snapshots=0)
+    now = [0.0]
+    upkeep = Upkeep(config, past.history, clock=lambda: now[0], pause=lambda seconds: None)
+    past.commit({n: past.page(n, 512) for n in range(1, 9)}, 8)
+    for _ in range(20):
+        past.commit({n: rng.randbytes(512) for n in range(1, 9)}, 8)
+        upkeep.told(past.head)
+    assert [edge[:2] for edge in past.history.edges() if edge.pre == 0] == [(0, 1)], "not before a run is complete"
+    now[0] += config.snapshot_interval + 1
+    past.clock += 86400
+    past.commit({1: rng.randbytes(512)}, 8)
+    upkeep.told(past.head)
+    with upkeep._cond:
+        upkeep._cond.notify_all()
+    until(lambda: (0, past.head) in {edge[:2] for edge in past.history.edges()})
+    until(lambda: upkeep._turned == past.head)
+    upkeep.stop()
+    assert past.image(past.head) == past.states[-1].image
+
+
+def test_two_processes_on_one_file_do_it_together(world: World) -> None:
+    from worlds import child
+
+    con = opened(world)
+    path = str(con.filename)
+    script = (
+        "con = connect(argv[0], pages='off', ack='log', compaction='on'); con.set_busy_timeout(20000)\n"
+        "for n in range(100): con.execute('INSERT INTO t(x) VALUES (1)')\ncon.close()"
+    )
+    child(script, path, options=world.options)
+    commits(con, 100)
+    assert rows(con) >= 100
+    image = con.serialize("main")
+    con.close()
+    assert world.bucket.log_image("app.db") == image
+    assert os.path.exists(path)
