@@ -27,7 +27,7 @@ from typing import Any, Final
 import apsw
 
 import bottomless_wal
-from bottomless_wal import boot, checkpointer, crashpoints, history, local_index, pageview, replica, replicator, vfs, worker
+from bottomless_wal import boot, checkpointer, crashpoints, history, local_index, pageview, placing, replica, replicator, vfs, worker
 from bottomless_wal.errors import BottomlessError, TransientError
 
 logger = logging.getLogger("bottomless_wal.model")
@@ -203,7 +203,7 @@ class _Process:
         self.options = options
         self.slots: dict[int, apsw.Connection] = {}
         self.outage = _Outage()
-        for module in (local_index, boot, replicator):
+        for module in (local_index, boot, placing, replicator):
             vars(module)["boot_id"] = lambda: number.to_bytes(16, "big")
         real = replica.open_store
         vars(replica)["open_store"] = lambda config: _Store(real(config), self.outage)

@@ -114,7 +114,7 @@ def reboot(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Call it: from now on the machine has started anew."""
 
     def act() -> None:
-        for module in ("boot", "local_index", "replicator"):
+        for module in ("boot", "local_index", "placing", "replicator"):
             monkeypatch.setattr(f"bottomless_wal.{module}.boot_id", lambda: b"another boot id!")
 
     return act

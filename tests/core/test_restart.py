@@ -305,7 +305,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         options=world.options,
         check=False,
     )
-    for module in ("boot", "local_index"):
+    for module in ("boot", "local_index", "placing", "replicator"):
         monkeypatch.setattr(f"bottomless_wal.{module}.boot_id", lambda: b"another boot id!")
     con = here.connect()
     assert scans

@@ -211,7 +211,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     os.truncate(here.path("app.db-wal"), 32)
     os.unlink(here.path("app.db-shm"))
     if rebooted:
-        for module in ("boot", "local_index", "replicator"):
+        for module in ("boot", "local_index", "placing", "replicator"):
             monkeypatch.setattr(f"bottomless_wal.{module}.boot_id", lambda: b"another boot id!")
     con = here.connect()
     assert rows(con, "SELECT group_concat(x) FROM t") == "base,1,2,3"
