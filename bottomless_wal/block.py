@@ -30,6 +30,7 @@ __all__ = [
     "BLOCK_BYTES",
     "Page",
     "ascending",
+    "check_growth",
     "corrupt",
     "encode_block",
     "encode_blocks",
@@ -87,6 +88,21 @@ def lock_page(page_size: int) -> int:
 def pages_between(before: int, after: int, page_size: int) -> int:
     """How many pages, the lock page aside, a database of `after` pages has beyond the first `before`."""
     return max(0, after - before - (before < lock_page(page_size) <= after))
+
+
+def check_growth(name: str, before: int, after: int, grown: int, page_size: int) -> None:
+    """A size is believed only with the pages to match: what walks over all pages of a database must come to an end.
+
+    The edge `name` leads from `before` to `after` pages, and `grown` of its pages are beyond the first `before`.
+
+    Raises:
+        CorruptionError: they are not all that it grew by.
+    """
+    if grown != pages_between(before, after, page_size):
+        raise CorruptionError(
+            f"{name} says that the database grew from {before} to {after} pages, and has {grown} new ones",
+            hint="`bottomless-wal verify` shows what can still be restored.",
+        )
 
 
 def pages_per_block(page_size: int) -> int:

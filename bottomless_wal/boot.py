@@ -1,15 +1,6 @@
 """Opening a database: where does the local state stand in the remote history? Git's fast-forward logic.
 
-| local file | remote | relation | action |
-|---|---|---|---|
-| empty or missing | nothing | - | START: the first commit is 0 -> 1 |
-| empty or missing | page objects only | - | RESTORE_PAGES |
-| empty or missing | a history | - | RESTORE its head |
-| not empty | no history | - | INITIAL replication: 0 -> 1 is the whole database |
-| not empty | a history | HEAD: the local state is the head's | RESUME |
-| | | EARLIER: it is an earlier state of that history | FAST_FORWARD |
-| | | DESCENDS: it came from the head by local commits | CATCH_UP: the difference is the next commit |
-| | | UNKNOWN | the policy: `error` CONFLICT, `force` RESET, `skip` KEEP_LOCAL |
+What there is leads to what is done by the table of `decision`.
 
 Invariants: everything happens under the local index's lock; a bucket that cannot be reached is an error, never an empty bucket; whatever
 fails leaves local file and bucket as they were; a file is replaced only by a verified one, and only when nobody has it open.
@@ -21,73 +12,31 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from enum import Enum, auto
-from itertools import islice
 from typing import Final
 
 import apsw
 
 from . import layout
 from .crashpoints import reach
-from .edges import Edge, plan
+from .decision import POLICY, Action, Remote, decide
+from .edges import Edge, newest
 from .errors import ConflictError, CorruptionError, ReplicationError, StoreError
 from .history import Head
+from .learning import learn, learn_locally
 from .local_index import Backlog, Identity, IndexHeader, IndexLost, boot_id
 from .pageview import UNKNOWN_SIZE
 from .placing import LocalState, Relation, local_state, relate
 from .rebuild import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch
 from .replacement import aside, nobody_else, open_elsewhere, put_in_place
 from .replicator import Replicator
-from .segment import page_hash
 from .snapshot import SnapshotLost
 from .standing import Standing, standing
 
-__all__ = ["Action", "Boot", "Relation", "Remote", "decide"]
+__all__ = ["Boot"]
 
 logger = logging.getLogger(__name__)
 
 _LOOKS: Final = 10
-
-
-class Remote(Enum):
-    """What the bucket holds of this database."""
-
-    NOTHING = auto()
-    PAGES = auto()
-    HISTORY = auto()
-
-
-class Action(Enum):
-    """What opening does."""
-
-    START = auto()
-    RESTORE = auto()
-    RESTORE_PAGES = auto()
-    INITIAL = auto()
-    RESUME = auto()
-    FAST_FORWARD = auto()
-    CATCH_UP = auto()
-    CONFLICT = auto()
-    RESET = auto()
-    KEEP_LOCAL = auto()
-
-
-_POLICY: Final = {"error": Action.CONFLICT, "force": Action.RESET, "skip": Action.KEEP_LOCAL}
-
-
-def decide(empty: bool, remote: Remote, relation: Relation | None, policy: str) -> Action:
-    """The table above. `relation` is looked at only where there are two states to compare."""
-    if empty:
-        return {Remote.NOTHING: Action.START, Remote.PAGES: Action.RESTORE_PAGES, Remote.HISTORY: Action.RESTORE}[remote]
-    if remote is not Remote.HISTORY:
-        return Action.INITIAL
-    if relation is Relation.HEAD:
-        return Action.RESUME
-    if relation is Relation.EARLIER:
-        return Action.FAST_FORWARD
-    if relation is Relation.DESCENDS:
-        return Action.CATCH_UP
-    return _POLICY[policy]
 
 
 class Boot:
@@ -182,7 +131,7 @@ class Boot:
             try:
                 return self._catch_up(local, head_state, edges)
             except ConflictError:
-                self.action = _POLICY[self.policy]  # it is no descendant after all
+                self.action = POLICY[self.policy]  # it is no descendant after all
                 if self.action is Action.CONFLICT:
                     raise
         if self.action is Action.RESET:
@@ -316,7 +265,7 @@ class Boot:
         self._convert()
         self.replicator.held = True
         header = self.replicator.fresh()
-        self.replicator.learn(header, head, edges, proved_ms=self._listed_ms)
+        self._learn(header, head, edges)
         header.needs_scan = True
         # No identity: until a commit has made it so, the file is no descendant of the head, and the policy is asked again.
         return self._opened(header)
@@ -333,7 +282,7 @@ class Boot:
         header.position = before.position if before is not None and before.txid <= head.txid else None
         if before is None and local.state != head.state:
             # It descends by its WAL, which begins with the head's frames: what differs has a frame beyond them.
-            last = self.history.header(*max(((edge.pre, edge.post) for edge in edges), key=lambda edge: (edge[1], edge[0])))
+            last = self.history.header(*newest(edges)[:2])
             header.position = last.positions[-1] if last is not None and last.positions else None
         header.change_counter = min(local.change_counter, before.change_counter) if before is not None else local.change_counter
         header.needs_scan = True
@@ -341,49 +290,19 @@ class Boot:
         self.index.forget_pages()
         reach("after clear")
         if local.state == head.state:
-            self._learn_locally(header, head, edges)
+            learn_locally(self.local, self.history, self.index, header, head, edges)
+            header.proved_ms = self._listed_ms
         else:
-            self.replicator.learn(header, head, edges, proved_ms=self._listed_ms)
+            self._learn(header, head, edges)
         header.needs_scan = True  # finds the position, and the difference if there is one
         header.change_counter = local.change_counter
         header.identity = Identity.of(self.local.path)
         self.replicator.scan(header)
         return self._opened(header)
 
-    def _learn_locally(self, header: IndexHeader, head: Head, edges: Sequence[Edge]) -> None:
-        """The local file is the head: its own pages give the index. Only what the page view has missed is asked of the log."""
-        last = max(edges, key=lambda edge: (edge.post, edge.pre))
-        found = self.history.header(last.pre, last.post)
-        view_txid = min(found.view_txid, head.txid) if found is not None else 0
-        with self.local.snapshot() as tip:
-            pages = self.local.pages(tip, self.local.shape(tip))
-            while some := list(islice(pages, 4096)):
-                self.index.record([pgno for pgno, _ in some], [page_hash(pgno, page) for pgno, page in some], view_txid)
-        if self.index.state(head.db_size) != head.state:
-            raise SnapshotLost(f"{self.local.path} was written to meanwhile")
-        chain = plan(edges, head.txid, start=view_txid)
-        if chain is None or not self._note_missed(chain, head):
-            logger.info("%s: the page view is put anew, for nothing tells what it has missed", self.local.path)
-            view_txid = 0
-            for first in range(1, head.db_size + 1, 65536):
-                hashes = self.index.entries(first, min(65536, head.db_size - first + 1))[0]
-                self.index.record(range(first, first + len(hashes)), hashes, head.txid)
-        header.txid, header.state = head.txid, head.state
-        header.page_size, header.db_size = head.page_size, head.db_size
-        header.view_txid, header.view_size = view_txid, UNKNOWN_SIZE
+    def _learn(self, header: IndexHeader, head: Head, edges: Sequence[Edge]) -> None:
+        learn(self.history, self.index, header, head, edges, width=self.replicator.config.concurrency)
         header.proved_ms = self._listed_ms
-
-    def _note_missed(self, chain: Sequence[Edge], head: Head) -> bool:
-        """Which pages the edges of `chain` changed last. False when one of them is gone."""
-        for edge in chain:
-            segment = self.history.segment(edge.pre, edge.post)
-            if segment is None:
-                return False
-            table = self.history.tables(segment)
-            while some := list(islice(table, 65536)):
-                pgnos = [pgno for pgno, _ in some if pgno <= head.db_size]
-                self.index.record(pgnos, self.index.hashes(pgnos), edge.post)
-        return True
 
     def _fast_forward(self, local: LocalState, head: Head, edges: Sequence[Edge]) -> IndexHeader:
         # By its hash the index now says that this is an earlier state (see `placing`): the place in the WAL, which may be all that told

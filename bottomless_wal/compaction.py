@@ -30,8 +30,7 @@ from .crashpoints import reach
 from .edges import Edge, plan
 from .errors import CorruptionError, RestoreError
 from .history import History
-from .segment import Commit, Header, Page, lock_page
-from .wal import Position
+from .segment import Page, lock_page
 
 __all__ = ["FAN_IN", "LEVELS", "Stopped", "Vanished", "compact", "merge", "missing", "snapshot"]
 
@@ -184,14 +183,15 @@ def merge(history: History, chain: list[Edge], *, whole: bool = False, level: in
 
     staged = history.stage(pre, last.post, pages(), last.page_size, level=level)
     commits = tuple(commit for header in headers for commit in header.commits)
+    positions = tuple(position for header in headers for position in header.positions)
     header = replace(
         last,
         pre=pre,
         pre_hash=headers[0].pre_hash if pre else 0,
         page_count=staged.page_count,
         reset=pre > 0 and headers[begin].whole,
-        commits=_bounded(commits) if whole else commits,
-        positions=_positions(headers),
+        commits=commits[-_MOST_ROWS:] if whole else commits,
+        positions=positions[-_MOST_ROWS:],
         body=staged.body,
     )
     if header.whole and state != header.post_hash:
@@ -231,11 +231,3 @@ def _newest(streams: list[Callable[[], Iterator[list[Page]]]]) -> Iterator[Page]
         if pgno != before:
             before = pgno
             yield page
-
-
-def _bounded(commits: tuple[Commit, ...]) -> tuple[Commit, ...]:
-    return commits[-_MOST_ROWS:]
-
-
-def _positions(headers: list[Header]) -> tuple[Position, ...]:
-    return tuple(position for header in headers for position in header.positions)[-_MOST_ROWS:]

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple, overload
 
-__all__ = ["Edge", "Edges", "leading_to", "plan", "reachable"]
+__all__ = ["Edge", "Edges", "leading_to", "newest", "plan", "reachable"]
 
 _REQUEST_COST: Final = 64 << 10  # a request costs about as much as these bytes
 _MOST_OPEN: Final = 16384  # states that are remembered though nothing may begin there any more
@@ -81,6 +81,11 @@ class _Way(NamedTuple):
     cost: int
     step: Edge
     before: _Way | None
+
+
+def newest(edges: Iterable[Edge]) -> Edge:
+    """Of the edges that end at the head, the shortest: as a rule the head's own commit, which knows its place in the WAL."""
+    return max(edges, key=lambda edge: (edge.post, edge.pre))
 
 
 def plan(

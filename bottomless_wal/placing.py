@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from . import parallel
-from .edges import Edge, leading_to
+from .edges import Edge, leading_to, newest
 from .errors import CorruptionError
 from .history import Head, History
 from .local_index import Identity, IndexHeader, LocalIndex, boot_id
@@ -90,32 +90,46 @@ def relate(
     """
     if (found.state, found.page_size, found.db_size) == (head.state, head.page_size, head.db_size):
         return Relation.HEAD
-    if _outruns(found, head, edges, local, history) or _was_left_so(found, head, index.load(), local, home):
+    ended = _end_of(head, edges, history)
+    if _outruns(found, ended, local):
+        return Relation.DESCENDS
+    header = _header_of(index, home)
+    if header is not None and _was_left_so(found, head, header, local):
         return Relation.DESCENDS
     if _is_earlier(found, head, edges, history, width):
         return Relation.EARLIER
-    header = index.load()
-    if header is not None and header.home == home and not header.txid and header.state == found.state:
+    header = _header_of(index, home)  # that took its time, and whoever restarts the WAL leaves a seal without asking for the lock
+    if header is not None and not header.txid and header.state == found.state:
         return Relation.EARLIER  # a fast-forward was cut off after its WAL had gone
-    if header is not None and header.home == home and _descends(found, head, header, local):
+    if header is not None and _descends(found, head, header, local):
         return Relation.DESCENDS
-    return Relation.DESCENDS if _continues(head, edges, local, history) else Relation.UNKNOWN
+    return Relation.DESCENDS if _continues(head, ended, local) else Relation.UNKNOWN
 
 
-def _outruns(found: LocalState, head: Head, edges: Sequence[Edge], local: LocalDatabase, history: History) -> bool:
+def _header_of(index: LocalIndex, home: bytes) -> IndexHeader | None:
+    header = index.load()
+    return header if header is not None and header.home == home else None
+
+
+def _end_of(head: Head, edges: Sequence[Edge], history: History) -> Position | None:
+    """Where the head's commit ended in the WAL that it was made in; None when its segment does not tell."""
+    last = newest(edges)
+    header = history.header(last.pre, last.post)
+    return header.positions[-1] if header is not None and header.post == head.txid and header.positions else None
+
+
+def _outruns(found: LocalState, ended: Position | None, local: LocalDatabase) -> bool:
     """Does the local WAL hold the head's commit, and more after it? Then it goes on from there, even if it leads back to the very bytes
     of an earlier state: no old image and no old backup has such a WAL."""
-    last = max(edges, key=lambda edge: (edge.post, edge.pre))
-    header = history.header(last.pre, last.post)
-    if header is None or header.post != head.txid or not header.positions or found.position is None:
+    if ended is None or found.position is None:
         return False
-    return 0 < header.positions[-1].frame < found.position.frame and _begins_with(header.positions[-1], local)
+    return 0 < ended.frame < found.position.frame and _begins_with(ended, local)
 
 
-def _was_left_so(found: LocalState, head: Head, header: IndexHeader | None, local: LocalDatabase, home: bytes) -> bool:
+def _was_left_so(found: LocalState, head: Head, header: IndexHeader, local: LocalDatabase) -> bool:
     """Is this the very file that the index, at the head, saw its WAL go into with commits that are not stored? They may have led back
     to the bytes of an earlier state, too."""
-    if header is None or header.home != home or (header.txid, header.state) != (head.txid, head.state):
+    if (header.txid, header.state) != (head.txid, head.state):
         return False
     gone = header.needs_scan and header.position is None and found.position is None
     return gone and header.identity is not None and header.identity == Identity.of(local.path)
@@ -162,14 +176,11 @@ def _descends(found: LocalState, head: Head, header: IndexHeader, local: LocalDa
     return _begins_with(known, local)
 
 
-def _continues(head: Head, edges: Sequence[Edge], local: LocalDatabase, history: History) -> bool:
+def _continues(head: Head, ended: Position | None, local: LocalDatabase) -> bool:
     """Does the local WAL begin with the very frames that the head's commit ended with, or lie upon the head as the next WAL?"""
-    last = max(edges, key=lambda edge: (edge.post, edge.pre))
-    header = history.header(last.pre, last.post)
-    if header is None or header.post != head.txid or not header.positions:
+    if ended is None:
         return False
-    position = header.positions[-1]
-    return (position.frame > 0 and _begins_with(position, local)) or _lies_upon(head, position, local)
+    return (ended.frame > 0 and _begins_with(ended, local)) or _lies_upon(head, ended, local)
 
 
 def _lies_upon(head: Head, position: Position, local: LocalDatabase) -> bool:

@@ -27,7 +27,7 @@ from typing import Final
 import apsw
 
 from . import layout, parallel
-from .block import pages_between
+from .block import check_growth, pages_between
 from .crashpoints import reach
 from .edges import Edge, plan
 from .errors import BottomlessError, CorruptionError, RestoreError
@@ -312,12 +312,7 @@ def _apply(into: Scratch, name: str, header: Header, blocks: Iterator[list[Page]
                 if os.pwrite(into.fd, data, (pgnos[start] - 1) * header.page_size) != len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 start = at
-    if grown != pages_between(state.db_size, header.db_size, header.page_size):
-        # Sizes are believed only with the pages to match: what walks over all pages must come to an end.
-        raise CorruptionError(
-            f"{layout.segment_key(name, header.pre, header.post)} says that the database grew from {state.db_size} to {header.db_size} "
-            f"pages, and has {grown} new ones"
-        )
+    check_growth(layout.segment_key(name, header.pre, header.post), state.db_size, header.db_size, grown, header.page_size)
     lock = lock_page(header.page_size)
     for first in range(header.db_size + 1, state.db_size + 1, 65536):
         count = min(65536, state.db_size - first + 1)

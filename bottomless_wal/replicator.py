@@ -16,7 +16,6 @@ taken key is ours if and only if its pre hash is ours and its post hash is among
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 import os
 import secrets
@@ -26,12 +25,10 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from . import layout
-from .block import pages_between
 from .config import Config
 from .crashpoints import reach
-from .edges import Edge, plan
-from .errors import CorruptionError, FencedError, ReplicationError, RestoreError
-from .history import FENCE_HORIZON_SECONDS, Head, History
+from .errors import FencedError, ReplicationError
+from .history import FENCE_HORIZON_SECONDS, History
 from .local_index import MAX_INTENTS, Identity, IndexHeader, IndexLost, LocalIndex, boot_id
 from .pageview import UNKNOWN_SIZE, PageView
 from .segment import Body, Commit, Header, Segment
@@ -203,54 +200,6 @@ class Replicator:
             self.index.save(header)
             self.on_logged(header.position)
             self._catch_up(header)
-
-    def learn(self, header: IndexHeader, head: Head, edges: Sequence[Edge], *, proved_ms: int) -> None:
-        """The head's page hashes, from the tables of a chain of edges; no page is kept. `header` is left to be saved.
-
-        Raises:
-            RestoreError: no chain of edges leads to the head.
-            CorruptionError: the hashes are not the head's state.
-        """
-        chain = plan(edges, head.txid)
-        if chain is None:
-            resets = self.history.resets(edges, width=self.config.concurrency)
-            chain = plan(edges, head.txid, wholes={(edge.pre, edge.post) for edge in resets})
-        if chain is None:
-            raise RestoreError(
-                f"the history of {self.history.name!r} has a gap before txid {head.txid}",
-                hint="`bottomless-wal verify` shows where. `bottomless-wal reset --from-local` starts over from the local file.",
-            )
-        size = 0
-        for edge in chain:
-            found = self.history.segment(edge.pre, edge.post)
-            if found is None:
-                raise RestoreError(f"the edge {edge.pre} -> {edge.post} vanished while it was read", hint="Try again.")
-            if found.header.whole:
-                self.index.forget_pages()
-                size = 0
-            table = self.history.tables(found)
-            grown = 0
-            while some := list(itertools.islice(table, 65536)):
-                grown += sum(pgno > size for pgno, _ in some)
-                self.index.record([pgno for pgno, _ in some], [known for _, known in some], edge.post)
-            if grown != pages_between(size, found.header.db_size, found.header.page_size):
-                raise CorruptionError(
-                    f"{found.name} says that the database grew from {size} to {found.header.db_size} pages, and has {grown} new ones",
-                    hint="`bottomless-wal verify` shows what can still be restored.",
-                )
-            size = found.header.db_size
-            reach("within learn")
-            header.view_txid = min(found.header.view_txid, head.txid)
-        header.txid, header.state = head.txid, head.state
-        header.page_size, header.db_size = head.page_size, head.db_size
-        header.view_size = UNKNOWN_SIZE
-        header.proved_ms = proved_ms
-        state = self.index.state(head.db_size)
-        if state != head.state:
-            raise CorruptionError(
-                f"the segments of {self.history.name!r} give the state {state:016x} at txid {head.txid}, not {head.state:016x}",
-                hint="`bottomless-wal verify` shows which is wrong.",
-            )
 
     # --- put -----------------------------------------------------------------------------------------------------------
 

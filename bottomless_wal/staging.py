@@ -18,9 +18,10 @@ from .errors import ConflictError
 from .history import History, Staged
 from .local_index import IndexHeader, IndexLost, LocalIndex
 from .segment import Page, lock_page, page_hash
-from .snapshot import FrameMap, LocalDatabase, Shape, SnapshotLost, Tip
+from .snapshot import LocalDatabase, Shape, SnapshotLost, Tip
 from .standing import position_of
 from .wal import FRAME_HEADER_SIZE, Position, WalHeader
+from .wal_file import FrameMap
 
 __all__ = ["Change", "stage_frames", "stage_scan"]
 

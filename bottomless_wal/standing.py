@@ -13,8 +13,9 @@ from enum import Enum, auto
 
 from .crashpoints import reach
 from .local_index import Identity, IndexHeader, LocalIndex
-from .snapshot import LocalDatabase, SnapshotLost, Tip, WalFile
+from .snapshot import LocalDatabase, SnapshotLost, Tip
 from .wal import Position, WalHeader
+from .wal_file import WalFile
 
 __all__ = ["Standing", "position_of", "seal", "standing"]
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from .. import layout
-from ..edges import Edge
+from ..edges import Edge, newest
 from ..errors import BottomlessError
 from ..history import Head
 from ..local_index import HEADER_SIZE, Identity, IndexHeader
 from ..replica import INDEX_SUFFIX
 from ..replicator import home_of
-from ..snapshot import WalFile
 from ..store import Entry, open_store
+from ..wal_file import WalFile
 from .target import Target, configured, opened, stored_name
 
 __all__ = ["Inspection", "Listed", "inspect", "listing"]
@@ -102,7 +102,7 @@ def _gathered(entries: Iterable[Entry]) -> list[Listed]:
     for listed in found.values():
         if listed.edges:
             # Of the edges that end at the head, the commit's own is the one that was stored when it was made.
-            last = max(listed.edges, key=lambda edge: (edge.post, edge.pre))
+            last = newest(listed.edges)
             listed.txid, listed.last_commit = last.post, datetime.fromtimestamp(last.modified, UTC)
     return sorted(found.values(), key=lambda listed: listed.name)
 

@@ -213,7 +213,7 @@ class LogAudit:
                 return "gap", key, "vanished while the history was verified"
             if not found.header.whole and found.header.pre_hash != before:
                 return "corrupt", key, f"does not follow the state {before:016x}"
-            self.hashes.apply(found.header, self.history.tables(found))
+            self.hashes.apply(found.name, found.header, self.history.tables(found))
         except CorruptionError as error:
             return "corrupt", *_named(error, key)
         self._made = found.header.commits[-1].time_ms / 1000

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Final
 
-from ..block import pages_between
-from ..errors import CorruptionError
+from ..block import check_growth
 from ..local_index import LocalIndex
 from ..segment import Header, lock_page
 
@@ -34,8 +33,9 @@ class PageHashes:
         self._first = 0
         self.state = self.page_size = self.db_size = 0
 
-    def apply(self, header: Header, table: Iterable[tuple[int, int]]) -> None:
-        """Follows the edge of `header`, whose pages have the (number, hash) in `table`. `state` tells whether it leads where it says.
+    def apply(self, name: str, header: Header, table: Iterable[tuple[int, int]]) -> None:
+        """Follows the edge `name` of `header`, whose pages have the (number, hash) in `table`. `state` tells whether it leads where it
+        says.
 
         Raises:
             CorruptionError: the database grew by more pages than the edge has.
@@ -52,8 +52,7 @@ class PageHashes:
             for pgno, old, new in zip(pgnos, self._index.hashes(pgnos), hashes, strict=True):
                 self.state ^= new ^ (old if pgno <= self.db_size else 0)
             self._index.record(pgnos, hashes, header.post)
-        if grown != pages_between(self.db_size, header.db_size, header.page_size):
-            raise CorruptionError(f"says that the database grew from {self.db_size} to {header.db_size} pages, and has {grown} new ones")
+        check_growth(name, self.db_size, header.db_size, grown, header.page_size)
         lock = lock_page(header.page_size)
         for first in range(header.db_size + 1, self.db_size + 1, _AT_ONCE):
             count = min(_AT_ONCE, self.db_size - first + 1)

@@ -378,7 +378,7 @@ class Model(Books):
             self.follow()
             if self.line.head:
                 self.epilogue()
-        except Exception:
+        except Exception:  # whatever it is goes on; the steps that led to it are kept
             self.failed()
             raise
         finally:

@@ -36,7 +36,7 @@ def step(**arguments: Any) -> Any:
             self.trace.append(f"{function.__name__}{values or ''} {named_values or ''}")
             try:
                 function(self, *values, **named_values)
-            except Exception:
+            except Exception:  # whatever it is goes on; the steps that led to it are kept
                 self.failed()
                 raise
 

@@ -10,7 +10,9 @@ from worlds import Machine, World, child, refusal, rows
 
 import bottomless_wal
 from bottomless_wal import ConflictError, FencedError, ReplicationError
-from bottomless_wal.boot import Action, Boot, Relation, Remote, decide
+from bottomless_wal.boot import Boot
+from bottomless_wal.decision import Action, Remote, decide
+from bottomless_wal.placing import Relation
 
 POLICIES = ("error", "force", "skip")
 

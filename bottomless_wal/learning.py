@@ -1,0 +1,106 @@
+"""The local index of a state that is the head, made anew: from the tables of the log alone, or from the local file where that is the head.
+
+Either way no more is believed than what gives the head's state hash. The header is left to be saved by the caller, when all is in place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import islice
+
+from .block import check_growth
+from .crashpoints import reach
+from .edges import Edge, newest, plan
+from .errors import CorruptionError, RestoreError
+from .history import Head, History
+from .local_index import IndexHeader, LocalIndex
+from .pageview import UNKNOWN_SIZE
+from .segment import page_hash
+from .snapshot import LocalDatabase, SnapshotLost
+
+__all__ = ["learn", "learn_locally"]
+
+logger = logging.getLogger(__name__)
+
+
+def learn(history: History, index: LocalIndex, header: IndexHeader, head: Head, edges: Sequence[Edge], *, width: int) -> None:
+    """The head's page hashes, from the tables of a chain of edges; no page is kept. `header` is left to be saved.
+
+    Raises:
+        RestoreError: no chain of edges leads to the head.
+        CorruptionError: the hashes are not the head's state.
+    """
+    chain = plan(edges, head.txid)
+    if chain is None:
+        resets = history.resets(edges, width=width)
+        chain = plan(edges, head.txid, wholes={(edge.pre, edge.post) for edge in resets})
+    if chain is None:
+        raise RestoreError(
+            f"the history of {history.name!r} has a gap before txid {head.txid}",
+            hint="`bottomless-wal verify` shows where. `bottomless-wal reset --from-local` starts over from the local file.",
+        )
+    size = 0
+    for edge in chain:
+        found = history.segment(edge.pre, edge.post)
+        if found is None:
+            raise RestoreError(f"the edge {edge.pre} -> {edge.post} vanished while it was read", hint="Try again.")
+        if found.header.whole:
+            index.forget_pages()
+            size = 0
+        table = history.tables(found)
+        grown = 0
+        while some := list(islice(table, 65536)):
+            grown += sum(pgno > size for pgno, _ in some)
+            index.record([pgno for pgno, _ in some], [known for _, known in some], edge.post)
+        check_growth(found.name, size, found.header.db_size, grown, found.header.page_size)
+        size = found.header.db_size
+        reach("within learn")
+        header.view_txid = min(found.header.view_txid, head.txid)
+    header.txid, header.state = head.txid, head.state
+    header.page_size, header.db_size = head.page_size, head.db_size
+    header.view_size = UNKNOWN_SIZE
+    state = index.state(head.db_size)
+    if state != head.state:
+        raise CorruptionError(
+            f"the segments of {history.name!r} give the state {state:016x} at txid {head.txid}, not {head.state:016x}",
+            hint="`bottomless-wal verify` shows which is wrong.",
+        )
+
+
+def learn_locally(
+    local: LocalDatabase, history: History, index: LocalIndex, header: IndexHeader, head: Head, edges: Sequence[Edge]
+) -> None:
+    """The local file is the head: its own pages give the index. Only what the page view has missed is asked of the log."""
+    last = newest(edges)
+    found = history.header(last.pre, last.post)
+    view_txid = min(found.view_txid, head.txid) if found is not None else 0
+    with local.snapshot() as tip:
+        pages = local.pages(tip, local.shape(tip))
+        while some := list(islice(pages, 4096)):
+            index.record([pgno for pgno, _ in some], [page_hash(pgno, page) for pgno, page in some], view_txid)
+    if index.state(head.db_size) != head.state:
+        raise SnapshotLost(f"{local.path} was written to meanwhile")
+    chain = plan(edges, head.txid, start=view_txid)
+    if chain is None or not _note_missed(history, index, chain, head):
+        logger.info("%s: the page view is put anew, for nothing tells what it has missed", local.path)
+        view_txid = 0
+        for first in range(1, head.db_size + 1, 65536):
+            hashes = index.entries(first, min(65536, head.db_size - first + 1))[0]
+            index.record(range(first, first + len(hashes)), hashes, head.txid)
+    header.txid, header.state = head.txid, head.state
+    header.page_size, header.db_size = head.page_size, head.db_size
+    header.view_txid, header.view_size = view_txid, UNKNOWN_SIZE
+
+
+def _note_missed(history: History, index: LocalIndex, chain: Sequence[Edge], head: Head) -> bool:
+    """Which pages the edges of `chain` changed last. False when one of them is gone."""
+    for edge in chain:
+        segment = history.segment(edge.pre, edge.post)
+        if segment is None:
+            return False
+        table = history.tables(segment)
+        while some := list(islice(table, 65536)):
+            pgnos = [pgno for pgno, _ in some if pgno <= head.db_size]
+            index.record(pgnos, index.hashes(pgnos), edge.post)
+    return True
