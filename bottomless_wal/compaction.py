@@ -30,7 +30,7 @@ from .crashpoints import reach
 from .edges import Edge, plan
 from .errors import CorruptionError, RestoreError
 from .history import History
-from .segment import Page, lock_page
+from .segment import LISTED_ROWS, Page, lock_page
 
 __all__ = ["FAN_IN", "LEVELS", "Stopped", "Vanished", "compact", "merge", "missing", "snapshot"]
 
@@ -41,7 +41,6 @@ FAN_IN: Final = 80
 """Edges that are read at once: 64 of a level and some that remain."""
 
 _ATTEMPTS: Final = 8
-_MOST_ROWS: Final = 1 << 16  # positions listed by an edge; a snapshot lists so many commits, too: the last ones
 _CHUNKS: Final = 24 << 20  # bytes read ahead, of all edges together
 _SMALLEST_CHUNK: Final = 64 << 10
 _LARGEST_CHUNK: Final = 4 << 20
@@ -190,8 +189,8 @@ def merge(history: History, chain: list[Edge], *, whole: bool = False, level: in
         pre_hash=headers[0].pre_hash if pre else 0,
         page_count=staged.page_count,
         reset=pre > 0 and headers[begin].whole,
-        commits=commits[-_MOST_ROWS:] if whole else commits,
-        positions=positions[-_MOST_ROWS:],
+        commits=commits[-LISTED_ROWS:] if whole else commits,
+        positions=positions[-LISTED_ROWS:],
         body=staged.body,
     )
     if header.whole and state != header.post_hash:

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple, overload
 
-__all__ = ["Edge", "Edges", "leading_to", "newest", "plan", "reachable"]
+__all__ = ["Edge", "Edges", "leading_to", "newest", "outermost", "plan", "reachable"]
 
 _REQUEST_COST: Final = 64 << 10  # a request costs about as much as these bytes
 _MOST_OPEN: Final = 16384  # states that are remembered though nothing may begin there any more
@@ -167,6 +167,15 @@ def leading_to(edges: Sequence[Edge], head: int) -> Iterator[Edge]:
         elif edge.post in states:
             states.add(edge.pre)
             yield edge
+
+
+def outermost(edges: Iterable[Edge]) -> list[Edge]:
+    """Those of `edges` that lie within no other one, ascending."""
+    found: list[Edge] = []
+    for edge in sorted(edges, key=lambda edge: (edge.pre, -edge.post)):
+        if not found or edge.post > found[-1].post:
+            found.append(edge)
+    return found
 
 
 def reachable(edges: Iterable[Edge], start: int = 0) -> Iterator[int]:

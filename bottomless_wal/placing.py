@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
 from . import parallel
-from .edges import Edge, leading_to, newest
+from .edges import Edge, leading_to, newest, outermost
 from .errors import CorruptionError
 from .history import Head, History
 from .local_index import Identity, IndexHeader, LocalIndex, boot_id
-from .segment import Header, page_hash
+from .segment import LISTED_ROWS, Header, page_hash
 from .snapshot import LocalDatabase, Shape
 from .standing import position_of
 from .wal import Position
@@ -137,6 +137,16 @@ def _was_left_so(found: LocalState, head: Head, header: IndexHeader, local: Loca
 
 def _is_earlier(found: LocalState, head: Head, edges: Sequence[Edge], history: History, width: int) -> bool:
     """Is the local state, by its hash or by its place in a WAL, one that a segment lists? Newest first."""
+    for header in _listed(list(leading_to(edges, head.txid)), history, width):
+        if any(commit.post == found.state for commit in header.commits) or (header.pre and header.pre_hash == found.state):
+            return True
+        if found.position is not None and found.position in header.positions:
+            return True
+    return False
+
+
+def _listed(edges: Sequence[Edge], history: History, width: int) -> Iterator[Header]:
+    """Headers that list all that those of `edges` do. A merged edge spares those that it was merged from, if it is sound."""
 
     def load(edge: Edge) -> Header | None:
         try:
@@ -145,14 +155,17 @@ def _is_earlier(found: LocalState, head: Head, edges: Sequence[Edge], history: H
             logger.warning("%s", error.message)
             return None
 
-    for header in parallel.ordered(load, leading_to(edges, head.txid), width):
-        if header is None:
-            continue
-        if any(commit.post == found.state for commit in header.commits) or (header.pre and header.pre_hash == found.state):
-            return True
-        if found.position is not None and found.position in header.positions:
-            return True
-    return False
+    # A long snapshot lists but the end of what it spans.
+    telling = [edge for edge in edges if edge.pre or edge.post <= LISTED_ROWS]
+    outer = outermost(telling)[::-1]
+    for edge, header in zip(outer, parallel.ordered(load, outer, width), strict=True):
+        if header is not None:
+            yield header
+        if header is None or len(header.commits) < edge.post - edge.pre or len(header.positions) >= LISTED_ROWS:
+            inner = [other for other in telling if edge.pre <= other.pre and other.post <= edge.post and other != edge]
+            yield from _listed(inner, history, width)
+    longest = [edge for edge in edges if not edge.pre and edge.post > LISTED_ROWS]
+    yield from (header for header in parallel.ordered(load, longest, width) if header is not None)
 
 
 def _descends(found: LocalState, head: Head, header: IndexHeader, local: LocalDatabase) -> bool:

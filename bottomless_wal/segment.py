@@ -66,6 +66,7 @@ __all__ = [
     "BLOCK_BYTES",
     "HEAD_SIZE",
     "INLINE_LIMIT",
+    "LISTED_ROWS",
     "MAX_ROWS",
     "SEGMENT_LIMIT",
     "Body",
@@ -94,6 +95,7 @@ HEAD_SIZE: Final = 128
 INLINE_LIMIT: Final = 16 << 20  # blocks above this belong into a body
 SEGMENT_LIMIT: Final = 32 << 20  # no segment object is larger
 MAX_ROWS: Final = 1 << 18  # commits in one segment, and positions: about 40 MB as Python objects
+LISTED_ROWS: Final = 1 << 16  # positions that a merged edge lists, the last ones; a snapshot lists so many commits, too
 
 _MAGIC: Final = b"BWALSEG\0"
 _VERSION: Final = 1

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bottomless_wal.edges import Edge, Edges, plan, reachable
+from bottomless_wal.edges import Edge, Edges, outermost, plan, reachable
 
 
 def edge(pre: int, post: int, size: int = 100) -> Edge:
@@ -93,6 +93,15 @@ def test_edges_are_kept_in_few_bytes_and_come_back_as_they_were(usable: list[Edg
     assert [kept[number] for number in range(len(kept))] == kept[:] == expected
     if expected:
         assert kept[-1] == expected[-1]
+
+
+@given(edges)
+def test_the_outermost_edges_span_all_that_the_others_do_and_none_spans_another(usable: list[Edge]) -> None:
+    found = outermost(usable)
+    assert found == sorted(found)
+    for one in usable:
+        assert any(outer.pre <= one.pre and one.post <= outer.post for outer in found)
+    assert not any(one != other and one.pre <= other.pre and other.post <= one.post for one in found for other in found)
 
 
 def test_edges_out_of_order_are_refused() -> None:

@@ -24,14 +24,13 @@ from ..compaction import Vanished
 from ..edges import Edge, reachable
 from ..errors import CorruptionError, RestoreError
 from ..history import History
-from ..segment import Commit, Header
+from ..segment import LISTED_ROWS, Commit, Header
 from .target import opened
 
 __all__ = ["State", "States", "ranges", "relisted", "restorable", "states", "timeline", "txid_at"]
 
 logger = logging.getLogger(__name__)
 
-_SNAPSHOT_ROWS: Final = 1 << 16  # a snapshot lists so many commits, the last ones
 _MOST_LIES: Final = 8  # edges that do not list what they should, before a state's time counts as unknown
 _LISTINGS: Final = 5
 
@@ -222,7 +221,7 @@ def _cover(edges: Sequence[Edge], wanted: Sequence[int], tried: Collection[tuple
 
 def _listed_from(edge: Edge) -> int:
     """After which txid the list of an edge begins."""
-    return max(0, edge.post - _SNAPSHOT_ROWS) if edge.pre == 0 else edge.pre
+    return max(0, edge.post - LISTED_ROWS) if edge.pre == 0 else edge.pre
 
 
 def _text(moment: datetime) -> str:

@@ -5,6 +5,7 @@ The model of a machine is the bytes of its database as they stand locally, and t
 
 * the log has only grown, every hash and link of it is right, and each new state is one that a machine had, in the order it had them,
   and a machine that had everything before: nothing is invented, doubled, torn, or written by a fenced writer;
+* merged edges and snapshots lead from states of that line to states of it; what is gone was old, and all that is promised is within reach;
 * a step that returned (a commit, unless ack=local; flush, close, open) has left the log at exactly the local state;
 * no page object is ahead of the log; after a flush the view is the database, byte for byte;
 * what a process that died leaves is the state before or after its last step, and the next open keeps it, or brings it forward;
@@ -23,11 +24,12 @@ import apsw
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition
 from model_books import FAILURES, FIGURES, Books, step
-from model_process import KINDS, Remote, odd, transact
-from model_state import NAME, Process, named
+from model_process import KINDS, Died, Remote, odd, transact
+from model_state import NAME, RETENTION, Process, named
 
 import bottomless_wal
 from bottomless_wal.crashpoints import POINTS
+from bottomless_wal.errors import RestoreError
 
 __all__ = ["FAILURES", "FIGURES", "Model"]
 
@@ -47,13 +49,17 @@ class Model(Books):
 
     @precondition(lambda self: not self.processes() or (self.quiet() and any(len(site.processes) < 2 for site in self.sites)))
     @step(
-        pick=pick, ack=st.sampled_from(["pages", "pages", "log", "local"]), pages=st.sampled_from(["commit", "commit", "checkpoint", "off"])
+        pick=pick,
+        ack=st.sampled_from(["pages", "pages", "log", "local"]),
+        pages=st.sampled_from(["commit", "commit", "checkpoint", "off"]),
+        compaction=st.booleans(),
     )
-    def start_a_process(self, pick: int, ack: str, pages: str) -> None:
+    def start_a_process(self, pick: int, ack: str, pages: str, compaction: bool = False) -> None:
         sites = [site for site in self.sites if len(site.processes) < 2]
         site = sites[pick % len(sites)]
         if not site.processes:
-            site.options = {"ack": "log" if ack == "pages" and pages != "commit" else ack, "pages": pages}
+            site.options = {"ack": "log" if ack == "pages" and pages != "commit" else ack, "pages": pages, "compaction": compaction}
+            site.options |= {"retention": RETENTION, "keep_snapshots": 2}
         options = {"endpoint": self.place.url, "bucket": self.place.bucket, "retry_timeout": 1.0, **site.options}
         process = Process(site, Remote(self.nursery, site.path, options, site.boot, self.log))
         site.processes.append(process)
@@ -114,6 +120,14 @@ class Model(Books):
         for _ in range(times):
             if self.writers():
                 self.transaction(pick, [["toggle", 0, 0]], "begin", "commit")
+
+    @precondition(lambda self: self.writers() and not any(process.remote.failing or process.armed for process in self.processes()))
+    @step(pick=pick, seed=seed, times=st.integers(6, 20))
+    def many_commits(self, pick: int, seed: int, times: int) -> None:
+        """Enough for merged edges, and for edges merged from those."""
+        for number in range(times):
+            if self.writers():
+                self.transaction(pick, [["update" if number % 3 else "insert", seed + number, 300]], "begin", "commit")
 
     @precondition(lambda self: self.writers())
     @step(pick=pick, kind=st.sampled_from(["blob", "returning", "fail", "backup"]), seed=seed)
@@ -311,6 +325,8 @@ class Model(Books):
         self.calm = 0
         site.boot += 1
         wal, shm = Path(f"{site.path}-wal"), Path(f"{site.path}-shm")
+        if site.pending and (not wal.exists() or wal.stat().st_size < 32):
+            site.loose = True  # written to by somebody else, and with the power went what could prove that it was upon the head
         if not wal.exists() or not shm.exists() or shm.stat().st_size < 200:
             return
         index, size = shm.read_bytes(), wal.stat().st_size
@@ -326,6 +342,8 @@ class Model(Books):
         site.image = found
         if name in site.pending:
             site.pending = site.pending[: site.pending.index(name) + 1]
+            # What was cut may reach back to a state before the head that had the same bytes.
+            site.loose = site.loose or (share < 8 and name in self.line.names)
         elif name in self.line.names:
             site.synced, site.pending = max(n for n, known in enumerate(self.line.names) if known == name), []
         else:
@@ -365,9 +383,49 @@ class Model(Books):
         txid = 1 + pick % self.line.head
         output = self.root / "restored"
         FIGURES["restores"] += 1
-        found = bottomless_wal.restore(NAME, output=output, txid=txid, force=True, endpoint=self.place.url, bucket=self.place.bucket)
+        try:
+            found = bottomless_wal.restore(NAME, output=output, txid=txid, force=True, endpoint=self.place.url, bucket=self.place.bucket)
+        except RestoreError as error:
+            self.follow()
+            assert txid < self.line.kept, f"txid {txid} is promised: {error}: {self.story()}"
+            FIGURES["states forgotten"] += 1
+            return
         assert found.txid == txid
         assert output.read_bytes() == self.line.images[txid], f"txid {txid} is not restored byte for byte"
+
+    # --- a history that stays short ------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.quiet() and self.line.head > 2)
+    @step(hours=st.sampled_from([1, 4, 4, 25, 200]))
+    def hours_pass(self, hours: int) -> None:
+        """On the server, and for all who ask it; nobody has a clock of his own that matters."""
+        FIGURES["hours"] += hours
+        self.hours += hours
+        (self.root / "store" / "hours").write_text(str(self.hours))
+
+    @precondition(lambda self: self.line.head > 4)
+    @step(
+        what=st.sampled_from(["compact", "snapshot", "prune", "prune", "forget"]),
+        days=st.sampled_from([0, 2, 30]),
+        point=st.sampled_from(["", "", "", "before merged", "after merged", "before prune", "within prune"]),
+        passes=st.integers(0, 2),
+    )
+    def keep_it_short(self, what: str, days: int, point: str, passes: int) -> None:
+        """By a command on some other machine, that may be killed."""
+        self.idle += 1
+        FIGURES[what] += 1
+        options = {"endpoint": self.place.url, "bucket": self.place.bucket, "keep_snapshots": days, "retention": RETENTION}
+        remote = Remote(self.nursery, self.root / NAME, options, 1, self.log)
+        try:
+            if point:
+                remote.ask("arm", point=point, passes=passes)
+            error, text, _ = remote.ask("keep", what=what, **({"older_than": RETENTION} if what == "forget" else {}))
+            assert not error, text
+            remote.kill()
+        except Died:
+            assert point
+            FIGURES["upkeep killed"] += 1
+        self.follow()
 
     # --- the end -------------------------------------------------------------------------------------------------------
 
@@ -382,6 +440,8 @@ class Model(Books):
             self.failed()
             raise
         finally:
+            FIGURES["merged"] += self.line.merged
+            FIGURES["strays"] += self.line.strays
             for process in self.processes():
                 process.remote.kill()
             shutil.rmtree(self.root)

@@ -64,6 +64,7 @@ class Books(RuleBasedStateMachine):
         self.sites: list[Site] = []
         self.calm = 0  # commits since the last blow
         self.idle = 0  # steps since the last commit
+        self.hours = 0  # that have passed on the server
         self.new_site()
         FIGURES["runs"] += 1
 
@@ -225,6 +226,7 @@ class Books(RuleBasedStateMachine):
         local, head = site.image, self.line.images[-1] or None
         could_fail = process.remote.failing
         others = any(other.slots for other in site.processes if other is not process)
+        forgotten = self.forgotten(site)
         FIGURES["boots"] += first
         self.calm = 0
         answer = self.ask(process, "open", may_be=[self.content(head)], slot=slot, policy=policy)
@@ -241,7 +243,7 @@ class Books(RuleBasedStateMachine):
             assert named(found) == named(local), f"{error}: {text}: and the file was changed: {self.story()}"
             if error == "ConflictError":
                 dirty = bool(site.pending) and (site.loose or site.synced < self.line.head)
-                assert dirty or (others and site.synced < self.line.head), f"{text}: {self.story()}"
+                assert dirty or forgotten or (others and site.synced < self.line.head), f"{text}: {self.story()}"
             else:
                 assert error in ("StoreError", "TransientError", "ReplicationError"), f"{error}: {text}"
                 assert could_fail, f"{text}: {self.story()}"
@@ -254,13 +256,20 @@ class Books(RuleBasedStateMachine):
             return
         self.booted(process, local, head, image)
 
+    def forgotten(self, site: Site) -> bool:
+        """Is the local state an earlier one that may have been pruned? Then nothing tells that it was one."""
+        name = named(site.image)
+        known = [txid for txid, earlier in enumerate(self.line.names) if earlier == name]
+        return bool(site.image) and (max(known) < self.line.kept if known else site.synced < self.line.kept)
+
     def booted(self, process: Process, local: bytes | None, head: bytes | None, image: bytes | None) -> None:
         site, policy = process.site, process.policy
+        forgotten = self.forgotten(site)
         site.opened_in = site.boot
         # Another machine's worker may have gone on while this one booted: any head since then will do.
         before = self.line.head
         current = site.synced == before
-        diverged = bool(local) and not current and named(local) not in self.line.names
+        diverged = bool(local) and not current and (named(local) not in self.line.names or forgotten)
         if diverged and policy != "error":
             site.synced, site.pending = before, [named(local)]
         self.follow()
@@ -284,7 +293,11 @@ class Books(RuleBasedStateMachine):
             assert keeps or (follows and site.loose and known), f"local commits were thrown away: {self.story()}"
             site.image = image
             self.stored(site)
-        elif named(local) in self.line.names or (named(local) in self.passed and follows):
+        elif follows and not keeps and forgotten:
+            site.image = image
+            self.based(site)
+            site.synced = heads[-1]
+        elif not forgotten and (named(local) in self.line.names or (named(local) in self.passed and follows)):
             assert follows, f"not brought forward: {self.story()}"
             site.image = image
             self.based(site)

@@ -27,8 +27,25 @@ from typing import Any, Final
 import apsw
 
 import bottomless_wal
-from bottomless_wal import boot, checkpointer, crashpoints, history, local_index, pageview, placing, replica, replicator, vfs, worker
+from bottomless_wal import (
+    boot,
+    checkpointer,
+    compaction,
+    crashpoints,
+    history,
+    local_index,
+    maintenance,
+    pageview,
+    placing,
+    replica,
+    replicator,
+    upkeep,
+    vfs,
+    worker,
+)  # fmt: skip
 from bottomless_wal.errors import BottomlessError, TransientError
+from bottomless_wal.maintenance import history_upkeep
+from bottomless_wal.store.directory import DirectoryStore
 
 logger = logging.getLogger("bottomless_wal.model")
 
@@ -144,6 +161,53 @@ def load(con: apsw.Connection, image: bytes | None) -> None:
         con.deserialize("main", image[:18] + b"\1\1" + image[20:])
 
 
+# --- the server's clock ----------------------------------------------------------------------------------------------------
+
+
+def server_time(root: str) -> float:
+    """What the store below `root` says the time is: hours may have passed there."""
+    try:
+        with open(os.path.join(root, "hours"), encoding="ascii") as file:
+            return time.time() + 3600 * float(file.read() or 0)
+    except FileNotFoundError:
+        return time.time()
+
+
+@contextlib.contextmanager
+def server_clock() -> Iterator[None]:
+    """Directory stores tell that time, and date by it what is stored."""
+    doing, place = DirectoryStore._doing, DirectoryStore._place
+
+    @contextlib.contextmanager
+    def dated(self: DirectoryStore, *arguments: Any) -> Iterator[None]:
+        with doing(self, *arguments):
+            yield
+        self._date = server_time(os.path.dirname(self._root))
+
+    def placed(self: DirectoryStore, key: str, chunks: Any, move: Callable[[str, str], None]) -> tuple[int, float]:
+        date = 0.0
+
+        def dating(temporary: str, target: str) -> None:
+            nonlocal date
+            date = server_time(os.path.dirname(self._root))
+            os.utime(temporary, (date, date))
+            move(temporary, target)
+
+        size, _ = place(self, key, chunks, dating)
+        self._date = date
+        return size, date
+
+    changed = {"_doing": dated, "_place": placed}
+    before = {name: getattr(DirectoryStore, name) for name in changed}
+    for name, function in changed.items():
+        setattr(DirectoryStore, name, function)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(DirectoryStore, name, function)
+
+
 # --- one process -----------------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +274,8 @@ class _Process:
         small = {
             history: {"_INLINE_BYTES": 30000}, pageview: {"_MISSED_PAGES": 8}, vfs: {"AUTOCHECKPOINT_FRAMES": 60},
             checkpointer: {"AUTOCHECKPOINT_FRAMES": 60, "RESTART_FRAMES": 150}, replica: {"RESTART_FRAMES": 150},
-            worker: {"_RETRY_FIRST": 0.05},
+            worker: {"_RETRY_FIRST": 0.05}, compaction: {"LEVELS": (4, 16), "FAN_IN": 6},
+            upkeep: {"LEVELS": (4, 16), "_SMALLEST_SNAPSHOT": 20000}, history_upkeep: {"LEVELS": (4, 16)},
         }  # fmt: skip
         for module, names in small.items():
             vars(module).update(names)
@@ -262,6 +327,10 @@ class _Process:
 
     def fail(self, rule: dict[str, Any] | None) -> None:
         self.outage.rule = rule
+
+    def keep(self, what: str, **more: Any) -> None:
+        """The upkeep of the history, as the commands do it."""
+        getattr(maintenance, what)(self.path, **self.options, **more)
 
     def exit(self) -> None:
         sys.exit(0)
@@ -323,7 +392,7 @@ def _nursery(place: str) -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     logging.getLogger("bottomless_wal").addHandler(logging.NullHandler())
     bottomless_wal.register()
-    with socket.socket(socket.AF_UNIX) as listener:
+    with server_clock(), socket.socket(socket.AF_UNIX) as listener:
         listener.bind(place)
         listener.listen()
         sys.stdout.write("ready\n")
@@ -434,7 +503,8 @@ def nursery() -> Iterator[Nursery]:
     """A nursery, closed at the end."""
     made = Nursery()
     try:
-        yield made
+        with server_clock():
+            yield made
     finally:
         made.close()
 

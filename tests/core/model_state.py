@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import apsw
-from model_process import Remote
+from model_process import Remote, server_time
 from outside import Bucket, page_hash, read_page_object
 
 NAME = "app.db"
+RETENTION = 3 * 3600.0
+"""Seconds, in which nobody prunes what is younger."""
 
 
 def named(image: bytes | None) -> str:
@@ -29,7 +32,10 @@ class Place:
 
 
 class Line:
-    """The history in the bucket, followed as it grows."""
+    """The history in the bucket, followed as it grows, and as what is old is deleted.
+
+    `kept`: whatever may have been deleted, this state and all later ones must be within reach.
+    """
 
     def __init__(self, bucket: Bucket, root: Path) -> None:
         self.bucket = bucket
@@ -37,23 +43,33 @@ class Line:
         self.images: list[bytes] = [b""]
         self.names = [""]
         self.states = [0]
+        self.times = [0.0]
+        self.kept = 1
         self.pages: dict[int, bytes] = {}
         self.known: set[tuple[int, int]] = set()  # (page, its hash): every content that the log has ever had
         self.view: dict[str, tuple[int, int]] = {}
         self.objects: dict[str, tuple[int, int]] = {}
+        self.edges: dict[str, tuple[int, int, bool]] = {}  # of the history: pre, post, does it need nothing before?
+        self.gone: set[str] = set()
+        self.merged = self.strays = 0
 
     @property
     def head(self) -> int:
         return len(self.names) - 1
 
+    def now(self) -> float:
+        return server_time(str(self.root.parent))
+
     def follow(self) -> list[str]:
         """The states that are new. Looks at the page objects first: what they hold must be in the log by then."""
-        changed = [(key, self.bucket.get(key)) for key in self._changed(f"{NAME}-0*", self.view)]
+        changed = []
+        for key in self._changed(f"{NAME}-0*", self.view)[0]:
+            with contextlib.suppress(FileNotFoundError):  # swept meanwhile
+                changed.append((key, self.bucket.get(key)))
         before = self.head
-        for key in sorted(self._changed(f"{NAME}-wal/*-*", self.objects)):
-            pre, post = (int(part, 16) for part in key.rpartition("/")[2].split("-"))
-            assert (pre, post) == (self.head, self.head + 1), f"{key} after txid {self.head}: a gap, or written twice"
-            self._apply(self.bucket.segment(NAME, pre, post))
+        gone: dict[str, tuple[int, int]] = {}
+        assert any(self._look(gone) for _ in range(20)), f"a gap after txid {self.head}"
+        self._check_gone(gone)
         for key, data in changed:
             page, trailer = read_page_object(data)
             assert (trailer.pgno, page_hash(trailer.pgno, page)) in self.known, f"{key} holds what the log has never had"
@@ -61,17 +77,76 @@ class Line:
             assert self.states[trailer.txid] == trailer.post_hash, f"{key}: another history"
         return self.names[before + 1 :]
 
-    def _changed(self, pattern: str, seen: dict[str, tuple[int, int]]) -> list[str]:
+    def _look(self, gone: dict[str, tuple[int, int]]) -> bool:
+        """Looks at the log. False if it grew meanwhile, so that it must be looked at once more."""
+        new, lost = self._changed(f"{NAME}-wal/*-*", self.objects)
+        gone |= lost
+        ends = {key: tuple(int(part, 16) for part in key.rpartition("/")[2].split("-")) for key in new}
+        for key in sorted(new, key=lambda key: (ends[key][1] - ends[key][0] > 1, ends[key])):
+            pre, post = ends[key]
+            try:
+                edge = self.bucket.segment(NAME, pre, post)
+            except FileNotFoundError:
+                assert key not in self.edges
+                self.objects.pop(key)  # a rival's, withdrawn
+                continue
+            if post > self.head + (post == pre + 1):
+                for rest in new:
+                    if rest not in self.edges:
+                        self.objects.pop(rest, None)
+                return False
+            if post == pre + 1 and post <= self.head:
+                assert key in self.gone, f"{key} after txid {self.head}: written twice"
+                self.strays += 1
+                continue
+            if post == pre + 1:
+                self._apply(edge)
+                self.times.append(self.objects[key][1] / 1e9)
+            else:
+                self._check_merged(edge)
+            self.edges[key] = (pre, post, edge.reset or pre == 0)
+        return True
+
+    def _check_gone(self, gone: dict[str, tuple[int, int]]) -> None:
+        """What is gone was old, and nobody was promised what needs it."""
+        known = {key: self.edges.pop(key) for key in gone if key in self.edges}
+        if not known:
+            return
+        self.gone |= known.keys()
+        now, oldest, youngest = self.now(), 1, 0.0
+        for key, (pre, post, _) in known.items():
+            if post == pre + 1:
+                assert post < self.head, f"{key} is gone, the head's own commit"
+                assert gone[key][1] / 1e9 <= now - 2 * 3600, f"{key} is gone, and was young"
+        for txid, time in enumerate(self.times[1:], 1):
+            youngest = max(youngest, time)
+            if youngest > now - RETENTION:
+                break
+            oldest = txid
+        self.kept = max(self.kept, oldest)
+        within, missing = self.within_reach(), range(self.kept, self.head + 1)
+        assert all(txid in within for txid in missing), f"{sorted(known)} gone: {sorted(set(missing) - within)} cannot be restored"
+
+    def within_reach(self) -> set[int]:
+        """The txids that edges lead to."""
+        found = {0}
+        for pre, post, whole in sorted(self.edges.values()):
+            if whole or pre in found:
+                found.add(post)
+        return found
+
+    def _changed(self, pattern: str, seen: dict[str, tuple[int, int]]) -> tuple[list[str], dict[str, tuple[int, int]]]:
+        """What is new, or new again, and what is gone."""
         found = {}
         for path in self.root.glob(pattern):
-            status = path.stat()
-            found[str(path.relative_to(self.root))] = (status.st_ino, status.st_mtime_ns)
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                found[str(path.relative_to(self.root))] = (status.st_ino, status.st_mtime_ns)
         changed = [key for key, stamp in found.items() if seen.get(key) != stamp]
-        if seen is self.objects:
-            assert seen.keys() <= found.keys(), f"gone from the log: {seen.keys() - found.keys()}"
+        gone = {key: stamp for key, stamp in seen.items() if key not in found}
         seen.clear()
         seen.update(found)
-        return changed
+        return changed, gone
 
     def _apply(self, edge: Any) -> None:
         assert edge.pre_hash == self.states[-1], f"{edge.pre} -> {edge.post} does not follow"
@@ -86,6 +161,15 @@ class Line:
         self.images.append(b"".join(self.pages[pgno] for pgno in range(1, edge.db_size + 1)))
         self.names.append(named(self.images[-1]))
         self.states.append(state)
+
+    def _check_merged(self, edge: Any) -> None:
+        name = f"{edge.pre} -> {edge.post}"
+        assert (edge.pre_hash, edge.post_hash) == (self.states[edge.pre], self.states[edge.post]), f"{name} joins what never was"
+        assert [row[:2] for row in edge.commits] == [(txid, self.states[txid]) for txid in range(edge.pre + 1, edge.post + 1)], name
+        before, size = b"" if edge.reset else self.images[edge.pre], edge.page_size
+        pages = {at // size + 1: before[at : at + size] for at in range(0, len(before), size)} | edge.pages
+        assert b"".join(pages[pgno] for pgno in range(1, edge.db_size + 1)) == self.images[edge.post], f"{name} leads elsewhere"
+        self.merged += 1
 
 
 @dataclass

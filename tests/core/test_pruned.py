@@ -347,6 +347,36 @@ def test_an_earlier_state_after_a_healed_gap_is_fast_forwarded(world: World, txi
     assert replica_of(con).status().txid == 9
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_whose_state_is_none_of_a_long_history_is_told_so_by_few_headers(world: World, damaged: bool) -> None:
+    """A merged edge lists what it was merged from; where it is damaged those are asked."""
+    here, con = opened(world, 5)
+    early = copied(world, here)
+    for number in range(150):
+        con.execute("INSERT INTO t VALUES (?)", (number,))
+    con.close()
+    log = history(world)
+    compact(log, log.edges())
+    if damaged:
+        key = f"app.db-wal/{0:016x}-{64:016x}"
+        world.bucket.put(key, bytes(200) + world.bucket.get(key)[200:])
+    stock = early.stock()
+    stock.execute("INSERT INTO t VALUES ('elsewhere')")
+    stock.close()
+    os.unlink(early.path() + INDEX_SUFFIX)
+    reads: list[str] = []
+    real = DirectoryStore.read
+
+    def read(self: DirectoryStore, key: str, start: int, length: int) -> bytes | None:
+        reads.append(key)
+        return real(self, key, start, length)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConflictError):
+        patch.setattr(DirectoryStore, "read", read)
+        early.connect(**QUIET)
+    assert (len(set(reads)) > 80) if damaged else (len(set(reads)) < 40)
+
+
 # --- damage --------------------------------------------------------------------------------------------------------------------------
 
 
