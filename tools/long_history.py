@@ -7,8 +7,8 @@
     age, prune  all objects become three days old; what no promise needs goes; the head and all that is promised is restored again
     verify      deep: every object, every hash
 
-Prints one line of JSON: the writer's latencies with and without upkeep (of the committing statement, in ms), and requests, bytes and seconds
-of the rest. Exit status 1 if anything is not as it was.
+Prints one line of JSON: the writer's latencies with and without upkeep (of the committing statement, in ms), and requests, bytes and
+seconds of the rest. Exit status 1 if anything is not as it was.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def write(path: str, endpoint: str, compaction: str) -> None:
     rng = random.Random(1)
     for line in sys.stdin:
         for _ in range(int(line)):
-            row = (rng.randrange(20000), time.time(), "%x" % rng.getrandbits(600))
+            row = (rng.randrange(20000), time.time(), f"{rng.getrandbits(600):x}")
             began = time.perf_counter()
             con.execute("INSERT OR REPLACE INTO t VALUES (?, ?, ?)", row)
             took = time.perf_counter() - began

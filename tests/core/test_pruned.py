@@ -348,7 +348,9 @@ def test_an_earlier_state_after_a_healed_gap_is_fast_forwarded(world: World, txi
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_whose_state_is_none_of_a_long_history_is_told_so_by_few_headers(world: World, damaged: bool) -> None:
+def test_whose_state_is_none_of_a_long_history_is_told_so_by_few_headers(
+    world: World, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
     """A merged edge lists what it was merged from; where it is damaged those are asked."""
     here, con = opened(world, 5)
     early = copied(world, here)
@@ -371,8 +373,8 @@ def test_whose_state_is_none_of_a_long_history_is_told_so_by_few_headers(world: 
         reads.append(key)
         return real(self, key, start, length)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConflictError):
-        patch.setattr(DirectoryStore, "read", read)
+    monkeypatch.setattr(DirectoryStore, "read", read)
+    with pytest.raises(ConflictError):
         early.connect(**QUIET)
     assert (len(set(reads)) > 80) if damaged else (len(set(reads)) < 40)
 
