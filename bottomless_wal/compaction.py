@@ -21,7 +21,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
@@ -32,7 +31,7 @@ from .errors import CorruptionError, RestoreError
 from .history import History
 from .segment import LISTED_ROWS, Page, lock_page
 
-__all__ = ["FAN_IN", "LEVELS", "Stopped", "Vanished", "compact", "merge", "missing", "snapshot"]
+__all__ = ["FAN_IN", "LEVELS", "Vanished", "compact", "merge", "missing", "snapshot"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +49,8 @@ class Vanished(Exception):
     """An edge that was listed is gone: somebody has pruned the history meanwhile. List it anew."""
 
 
-class Stopped(Exception):
-    """The caller's `stop` said so."""
-
-
-def _never() -> bool:
-    return False
+def _on() -> None:
+    """Nobody minds."""
 
 
 def _warn(error: CorruptionError) -> None:
@@ -80,17 +75,17 @@ def compact(
     edges: Sequence[Edge],
     *,
     level: int = 3,
-    stop: Callable[[], bool] = _never,
-    rest: Callable[[float], None] = lambda seconds: None,
+    breathe: Callable[[], None] = _on,
+    merged: Callable[[], None] = _on,
     damaged: Callable[[CorruptionError], None] = _warn,
 ) -> list[Edge]:
     """Merges every complete run of commits that is aligned and not merged yet. Returns the edges added.
 
-    `level` is zstd's. `stop` is asked at every page; `rest` is called after each merge with the seconds that it took, `damaged` when a run
-    has an edge that is damaged, or does not follow its predecessor: it stays as it is.
+    `level` is zstd's. `breathe` is called at every edge and page, and may pause, or raise what ends it all; `merged` after each merge;
+    `damaged` when a run has an edge that is damaged, or does not follow its predecessor: it stays as it is.
 
     Raises:
-        Vanished: list the edges anew. StoreError. Stopped.
+        Vanished: list the edges anew. StoreError.
     """
     added: list[Edge] = []
     head = max((edge.post for edge in edges), default=0)
@@ -100,16 +95,15 @@ def compact(
         for chain in missing(heapq.merge(edges, sorted(added)), size):
             if chain[-1].post not in going_on:
                 continue
-            began = time.monotonic()
             try:
-                added.append(merge(history, chain, level=level, stop=stop))
+                added.append(merge(history, chain, level=level, breathe=breathe))
             except CorruptionError as error:
                 damaged(error)
-            rest(time.monotonic() - began)
+            merged()
     return added
 
 
-def snapshot(history: History, edges: Iterable[Edge], target: int, *, level: int = 3, stop: Callable[[], bool] = _never) -> Edge | None:
+def snapshot(history: History, edges: Iterable[Edge], target: int, *, level: int = 3, breathe: Callable[[], None] = _on) -> Edge | None:
     """Makes the edge 0 -> `target`. None when it is there already.
 
     Raises:
@@ -131,8 +125,8 @@ def snapshot(history: History, edges: Iterable[Edge], target: int, *, level: int
             while len(chain) > FAN_IN:
                 # The whole database is read, and written, but once.
                 runs = [chain[at : at + FAN_IN] for at in range(1, len(chain), FAN_IN)]
-                chain = [chain[0], *(merge(history, run, level=level, stop=stop) if len(run) > 1 else run[0] for run in runs)]
-            return merge(history, chain, whole=True, level=level, stop=stop)
+                chain = [chain[0], *(merge(history, run, level=level, breathe=breathe) if len(run) > 1 else run[0] for run in runs)]
+            return merge(history, chain, whole=True, level=level, breathe=breathe)
         except CorruptionError as error:
             named = [edge for edge in chain if f"{edge.pre:016x}-{edge.post:016x}" in error.message]
             if not named or attempt == _ATTEMPTS:
@@ -144,18 +138,21 @@ def snapshot(history: History, edges: Iterable[Edge], target: int, *, level: int
     raise AssertionError("unreachable")
 
 
-def merge(history: History, chain: list[Edge], *, whole: bool = False, level: int = 3, stop: Callable[[], bool] = _never) -> Edge:
+def merge(history: History, chain: list[Edge], *, whole: bool = False, level: int = 3, breathe: Callable[[], None] = _on) -> Edge:
     """Stores the edge from the beginning of `chain` to its end; or, where that begins with the whole database (`whole`), from 0.
 
     Raises:
-        Vanished: one of them is gone. CorruptionError: one is damaged, or does not follow its predecessor. StoreError. Stopped.
+        Vanished: one of them is gone. CorruptionError: one is damaged, or does not follow its predecessor. StoreError.
     """
     pre = 0 if whole else chain[0].pre
     if history.header(pre, chain[-1].post) is not None:
         # Another one has been quicker: what it made is sound, and nothing is overwritten.
         return chain[-1]._replace(pre=pre)
     total = sum(edge.size + edge.body for edge in chain)
-    parts = [_Part(history, edge, total) for edge in chain]
+    parts = []
+    for edge in chain:
+        breathe()
+        parts.append(_Part(history, edge, total))
     headers = [part.header for part in parts]
     for one, other in itertools.pairwise(parts):
         if not other.header.reset and (other.header.pre_hash, other.header.page_size) != (one.header.post_hash, one.header.page_size):
@@ -174,8 +171,7 @@ def merge(history: History, chain: list[Edge], *, whole: bool = False, level: in
     def pages() -> Iterator[Page]:
         nonlocal state
         for page in _newest([part.blocks for part in parts[begin:]]):
-            if stop():
-                raise Stopped
+            breathe()
             if page.pgno <= last.db_size and page.pgno != lock_page(last.page_size):
                 state ^= page.hash
                 yield page

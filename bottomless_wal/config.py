@@ -50,7 +50,7 @@ class Config:
     create_bucket: bool = False
     concurrency: int = 8
     level: int = 3
-    compaction: bool = False
+    compaction: bool = True
     snapshot_interval: float = 86400.0
     retention: float = 86400.0
     keep_snapshots: int = 30

@@ -17,6 +17,7 @@ import logging
 import multiprocessing.util
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -55,7 +56,8 @@ class Status:
     """Where the replication of one database stands, in this process.
 
     `pending_frames` counts committed WAL frames that are not in the log; None when only a scan could tell. `lag` is the age, in seconds, of
-    the oldest such commit that was made here. `requests` and the bytes are counted since the database was opened here.
+    the oldest such commit that was made here. `requests` and the bytes (`sent` by kind of request) are counted since the database was
+    opened here, `seconds` ago.
     """
 
     path: str
@@ -68,9 +70,11 @@ class Status:
     lag: float
     last_error: BottomlessError | None
     requests: Mapping[str, int]
+    sent: Mapping[str, int]
     bytes_sent: int
     bytes_received: int
     retries: int
+    seconds: float
 
 
 class Replica:
@@ -81,6 +85,7 @@ class Replica:
         self.config = config
         self.name = layout.database_name(config.database_id, path)
         self.pid = os.getpid()
+        self._since = time.monotonic()
         self._connect = connect
         self.wals: dict[int, tuple[int, int]] = {}
         """(inode, device) of the WAL that each connection of this process has open."""
@@ -228,9 +233,11 @@ class Replica:
             lag=self.worker.lag(),
             last_error=self.worker.last_error,
             requests=stats.requests,
+            sent=stats.sent,
             bytes_sent=stats.bytes_sent,
             bytes_received=stats.bytes_received,
             retries=stats.retries,
+            seconds=time.monotonic() - self._since,
         )
 
     # --- closing -------------------------------------------------------------------------------------------------------

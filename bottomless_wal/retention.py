@@ -20,7 +20,7 @@ Invariants:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -87,8 +87,12 @@ def superfluous(edges: Sequence[Edge], *, now: float, retention: float, keep_sna
     return gone, base
 
 
-def prune(history: History, *, retention: float, keep_snapshots: int, dry_run: bool = False) -> Pruned:
+def prune(
+    history: History, *, retention: float, keep_snapshots: int, dry_run: bool = False, breathe: Callable[[], None] = lambda: None
+) -> Pruned:
     """Deletes what no promised restore needs. Makes no snapshot: without one that is old enough, nothing can go.
+
+    `breathe` is called often, and may pause, or raise what ends it all.
 
     Raises:
         CorruptionError: as `superfluous`, or the base is not sound. StoreError: some may have been deleted.
@@ -106,7 +110,7 @@ def prune(history: History, *, retention: float, keep_snapshots: int, dry_run: b
     if dry_run:
         return report
     if gone and base:
-        _require_sound(history, edges, base)
+        _require_sound(history, edges, base, breathe)
     _delete(history, [layout.segment_key(history.name, edge.pre, edge.post) for edge in gone])
     _delete(history, bodies)
     if gone or bodies:
@@ -114,7 +118,7 @@ def prune(history: History, *, retention: float, keep_snapshots: int, dry_run: b
     return report
 
 
-def _require_sound(history: History, edges: Sequence[Edge], base: int) -> None:
+def _require_sound(history: History, edges: Sequence[Edge], base: int, breathe: Callable[[], None]) -> None:
     """Reads the snapshot that all the rest will stand on, to its end, and sees that what follows stands on its state.
 
     Raises:
@@ -128,7 +132,7 @@ def _require_sound(history: History, edges: Sequence[Edge], base: int) -> None:
         )
     try:
         for _ in found.blocks():
-            pass
+            breathe()
     except CorruptionError as error:
         raise CorruptionError(f"nothing was deleted: {error.message}", hint=error.hint) from error
     for after in edges:

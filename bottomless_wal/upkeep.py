@@ -7,6 +7,7 @@
 A snapshot is due when the commits since the last one outweigh it, so that what is written at most doubles, and when the last one is
 older than `snapshot_interval`. Everything goes through the store and is safe beside other processes, and machines, that do the same.
 What fails is logged and done by a later turn: neither a commit nor a restore depends on anything here. An idle writer sends nothing.
+After each millisecond of the processor it rests for three, so that commits hardly notice.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from .compaction import LEVELS, Stopped, Vanished, compact, snapshot
+from .compaction import LEVELS, Vanished, compact, snapshot
 from .config import Config
 from .edges import Edge
 from .errors import BottomlessError
@@ -32,6 +33,12 @@ logger = logging.getLogger(__name__)
 _SMALLEST_SNAPSHOT: Final = 1 << 20  # bytes of commits below which a snapshot saves no restore anything
 _LISTINGS: Final = 3
 _PATIENCE: Final = 2.0
+_STRETCH: Final = 0.001  # seconds of the processor at a stretch
+_SHARE: Final = 3  # for each of them, so many of rest
+
+
+class _Stopped(Exception):
+    """The replica closes."""
 
 
 class Upkeep:
@@ -48,7 +55,8 @@ class Upkeep:
         self._config = config
         self._history = history
         self._clock = clock
-        self._pause = pause
+        self._pause = pause or self._rest
+        self._worked = 0.0  # this thread's processor time, until it rested last
         self._cond = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -84,16 +92,13 @@ class Upkeep:
             self._cond.notify_all()
             self._cond.wait_for(lambda: not self._running, _PATIENCE)
 
-    def _stopped(self) -> bool:
-        return self._stopping
-
     def _run(self) -> None:
         mark_own_thread()
         try:
             while self._wait():
                 try:
                     self._turn()
-                except Stopped:
+                except _Stopped:
                     return
                 except Exception as error:
                     if self._stopping:
@@ -124,7 +129,7 @@ class Upkeep:
         for _ in range(_LISTINGS):
             try:
                 self._look()
-                added = compact(self._history, self._window, level=self._config.level, stop=self._stopped, rest=self._rest)
+                added = compact(self._history, self._window, level=self._config.level, breathe=self._breathe)
                 # Every complete run of the highest level has been merged, or has a gap.
                 begin = head // LEVELS[-1] * LEVELS[-1]
                 self._window = sorted(edge for edges in (self._window, added) for edge in edges if edge.pre >= begin)
@@ -157,17 +162,23 @@ class Upkeep:
         if self._last is not None and target <= self._last.post:
             return
         edges = self._history.edges()
-        made = snapshot(self._history, edges, target, level=self._config.level, stop=self._stopped)
+        made = snapshot(self._history, edges, target, level=self._config.level, breathe=self._breathe)
         if made is not None:
             self._last = made
             self._bytes = sum(edge.size + edge.body for edge in edges if edge.post == edge.pre + 1 and edge.pre >= made.post)
-        prune(self._history, retention=self._config.retention, keep_snapshots=self._config.keep_snapshots)
+        config = self._config
+        prune(self._history, retention=config.retention, keep_snapshots=config.keep_snapshots, breathe=self._breathe)
+
+    def _breathe(self) -> None:
+        """Called often: commits come first, and a close does not wait."""
+        if self._stopping:
+            raise _Stopped
+        worked = time.thread_time() - self._worked
+        if worked < _STRETCH:
+            return
+        self._pause(worked * _SHARE)
+        self._worked = time.thread_time()
 
     def _rest(self, seconds: float) -> None:
-        """After a merge that took `seconds`: commits come first."""
-        if self._pause is not None:
-            self._pause(seconds)
-            return
         with self._cond:
-            if not self._stopping:
-                self._cond.wait_for(self._stopped, seconds)
+            self._cond.wait_for(lambda: self._stopping, seconds)

@@ -13,7 +13,7 @@ from .log_audit import Problem
 from .prices import LIST_PRICES, Prices, load_prices
 from .recovery import Restored, reset_from_local, restore
 from .timeline import State, States, states
-from .usage import Cost, Kind, Usage, stats
+from .usage import Cost, Kind, Usage, running_costs, stats
 from .verification import Report, verify
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "prune",
     "reset_from_local",
     "restore",
+    "running_costs",
     "snapshot",
     "states",
     "stats",

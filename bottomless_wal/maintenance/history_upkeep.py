@@ -99,7 +99,7 @@ def compact(path: str | os.PathLike[str], *, progress: Progress | None = None, *
         first: Sequence[Edge] = ()
         done = 0
 
-        def merged(seconds: float) -> None:
+        def merged() -> None:
             nonlocal done
             done += 1
             if progress is not None:
@@ -111,7 +111,7 @@ def compact(path: str | os.PathLike[str], *, progress: Progress | None = None, *
             expected = done + sum(1 for size in LEVELS for _ in compaction.missing(edges, size))
             try:
                 compaction.compact(
-                    target.history, edges, level=target.config.level, rest=merged, damaged=lambda error: damaged.setdefault(error.message)
+                    target.history, edges, level=target.config.level, merged=merged, damaged=lambda error: damaged.setdefault(error.message)
                 )
             except Vanished as error:
                 logger.info("%s: listed once more", error)

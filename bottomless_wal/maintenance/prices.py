@@ -28,7 +28,8 @@ class Prices:
 
 
 LIST_PRICES: Final = Prices("Amazon S3 Standard, us-east-1, first 50 TB", "2025-01", "USD", 0.023, 0.005, 0.0004)
-"""Written down from memory of the public list of that month: it was not looked up since."""
+"""Written down from memory of that month's public list; copies of older lists say the same of storage and of writing requests. Look at
+your provider's own before you decide by it."""
 
 
 def load_prices(path: str | os.PathLike[str]) -> Prices:

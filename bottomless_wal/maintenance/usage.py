@@ -3,6 +3,8 @@
 measured        objects and bytes by kind; commits of the last 24 hours that are still listed
 sampled         page objects that a commit writes: from the headers of the last commits
 extrapolated    a month of such days, at the prices of a list with a date
+
+A process that has the database open knows more: its requests are counted one by one (`running_costs`).
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from .. import layout, parallel
+from ..api import Status
 from ..compaction import LEVELS
 from ..edges import Edge
 from ..errors import CorruptionError, RestoreError
 from .prices import GIGABYTE, LIST_PRICES, Prices
 from .target import Target, opened
 
-__all__ = ["Cost", "Kind", "Usage", "stats"]
+__all__ = ["Cost", "Kind", "Usage", "running_costs", "stats"]
 
 _DAY: Final = 86400.0
 _MONTH_DAYS: Final = 365 / 12
@@ -110,6 +113,17 @@ def stats(database: str | os.PathLike[str], *, prices: Prices = LIST_PRICES, **o
             requests=target.requests,
             seconds=time.monotonic() - began,
         )
+
+
+def running_costs(status: Status, *, prices: Prices = LIST_PRICES) -> list[Cost]:
+    """What a month of the requests costs that this process makes for a database, if it goes on as since it was opened; by kind."""
+    share = _MONTH_DAYS * _DAY / max(status.seconds, 1.0)
+    each = {"get": prices.get_per_1000, "head": prices.get_per_1000, "delete": 0.0}
+    basis = f"extrapolated: {{}} requests in the {status.seconds:.0f} s since it was opened"
+    return [
+        Cost(kind, count * share * each.get(kind, prices.put_per_1000) / 1000, basis.format(count))
+        for kind, count in sorted(status.requests.items())
+    ]
 
 
 def _counted(target: Target, kinds: dict[str, Kind]) -> Iterator[Edge]:

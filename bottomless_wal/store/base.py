@@ -51,7 +51,7 @@ class Stats:
 
     def __init__(self) -> None:
         self._requests: Counter[str] = Counter()
-        self._sent = 0
+        self._sent: Counter[str] = Counter()
         self._received = 0
         self._retries = 0
         self.after_fork()
@@ -64,7 +64,7 @@ class Stats:
         """One request of `kind` (put, create, get, head, list, delete, part, ...) that carries `sent` bytes of content."""
         with self._lock:
             self._requests[kind] += 1
-            self._sent += sent
+            self._sent[kind] += sent
 
     def received(self, count: int) -> None:
         """`count` bytes of content have arrived."""
@@ -83,9 +83,16 @@ class Stats:
             return dict(self._requests)
 
     @property
+    def sent(self) -> dict[str, int]:
+        """Bytes of content sent, by kind of request (headers are not counted)."""
+        with self._lock:
+            return {kind: size for kind, size in self._sent.items() if size}
+
+    @property
     def bytes_sent(self) -> int:
-        """Bytes of content sent (headers are not counted)."""
-        return self._sent
+        """All of them together."""
+        with self._lock:
+            return sum(self._sent.values())
 
     @property
     def bytes_received(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -353,3 +354,19 @@ def test_what_is_no_price_list(tmp_path: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(ConfigError, match="is no "):
         load_prices(file)
+
+
+def test_a_process_that_has_it_open_counts_its_requests_and_what_they_cost_a_month(past: Past, tmp_path: Path) -> None:
+    con = bottomless_wal.connect(tmp_path / "new.db", endpoint=past.config.endpoint, bucket="past", ack="log", pages="off")
+    con.execute("CREATE TABLE t(x)")
+    con.execute("INSERT INTO t VALUES (zeroblob(100))")
+    status = bottomless_wal.status(con)
+    con.close()
+    assert status.requests["create"] == 2
+    assert status.sent.keys() == {"create"}
+    assert status.sent["create"] == status.bytes_sent > 200
+    costs = {cost.what: cost for cost in maintenance.running_costs(replace(status, seconds=60.0))}
+    assert costs.keys() == status.requests.keys()
+    assert costs["create"].amount == pytest.approx(2 * 60 * 24 * 365 / 12 * 0.005 / 1000)
+    assert "2 requests in the 60 s" in costs["create"].basis
+    assert costs.get("get", costs["list"]).amount < 2 * costs["create"].amount
