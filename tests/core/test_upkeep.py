@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import random
+import signal
 import threading
+from pathlib import Path
 from typing import Any
 
 import apsw
 import pytest
+from nursery import fork
 from past import Past
 from worlds import World, refusal, replica_of, rows, until
 
 import bottomless_wal
-from bottomless_wal import crashpoints
+from bottomless_wal import compaction, crashpoints
 from bottomless_wal.config import Config
 from bottomless_wal.edges import plan
 from bottomless_wal.errors import TransientError
@@ -124,8 +128,6 @@ def test_a_close_does_not_wait_for_a_merge(world: World) -> None:
 
 def test_a_snapshot_is_made_when_the_commits_outweigh_the_last_one_and_then_it_prunes(tmp_path: Any) -> None:
     past = Past(tmp_path)
-    import random
-
     rng = random.Random(1)
     config = past.config.changed(compaction=True, retention=0.0, keep_snapshots=0)
     now = [0.0]
@@ -145,6 +147,83 @@ def test_a_snapshot_is_made_when_the_commits_outweigh_the_last_one_and_then_it_p
     until(lambda: upkeep._turned == past.head)
     upkeep.stop()
     assert past.image(past.head) == past.states[-1].image
+
+
+# argv: path, point. Commits until its upkeep has died at `point`, and the process with it; prints what was acknowledged.
+DYING = """
+path, point = argv
+die_at(point)
+con = connect(path, pages="off", ack="log")
+con.execute("CREATE TABLE IF NOT EXISTS t(id INTEGER PRIMARY KEY, x)")
+for number in range(1, 400):
+    con.execute("INSERT INTO t VALUES (?, randomblob(300))", (number,))
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.parametrize("point", ["before merged", "after merged"])
+def test_a_writer_killed_in_its_upkeep_has_lost_nothing_and_the_next_one_does_the_rest(world: World, point: str) -> None:
+    here = world.machine()
+    code, lines = fork(DYING, here.path(), point, options=world.options).end()
+    assert code == -signal.SIGKILL
+    known = int(lines[-1])
+    assert known >= 62
+    merged = [edge for edge in world.bucket.edges("app.db") if edge[1] - edge[0] == 64]
+    assert merged == ([(0, 64)] if point == "after merged" else [])
+    elsewhere = world.machine().connect(pages="off", ack="log")
+    assert rows(elsewhere, "SELECT count(*) FROM t") >= known
+    assert world.bucket.log_image("app.db") == elsewhere.serialize("main")
+    commits(elsewhere, 130)
+    until(lambda: {(0, 64), (64, 128)} <= set(world.bucket.edges("app.db")) or _again(elsewhere))
+    image = elsewhere.serialize("main")
+    elsewhere.close()
+    assert world.machine().connect(pages="off", ack="log").serialize("main") == image
+
+
+# argv: path, point. The command `prune`, or `forget`, killed at `point`.
+PRUNING = """
+path, point, what = argv
+die_at(point)
+from bottomless_wal import maintenance
+if what == "prune":
+    maintenance.prune(path, retention=86400, keep_snapshots=0, **options)
+else:
+    maintenance.forget(path, older_than=86400, **options)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "point"),
+    [("prune", "before prune"), ("prune", "within prune")]
+    + [("forget", point) for point in ("before merged", "after merged", "before prune", "within prune")],
+)
+def test_a_command_killed_while_it_prunes_leaves_all_that_is_promised(world: World, what: str, point: str) -> None:
+    con = opened(world, compaction="off")
+    commits(con, 40)
+    if what == "prune":
+        log = history(world)
+        compaction.snapshot(log, log.edges(), 30)
+    image = con.serialize("main")
+    log_directory = Path(world.options["endpoint"].removeprefix("file://")) / world.options["bucket"] / "app.db-wal"
+    for path in log_directory.iterdir():
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+    con.execute("INSERT INTO t VALUES (1000, 'young')")
+    young = con.serialize("main")
+    place = str(con.filename)
+    code, _ = fork(PRUNING, place, point, what, options=world.options).end()
+    assert code == -signal.SIGKILL
+    for txid, expected in ((41, image), (42, young)):
+        bottomless_wal.restore(place, output=f"{place}.{txid}", txid=txid, **world.options)
+        assert Path(f"{place}.{txid}").read_bytes() == expected
+    code, _ = fork(PRUNING, place, "before view", what, options=world.options).end()
+    assert code == 0
+    left = world.bucket.edges("app.db")
+    assert (0, 41 if what == "forget" else 30) in left
+    assert (3, 4) not in left
+    con.execute("INSERT INTO t VALUES (1001, 'still here')")
+    image = con.serialize("main")
+    con.close()
+    assert world.machine().connect(pages="off", ack="log").serialize("main") == image
 
 
 def test_two_processes_on_one_file_do_it_together(world: World) -> None:
