@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .api import Status, connect, flush, register, status
 from .errors import (
     BottomlessError,
@@ -13,26 +15,28 @@ from .errors import (
     RestoreError,
     StoreError,
 )
-from .maintenance import (
-    Check,
-    CompactionReport,
-    Inspection,
-    Listed,
-    Problem,
-    PruneReport,
-    Report,
-    Restored,
-    SnapshotReport,
-    compact,
-    diagnose,
-    inspect,
-    listing,
-    prune,
-    reset_from_local,
-    restore,
-    snapshot,
-    verify,
-)
+
+if TYPE_CHECKING:
+    from .maintenance import (
+        Check,
+        CompactionReport,
+        Inspection,
+        Listed,
+        Problem,
+        PruneReport,
+        Report,
+        Restored,
+        SnapshotReport,
+        compact,
+        diagnose,
+        inspect,
+        listing,
+        prune,
+        reset_from_local,
+        restore,
+        snapshot,
+        verify,
+    )
 
 __all__ = [
     "BottomlessError",
@@ -70,3 +74,18 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    # What is done from beside is loaded when it is first asked for: an application that writes needs none of it.
+    if name in __all__:
+        from . import maintenance
+
+        value: object = getattr(maintenance, name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

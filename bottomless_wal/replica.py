@@ -14,8 +14,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
-import multiprocessing.util
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -432,7 +432,24 @@ class Registry:
 
 
 registry: Final = Registry()
-os.register_at_fork(after_in_child=registry.after_fork)
+
+
+def _leave_by_finalizer() -> None:
+    """Children of multiprocessing leave by os._exit: atexit does not run there, its finalizers do. Without it in the process there is
+    nothing to do; it clears all finalizers when such a child begins, and then calls what was registered."""
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None:
+        util.register_after_fork(registry, lambda owner: util.Finalize(None, owner.exit, exitpriority=100))
+
+
+def _after_fork() -> None:
+    registry.after_fork()
+    _leave_by_finalizer()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 atexit.register(registry.exit)
-# Children of multiprocessing leave by os._exit: atexit does not run there, its finalizers do.
-multiprocessing.util.register_after_fork(registry, lambda owner: multiprocessing.util.Finalize(None, owner.exit, exitpriority=100))
+_leave_by_finalizer()
+if "multiprocessing.util" in sys.modules and sys.modules["multiprocessing.process"].parent_process() is not None:
+    # Imported by what such a child does: it has begun long ago.
+    sys.modules["multiprocessing.util"].Finalize(None, registry.exit, exitpriority=100)

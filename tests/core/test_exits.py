@@ -110,6 +110,30 @@ asyncio.run(main())
 """,
         {}, 0, 1, True,
     ),
+    "a spawned child of multiprocessing that imports as it works": (
+        """
+import subprocess
+code = '''
+import multiprocessing, sys
+def work(path, options):
+    import bottomless_wal
+    con = bottomless_wal.connect(path, **options)
+    con.execute("CREATE TABLE t(x)")
+    con.execute("INSERT INTO t VALUES (1)")
+    globals()["own"] = con
+if __name__ == "__main__":
+    import json
+    process = multiprocessing.get_context("spawn").Process(target=work, args=(sys.argv[1], json.loads(sys.argv[2])))
+    process.start(); process.join()
+    assert process.exitcode == 0
+'''
+import json, pathlib
+file = pathlib.Path(argv[0]).with_name("work.py")
+file.write_text(code)
+subprocess.run([sys.executable, file, argv[0], json.dumps(options)], check=True)
+""",
+        LOCAL, 0, 1, True,
+    ),
     "a child of multiprocessing": (
         OPEN
         + """
