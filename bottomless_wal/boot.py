@@ -23,13 +23,13 @@ from .edges import Edge, newest
 from .errors import ConflictError, CorruptionError, ReplicationError, StoreError
 from .history import Head
 from .learning import learn, learn_locally
+from .local_database import SnapshotLost
 from .local_index import Backlog, Identity, IndexHeader, IndexLost, boot_id
 from .pageview import UNKNOWN_SIZE
 from .placing import LocalState, Relation, local_state, relate
 from .rebuild import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch
 from .replacement import aside, nobody_else, open_elsewhere, put_in_place
 from .replicator import Replicator
-from .snapshot import SnapshotLost
 from .standing import Standing, standing
 
 __all__ = ["Boot"]

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
+from . import parallel
 from .crashpoints import reach
 from .edges import Edge, plan
 from .errors import CorruptionError, RestoreError
@@ -40,6 +41,7 @@ FAN_IN: Final = 80
 """Edges that are read at once: 64 of a level and some that remain."""
 
 _ATTEMPTS: Final = 8
+_WIDTH: Final = 8  # beginnings of edges that are fetched at once
 _CHUNKS: Final = 24 << 20  # bytes read ahead, of all edges together
 _SMALLEST_CHUNK: Final = 64 << 10
 _LARGEST_CHUNK: Final = 4 << 20
@@ -150,9 +152,9 @@ def merge(history: History, chain: list[Edge], *, whole: bool = False, level: in
         return chain[-1]._replace(pre=pre)
     total = sum(edge.size + edge.body for edge in chain)
     parts = []
-    for edge in chain:
+    for part in parallel.ordered(lambda edge: _Part(history, edge, total), chain, _WIDTH):
         breathe()
-        parts.append(_Part(history, edge, total))
+        parts.append(part)
     headers = [part.header for part in parts]
     for one, other in itertools.pairwise(parts):
         if not other.header.reset and (other.header.pre_hash, other.header.page_size) != (one.header.post_hash, one.header.page_size):

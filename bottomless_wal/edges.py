@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import operator
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple, overload
@@ -58,6 +59,11 @@ class Edges(Sequence[Edge]):
 
     def __len__(self) -> int:
         return len(self._pre)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Edges) and len(self) == len(other) and all(map(operator.eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
 
     @overload
     def __getitem__(self, at: int) -> Edge: ...

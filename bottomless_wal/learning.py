@@ -14,10 +14,10 @@ from .crashpoints import reach
 from .edges import Edge, newest, plan
 from .errors import CorruptionError, RestoreError
 from .history import Head, History
+from .local_database import LocalDatabase, SnapshotLost
 from .local_index import IndexHeader, LocalIndex
 from .pageview import UNKNOWN_SIZE
 from .segment import page_hash
-from .snapshot import LocalDatabase, SnapshotLost
 
 __all__ = ["learn", "learn_locally"]
 

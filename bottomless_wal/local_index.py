@@ -1,8 +1,7 @@
 """The local index: what of this database is already in the log, kept in `<db>-bottomless` beside it.
 
 Like SQLite's `-shm` it is only a cache: when it is missing, stale, dirty or damaged, one scan of the database rebuilds it.
-Its file is also the replicator's lock between processes (`flock`, which belongs to an open file description, so that two
-threads must still exclude each other by a mutex). The bytes are told by `index_format`.
+Its file is also the replicator's lock between threads and processes. The bytes are told by `index_format`.
 
 Invariants:
 
@@ -15,18 +14,16 @@ Invariants:
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import operator
 import os
 import secrets
 import sys
-import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, TypeVar
 
+from .file_lock import FileLock
 from .index_format import ENTRY_SIZE, HEADER_SIZE, MAX_INTENTS, SEAL_OFFSET, SEAL_SIZE, Backlog, Identity, IndexHeader, Seal
 from .wal import Position
 
@@ -50,35 +47,11 @@ def boot_id() -> bytes:
         return secrets.token_bytes(16)
 
 
-class LocalIndex:
+class LocalIndex(FileLock):
     """The file `<db>-bottomless`: lock, header and entries.
 
-    `path` is the index's own path. The file is created when first locked, with the permissions of the database beside it.
-    Every method but `locked` expects the lock to be held. Raises OSError as the system does.
+    `path` is the index's own path. Every method but `locked` expects the lock to be held. Raises OSError as the system does.
     """
-
-    def __init__(self, path: str, *, beside: str) -> None:
-        self.path = path
-        self._beside = beside
-        self._fd = -1
-        self._mutex = threading.Lock()
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the lock: threads of this object by a mutex, other processes and objects by `flock`. Not re-entrant."""
-        with self._mutex:
-            while True:
-                if self._fd < 0:
-                    self._fd = self._open()
-                fcntl.flock(self._fd, fcntl.LOCK_EX)
-                if self._still_there():
-                    break
-                # Somebody deleted or replaced the file: a lock on the old one excludes nobody.
-                self._drop()
-            try:
-                yield
-            finally:
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def load(self) -> IndexHeader | None:
         """The header, with what the last seal says; None when the file is empty or damaged."""
@@ -144,16 +117,6 @@ class LocalIndex:
         """Makes what was written durable."""
         os.fsync(self._fd)
 
-    def close(self) -> None:
-        """Gives the descriptor back; a later `locked` opens the file again."""
-        with self._mutex:
-            self._drop()
-
-    def abandon(self) -> None:
-        """For the child of a fork: drops the descriptor without unlocking, for the lock is the parent's too."""
-        self._mutex = threading.Lock()
-        self._drop()
-
     @staticmethod
     def peek(path: str) -> IndexHeader | None:
         """As `load`, of the index at `path`, without its lock: for a look that must not wait."""
@@ -195,26 +158,6 @@ class LocalIndex:
             os.pwrite(fd, Seal(sequence, None, None, covered=False, anywhere=True).encode(), SEAL_OFFSET)
 
         _with_file(path, os.O_RDWR, write)
-
-    def _open(self) -> int:
-        try:
-            mode = os.stat(self._beside).st_mode & 0o777
-        except FileNotFoundError:
-            mode = 0o644
-        return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
-
-    def _still_there(self) -> bool:
-        mine = os.fstat(self._fd)
-        try:
-            there = os.stat(self.path)
-        except FileNotFoundError:
-            return False
-        return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
-
-    def _drop(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
 
 def _read(fd: int) -> tuple[IndexHeader | None, Seal | None]:

@@ -1,14 +1,15 @@
 """The page view: the latest committed content of every page, one object each, written behind the log.
 
     commit n stored, ack=pages ──► put its pages, n = view txid ──► (killed, or failed, in between: n joins the backlog)
-    ack=log, ack=local         ──► filled in turns, as soon as no commit waits for its segment, or at a checkpoint (pages=checkpoint)
+    ack=log, ack=local         ──► filled in turns, beside the commits (`filler`), or at a checkpoint (pages=checkpoint)
     initial, reset             ──► backlog of the whole database, filled in the background
 
 Invariants:
 
 * Nothing is put that is not in the log: a page is put only while its hash is the one that the local index recorded from a stored
   segment. A page that has changed locally since is passed over; the commit that carries the change puts it.
-* One operation per key at a time: everything here runs under the local index's lock.
+* One operation per key at a time: whoever puts or deletes page objects holds the *view lock*, `<db>-bottomless-view`, taken before the
+  index's. A turn of `Filler` lets go of the index while its requests are under way, so that commits go on.
 * "The view is complete up to v" (`IndexHeader.view_complete`) means: the object of every page that has not changed since v is current.
   It is never claimed early. The log alone is authoritative.
 * Objects past the end of a shrunken database are swept later, off the commit path, where a late DELETE cannot hit a page that
@@ -17,43 +18,58 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Final
+from typing import Final, NamedTuple
 
 from . import layout, parallel
 from .config import Config
 from .crashpoints import reach
 from .errors import ReplicationError, StoreError
+from .file_lock import FileLock
 from .history import History
+from .local_database import LocalDatabase, SnapshotLost, Tip
 from .local_index import Backlog, IndexHeader, LocalIndex
 from .page_object import PageTrailer, encode_page_object
 from .segment import Page, page_hash
-from .snapshot import LocalDatabase, SnapshotLost, Tip
 
-__all__ = ["UNKNOWN_SIZE", "PageView"]
+__all__ = ["LOCK_SUFFIX", "UNKNOWN_SIZE", "PageView", "Turn"]
 
 logger = logging.getLogger(__name__)
 
 UNKNOWN_SIZE: Final = 0xFFFFFFFF
 """As `IndexHeader.view_size`: there may be objects past the end."""
 
+LOCK_SUFFIX: Final = "-view"
+"""Of the view lock's file: behind the index's name. The file is always empty."""
+
 _ENTRIES_AT_ONCE: Final = 16384
 _MISSED_PAGES: Final = 1024
 
 
+class Turn(NamedTuple):
+    """Pages of the backlog that are to be put now: as they were at the state that `header` tells. `cursor`: where the next turn goes on."""
+
+    pages: list[Page]
+    header: IndexHeader
+    backlog: Backlog
+    cursor: int
+
+
 class PageView:
-    """Writes the page objects of one database. Every method expects the local index to be locked by the caller."""
+    """Writes the page objects of one database. Every method but `put_turn` expects the local index to be locked by the caller."""
 
     def __init__(self, config: Config, local: LocalDatabase, index: LocalIndex, history: History) -> None:
+        self.lock = FileLock(index.path + LOCK_SUFFIX, beside=local.path)
         self.config = config
         self.local = local
         self.index = index
         self.history = history
 
     def put(self, header: IndexHeader, pages: Iterable[Page], *, guard: Callable[[], None] = lambda: None) -> None:
-        """Puts the pages of the commit that the index has just recorded, when somebody waits for them (ack=pages); else `fill` does.
+        """Puts the pages of the commit that the index has just recorded, when somebody waits for them (ack=pages); else a turn does.
 
         `guard` is called just before. Raises whatever it raises, and:
             ReplicationError: the commit is in the log, but not all of its page objects are stored.
@@ -96,22 +112,26 @@ class PageView:
         return self.config.ack == "pages" and header.view_txid < header.txid
 
     def behind(self, header: IndexHeader) -> bool:
-        """Is there anything to `fill`?"""
+        """Is there anything to put?"""
         return self.config.pages != "off" and (header.backlog is not None or header.view_txid < header.txid)
 
-    def fill(self, header: IndexHeader, tip: Tip, *, most: int) -> None:
-        """Puts up to `most` pages of the backlog, and what commits have left until now. Call it pinned.
+    def locked_to_commit(self) -> contextlib.AbstractContextManager[None]:
+        """The view lock, where commits put page objects themselves (ack=pages). To be taken before the index's."""
+        return self.lock.locked() if self.config.ack == "pages" else contextlib.nullcontext()
+
+    def choose(self, header: IndexHeader, tip: Tip, *, most: int) -> Turn | None:
+        """Up to `most` pages of the backlog, and of what commits have left until now, to be put next. Call it pinned.
 
         Raises:
-            StoreError: they were not all stored; the backlog is as it was.
             SnapshotLost: see `LocalDatabase.page`.
         """
         if header.backlog is None:
             # A pass has a fixed end: pages that change meanwhile wait for the next, or no pass would ever come to its end.
             self._into_backlog(header, upto=header.txid)
+            self.index.save(header)
         backlog = header.backlog
         if backlog is None:
-            return
+            return None
         chosen: list[tuple[int, int]] = []
         cursor = max(backlog.cursor, 1)
         while cursor <= header.db_size and len(chosen) < most:
@@ -122,14 +142,26 @@ class PageView:
                 cursor += 1
                 if len(chosen) == most:
                     break
-        self._put(header, self._current(header, tip, chosen))
+        return Turn(list(self._current(header, tip, chosen)), header, backlog, cursor)
+
+    def put_turn(self, turn: Turn) -> None:
+        """Puts them: with the view locked, and not the index. Raises StoreError: they were not all stored."""
+        self._put(turn.header, turn.pages)
         reach("after fill")
-        header.view_size = max(header.view_size, header.db_size)
-        header.backlog = backlog._replace(cursor=cursor) if cursor <= header.db_size else None
+
+    def advance(self, header: IndexHeader, turn: Turn) -> None:
+        """They are put. (Where the backlog was begun anew meanwhile, so are they: they are put once more.)"""
+        header.view_size = max(header.view_size, turn.header.db_size)
+        if header.backlog == turn.backlog:
+            header.backlog = turn.backlog._replace(cursor=turn.cursor) if turn.cursor <= turn.header.db_size else None
         self.index.save(header)
 
     def finish(self, header: IndexHeader) -> None:
-        """Puts what the last commits have left, unless it is much: that joins the backlog. Call it pinned. Raises as `fill`."""
+        """Puts what the last commits have left, unless it is much: that joins the backlog. Call it pinned.
+
+        Raises:
+            StoreError: they were not all stored. SnapshotLost: see `LocalDatabase.page`.
+        """
         if header.view_txid < header.txid:
             self._put_missed(header, upto=header.txid)
             header.view_size = max(header.view_size, header.db_size)

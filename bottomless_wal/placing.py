@@ -24,9 +24,9 @@ from . import parallel
 from .edges import Edge, leading_to, newest, outermost
 from .errors import CorruptionError
 from .history import Head, History
+from .local_database import LocalDatabase, Shape
 from .local_index import Identity, IndexHeader, LocalIndex, boot_id
 from .segment import LISTED_ROWS, Header, page_hash
-from .snapshot import LocalDatabase, Shape
 from .standing import position_of
 from .wal import Position
 

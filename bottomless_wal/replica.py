@@ -31,11 +31,11 @@ from .config import Config
 from .crashpoints import reach
 from .errors import BottomlessError, ConfigError, ConflictError, FencedError, ReplicationError
 from .history import History
+from .local_database import LocalDatabase
 from .local_index import Identity, IndexHeader, LocalIndex
 from .parallel import is_own_thread
 from .rebuild import Progress
 from .replicator import Replicator
-from .snapshot import LocalDatabase
 from .standing import seal
 from .store import open_store
 from .upkeep import Upkeep
@@ -120,7 +120,7 @@ class Replica:
                 self.store.prepare()
             existed = os.path.exists(self.index.path)
             try:
-                with self.index.locked():
+                with self.replicator.view.locked_to_commit(), self.index.locked():
                     header = Boot(self.replicator, policy=self.config.initial_replication, progress=progress).run(reset=reset)
                     reach("after open")
                     yield
@@ -138,9 +138,12 @@ class Replica:
     def _forget(self, existed: bool) -> None:
         self.local.close()
         self.index.close()
+        self.replicator.view.lock.close()
         if not existed and not os.path.exists(self.path):
             with contextlib.suppress(OSError):
                 os.unlink(self.index.path)
+            with contextlib.suppress(OSError):
+                os.unlink(self.replicator.view.lock.path)
 
     def _reboot(self) -> IndexHeader:
         return Boot(self.replicator, policy=self.config.initial_replication).run()
@@ -269,6 +272,7 @@ class Replica:
             if self.worker.last_error is None:
                 self._mark_clean()
             self.index.close()
+            self.replicator.view.lock.close()
             self.store.close()
 
     def _leave_nothing_to_do(self) -> None:
@@ -301,6 +305,7 @@ class Replica:
     def abandon(self) -> None:
         """In the child of a fork: let go of the lock without releasing it for the parent, and close nothing."""
         self.index.abandon()
+        self.replicator.view.lock.abandon()
 
 
 class Registry:

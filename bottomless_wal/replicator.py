@@ -29,10 +29,10 @@ from .config import Config
 from .crashpoints import reach
 from .errors import FencedError, ReplicationError
 from .history import FENCE_HORIZON_SECONDS, History
+from .local_database import LocalDatabase, SnapshotLost, Tip
 from .local_index import MAX_INTENTS, Identity, IndexHeader, IndexLost, LocalIndex, boot_id
 from .pageview import UNKNOWN_SIZE, PageView
 from .segment import Body, Commit, Header, Segment
-from .snapshot import LocalDatabase, SnapshotLost, Tip
 from .staging import Change, stage_frames, stage_scan
 from .standing import Standing, position_of, standing
 from .wal import Position
@@ -371,10 +371,14 @@ class Replicator:
             )
 
     def require_recent_head(self, header: IndexHeader) -> None:
-        """As `require_head`, unless this process has just stored the head itself: who was stopped since then may have been overtaken."""
-        txid, stored = self._stored_last
-        if txid != header.txid or time.monotonic() - stored > _PAUSE_SECONDS:
+        """As `require_head`, unless this process has just stored the head itself."""
+        if not self.is_recent_head(header):
             self.require_head(header)
+
+    def is_recent_head(self, header: IndexHeader) -> bool:
+        """Has this process stored this state itself, just now? Who was stopped since then may have been overtaken."""
+        txid, stored = self._stored_last
+        return txid >= header.txid and time.monotonic() - stored <= _PAUSE_SECONDS
 
     def _require_body(self, edge: Header, body: Body) -> None:
         """We were stopped between the upload of a body and its segment: a body that nobody names is garbage after a while."""

@@ -19,6 +19,7 @@ Invariants:
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from typing import Final
 
 from . import layout
 from .crashpoints import reach
-from .edges import Edge, reachable
+from .edges import Edge, Edges, reachable
 from .errors import CorruptionError
 from .history import FENCE_HORIZON_SECONDS, History
 
@@ -45,45 +46,44 @@ class Pruned:
     """What `prune` deleted, or would delete: edges, bodies (keys), and their bytes together. `base`: the oldest txid from which on
     every commit can be restored; `snapshots`: txids before it that can be, too."""
 
-    edges: tuple[Edge, ...]
+    edges: Sequence[Edge]
     bodies: tuple[str, ...]
     size: int
     base: int
     snapshots: tuple[int, ...]
 
 
-def superfluous(edges: Sequence[Edge], *, now: float, retention: float, keep_snapshots: int) -> tuple[list[Edge], int]:
+def superfluous(edges: Sequence[Edge], *, now: float, retention: float, keep_snapshots: int) -> tuple[Edges, int]:
     """(the edges that no promised restore needs, the base's txid). Pure. Times in seconds; `keep_snapshots` in days, one a day.
 
     Raises:
         CorruptionError: the head, or a state that is promised, would not be within reach of what is left.
     """
     if not edges:
-        return [], 0
+        return Edges(), 0
     head = max(edge.post for edge in edges)
     oldest = oldest_promised(edges, now=now, retention=retention)
     base = max((edge.post for edge in edges if edge.pre == 0 and edge.post <= oldest), default=0)
-    snapshots = [edge for edge in edges if edge.pre == 0]
-    daily: dict[int, Edge] = {}
-    for edge in sorted(snapshots, key=lambda edge: edge.post):
+    daily: dict[int, int] = {}
+    for edge in sorted((edge for edge in edges if edge.pre == 0), key=lambda edge: edge.post):
         if edge.post < base and edge.modified > now - keep_snapshots * _DAY:
-            daily[int(edge.modified // _DAY)] = edge
-    kept_days = {edge.post for edge in daily.values()}
+            daily[int(edge.modified // _DAY)] = edge.post
+    kept_days = set(daily.values())
 
     def stays(edge: Edge) -> bool:
         if edge.pre >= base or (edge.pre, edge.post) == (head - 1, head):
             return True
         return edge.pre == 0 and (edge.post >= base or edge.post in kept_days)
 
-    kept = [edge for edge in edges if stays(edge)]
-    gone = [edge for edge in edges if not stays(edge)]
-    before = (txid for txid in reachable(edges) if txid >= base)
-    after = [txid for txid in reachable(kept) if txid >= base]
-    if gone and (head not in after or sum(1 for _ in before) != len(after)):
-        raise CorruptionError(
-            f"nothing was deleted: without what is old, some state of {base} to {head} could not be restored any more",
-            hint="The history has a gap. `bottomless-wal verify` shows where; a reset (`reset --from-local`) and a snapshot close it.",
-        )
+    gone = Edges(edge for edge in edges if not stays(edge))
+    if gone:
+        before = sum(txid >= base for txid in reachable(edges))
+        after = [txid for txid in reachable(edge for edge in edges if stays(edge)) if txid >= base]
+        if head not in after or before != len(after):
+            raise CorruptionError(
+                f"nothing was deleted: without what is old, some state of {base} to {head} could not be restored any more",
+                hint="The history has a gap. `bottomless-wal verify` shows where; a reset (`reset --from-local`) and a snapshot close it.",
+            )
     return gone, base
 
 
@@ -100,18 +100,15 @@ def prune(
     edges = history.edges()
     now = history.store.now()
     gone, base = superfluous(edges, now=now, retention=retention, keep_snapshots=keep_snapshots)
-    lost = {(edge.pre, edge.post) for edge in gone}
-    kept = {(edge.pre, edge.post) for edge in edges} - lost
-    bodies, size = _bodies(history, gone, kept, now)
-    report = Pruned(
-        tuple(gone), tuple(bodies), size + sum(edge.size for edge in gone), base,
-        tuple(sorted(post for pre, post in kept if pre == 0 and post < base)),
-    )  # fmt: skip
+    bodies, size = _bodies(history, edges, gone, now)
+    lost = {edge.post for edge in gone if edge.pre == 0}
+    snapshots = sorted(edge.post for edge in edges if edge.pre == 0 and edge.post < base and edge.post not in lost)
+    report = Pruned(gone, tuple(bodies), size + sum(edge.size for edge in gone), base, tuple(snapshots))
     if dry_run:
         return report
     if gone and base:
         _require_sound(history, edges, base, breathe)
-    _delete(history, [layout.segment_key(history.name, edge.pre, edge.post) for edge in gone])
+    _delete(history, (layout.segment_key(history.name, edge.pre, edge.post) for edge in gone))
     _delete(history, bodies)
     if gone or bodies:
         logger.info("%s: %d segments and %d bodies deleted (%d bytes)", history.name, len(gone), len(bodies), report.size)
@@ -146,33 +143,42 @@ def _require_sound(history: History, edges: Sequence[Edge], base: int, breathe: 
 
 
 def oldest_promised(edges: Iterable[Edge], *, now: float, retention: float) -> int:
-    """The txid of the state that the database had when what is to be kept begins: it, and all later ones, are promised."""
+    """The txid of the state that the database had when what is to be kept begins: it, and all later ones, are promised.
+
+    `edges` are in the order of their keys.
+    """
     cutoff = now - max(retention, 2 * FENCE_HORIZON_SECONDS)
-    commits = sorted((edge for edge in edges if edge.post == edge.pre + 1), key=lambda edge: edge.post)
-    limit, youngest = (commits[0].pre if commits else 0), 0.0
-    for edge in commits:
+    limit: int | None = None
+    youngest = 0.0
+    for edge in edges:
+        if edge.post != edge.pre + 1:
+            continue
+        limit = edge.pre if limit is None else limit
         youngest = max(youngest, edge.modified)
         if youngest > cutoff:
             break
         limit = edge.post
-    return limit
+    return limit or 0
 
 
-def _bodies(history: History, gone: Sequence[Edge], kept: set[tuple[int, int]], now: float) -> tuple[list[str], int]:
+def _bodies(history: History, edges: Sequence[Edge], gone: Sequence[Edge], now: float) -> tuple[list[str], int]:
     """The bodies of the edges that go, and those that nobody names: their keys, and their bytes."""
-    lost = {(edge.pre, edge.post): edge.modified for edge in gone}
+    found = [
+        (parsed[:2], entry)
+        for entry in history.store.list(layout.body_prefix(history.name))
+        if (parsed := layout.parse_body_key(history.name, entry.key)) is not None
+    ]
+    named = {ends for ends, _ in found}
+    lost = {edge[:2]: edge.modified for edge in gone if edge[:2] in named}
+    there = {edge[:2] for edge in edges if edge[:2] in named}
     keys, size = [], 0
-    for entry in history.store.list(layout.body_prefix(history.name)):
-        parsed = layout.parse_body_key(history.name, entry.key)
-        if parsed is None:
-            continue
-        ends = parsed[:2]
+    for ends, entry in found:
         if ends in lost:
             wanted = entry.modified > lost[ends] and now - entry.modified < _ABANDONED
         elif now - entry.modified < _ABANDONED:
             wanted = True
         else:
-            wanted = ends in kept and _names(history, ends, entry.key)
+            wanted = ends in there and _names(history, ends, entry.key)
         if not wanted:
             keys.append(entry.key)
             size += entry.size
@@ -189,8 +195,9 @@ def _names(history: History, ends: tuple[int, int], key: str) -> bool:
     return header is None or (header.body is not None and layout.log_prefix(history.name) + header.body.name == key)
 
 
-def _delete(history: History, keys: Sequence[str]) -> None:
-    for first in range(0, len(keys), _AT_ONCE):
+def _delete(history: History, keys: Iterable[str]) -> None:
+    rest = iter(keys)
+    while some := list(itertools.islice(rest, _AT_ONCE)):
         reach("before prune")
-        history.store.delete(keys[first : first + _AT_ONCE])
+        history.store.delete(some)
         reach("within prune")

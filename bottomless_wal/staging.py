@@ -16,9 +16,9 @@ from typing import Final
 
 from .errors import ConflictError
 from .history import History, Staged
+from .local_database import LocalDatabase, Shape, SnapshotLost, Tip
 from .local_index import IndexHeader, IndexLost, LocalIndex
 from .segment import Page, lock_page, page_hash
-from .snapshot import LocalDatabase, Shape, SnapshotLost, Tip
 from .standing import position_of
 from .wal import FRAME_HEADER_SIZE, Position, WalHeader
 from .wal_file import FrameMap

@@ -12,8 +12,8 @@ import logging
 from enum import Enum, auto
 
 from .crashpoints import reach
+from .local_database import LocalDatabase, SnapshotLost, Tip
 from .local_index import Identity, IndexHeader, LocalIndex
-from .snapshot import LocalDatabase, SnapshotLost, Tip
 from .wal import Position, WalHeader
 from .wal_file import WalFile
 

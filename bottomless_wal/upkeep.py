@@ -7,7 +7,7 @@
 A snapshot is due when the commits since the last one outweigh it, so that what is written at most doubles, and when the last one is
 older than `snapshot_interval`. Everything goes through the store and is safe beside other processes, and machines, that do the same.
 What fails is logged and done by a later turn: neither a commit nor a restore depends on anything here. An idle writer sends nothing.
-After each millisecond of the processor it rests for three, so that commits hardly notice.
+After each millisecond of the processor it rests for three, so that commits hardly notice; for less when it falls behind them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Final
 
 from .compaction import LEVELS, Vanished, compact, snapshot
 from .config import Config
-from .edges import Edge
+from .edges import Edge, plan
 from .errors import BottomlessError
 from .history import History
 from .parallel import mark_own_thread
@@ -33,8 +33,10 @@ logger = logging.getLogger(__name__)
 _SMALLEST_SNAPSHOT: Final = 1 << 20  # bytes of commits below which a snapshot saves no restore anything
 _LISTINGS: Final = 3
 _PATIENCE: Final = 2.0
+_GRACE: Final = 1.0  # seconds that a close leaves a turn to come to its end
+_PRUNE_EVERY: Final = 3600.0  # seconds: less than what nobody may delete anyway
 _STRETCH: Final = 0.001  # seconds of the processor at a stretch
-_SHARE: Final = 3  # for each of them, so many of rest
+_LAGS: Final = ((1024, 3.0), (8192, 1.0))  # (this far behind at most, for each stretch so many of rest); further behind it does not rest
 
 
 class _Stopped(Exception):
@@ -59,11 +61,14 @@ class Upkeep:
         self._worked = 0.0  # this thread's processor time, until it rested last
         self._cond = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._closing = False
         self._stopping = False
         self._running = False
+        self._turning = False
         self._head = 0
         self._turned = 0  # the head at the last turn
         self._due = clock() + config.snapshot_interval
+        self._prune_at = clock()
         # What a turn needs to know of the edges that it does not list again.
         self._window: Sequence[Edge] = ()
         self._last: Edge | None = None
@@ -78,7 +83,7 @@ class Upkeep:
             if not self._turned:
                 self._turned = txid - 1
             self._head = max(self._head, txid)
-            if self._thread is None and not self._stopping:
+            if self._thread is None and not self._closing:
                 self._thread = threading.Thread(target=self._run, name=f"bottomless upkeep {self._history.name}", daemon=True)
                 self._thread.start()
                 self._running = True
@@ -86,8 +91,11 @@ class Upkeep:
                 self._cond.notify_all()
 
     def stop(self) -> None:
-        """Ends the thread, a merge that is under way too; for a request that hangs nobody waits."""
+        """Ends the thread. A turn that is under way may come to its end, if that is soon; for a request that hangs nobody waits."""
         with self._cond:
+            self._closing = True  # no more rest
+            self._cond.notify_all()
+            self._cond.wait_for(lambda: not self._turning, _GRACE)
             self._stopping = True
             self._cond.notify_all()
             self._cond.wait_for(lambda: not self._running, _PATIENCE)
@@ -107,14 +115,17 @@ class Upkeep:
                     logger.warning("upkeep of %s: %s", self._history.name, error, exc_info=not expected)
         finally:
             with self._cond:
-                self._running = False
+                self._running = self._turning = False
                 self._cond.notify_all()
 
     def _wait(self) -> bool:
         with self._cond:
-            while not self._stopping:
+            self._turning = False
+            self._cond.notify_all()
+            while not self._stopping and not self._closing:
                 now = self._clock()
                 if self._head // LEVELS[0] > self._turned // LEVELS[0] or (now >= self._due and self._head > self._turned):
+                    self._turning = True
                     return True
                 self._cond.wait(max(0.0, self._due - now) if self._head > self._turned else None)
             return False
@@ -161,13 +172,19 @@ class Upkeep:
         target = head if overdue else head // LEVELS[0] * LEVELS[0]
         if self._last is not None and target <= self._last.post:
             return
-        edges = self._history.edges()
-        made = snapshot(self._history, edges, target, level=self._config.level, breathe=self._breathe)
+        last, level = self._last, self._config.level
+        # What lies before the last one is not needed, and there may be much of it.
+        edges: Sequence[Edge] = [last, *self._history.edges(since=last.post)] if last is not None else self._history.edges()
+        if last is not None and plan(edges, target) is None:
+            edges = self._history.edges()
+        made = snapshot(self._history, edges, target, level=level, breathe=self._breathe)
         if made is not None:
             self._last = made
             self._bytes = sum(edge.size + edge.body for edge in edges if edge.post == edge.pre + 1 and edge.pre >= made.post)
-        config = self._config
-        prune(self._history, retention=config.retention, keep_snapshots=config.keep_snapshots, breathe=self._breathe)
+        if self._clock() >= self._prune_at:
+            self._prune_at = self._clock() + _PRUNE_EVERY
+            config = self._config
+            prune(self._history, retention=config.retention, keep_snapshots=config.keep_snapshots, breathe=self._breathe)
 
     def _breathe(self) -> None:
         """Called often: commits come first, and a close does not wait."""
@@ -176,9 +193,11 @@ class Upkeep:
         worked = time.thread_time() - self._worked
         if worked < _STRETCH:
             return
-        self._pause(worked * _SHARE)
+        behind = self._head - self._turned
+        rest = next((rest for most, rest in _LAGS if behind <= most), 0.0)
+        self._pause(0.0 if self._closing else worked * rest)
         self._worked = time.thread_time()
 
     def _rest(self, seconds: float) -> None:
         with self._cond:
-            self._cond.wait_for(lambda: self._stopping, seconds)
+            self._cond.wait_for(lambda: self._closing, seconds)

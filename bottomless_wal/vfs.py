@@ -30,8 +30,8 @@ import apsw
 from .checkpointer import AUTOCHECKPOINT_FRAMES
 from .config import Config
 from .errors import ConfigError, ReplicationError
+from .local_database import wal_vanished
 from .replica import Replica, registry
-from .snapshot import wal_vanished
 from .wal import WalHeader
 
 __all__ = ["VFS_NAME", "arguments", "connect_own", "defaults", "install"]

@@ -1,7 +1,7 @@
 """The file at `<db>-wal` as it is read from beside SQLite, and which of its frames is the last of a page.
 
 The `-wal` file carries no locks: a descriptor of our own harms nobody. What stands in it counts only as far as the wal-index says, which is
-`snapshot`'s to know.
+`local_database`'s to know.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The one thread of a database that uploads, and the committers that wait for it.
+"""The one thread of a database that stores its commits, and the committers that wait for it.
 
     committer: its commit stands locally ──► submit(its place in the WAL) ──► waits until that place is covered
-    worker:    wanted ──► gathers company ──► batch, under the index's lock ──► served, or failed ──► fills the page view when idle
+    worker:    wanted ──► gathers company ──► batch, under the index's lock ──► served, or failed ──► tells the `filler` of page objects
 
 A committer is served when the position that the log has reached covers its frame, or when a batch that looked at the WAL after
 it had submitted came to its end. A failed batch fails everyone that had submitted before it began: an outage costs each one
@@ -21,10 +21,11 @@ import apsw
 
 from .config import Config
 from .errors import BottomlessError, ConflictError, FencedError, ReplicationError, StoreError
+from .filler import Filler, view_is_missing
+from .local_database import LocalDatabase
 from .local_index import IndexHeader, IndexLost, LocalIndex
 from .parallel import mark_own_thread
 from .replicator import Replicator
-from .snapshot import LocalDatabase, SnapshotLost
 from .wal import Position
 
 __all__ = ["Worker"]
@@ -35,11 +36,6 @@ _GATHER_SHARE: Final = 0.075  # of a round trip, spent waiting for those that ke
 _GATHER_MOST: Final = 0.005
 _RETRY_FIRST: Final = 1.0
 _RETRY_MOST: Final = 30.0
-_LOOKS: Final = 100
-_FILL_PAGES: Final = 16  # in one turn, with the index locked
-_FILL_PAUSE: Final = 0.25  # between two turns of the page view's backlog while commits are waiting, here or in another process ...
-_FILL_SHARE: Final = 0.1  # ... and as much longer as leaves a turn no more than this share of the time
-_CONTENDED_SECONDS: Final = 0.003  # who waits that long for the index's lock is not alone
 
 
 class Worker:
@@ -59,7 +55,6 @@ class Worker:
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._pause = pause
         self._config = config
         self._replicator = replicator
         self._index = index
@@ -84,12 +79,9 @@ class Worker:
         self._urgent = 0
         self._flush_wanted = 0
         self._flush_done = 0
-        self._behind = False
-        self._fill_turn = 0.0
-        self._contended = False
-        self._goal: tuple[int, int] | None = None  # (ticket of a flush, the txid up to which it wants the view complete)
         self._retry_wait = 0.0
         self._retry_at: float | None = None
+        self._filler = Filler(config, replicator, index, local, told=self._filled, clock=clock, pause=pause)
         replicator.on_logged = self._publish
 
     # --- committers ----------------------------------------------------------------------------------------------------
@@ -103,7 +95,9 @@ class Worker:
                 self._oldest = self._clock()
             self._ensure_thread()
             self._cond.notify_all()
-            return self._submitted
+            ticket = self._submitted
+        self._filler.active()
+        return ticket
 
     def wait(self, ticket: int, place: Position | None, *, for_pages: bool) -> None:
         """Until what `ticket` stands for is in the log (`place`: where its commit ends in the WAL), and in the view if `for_pages`.
@@ -170,19 +164,13 @@ class Worker:
 
     def nudge(self, header: IndexHeader) -> None:
         """The database is open: what its page view has missed is put in the background."""
-        with self._cond:
-            if self._config.pages == "commit" and self._replicator.view.behind(header) and not self._replicator.held:
-                self._behind = True
-                self._ensure_thread()
-                self._cond.notify_all()
+        if self._config.pages == "commit" and self._replicator.view.behind(header) and not self._replicator.held:
+            self._filler.wanted()
 
     def poke(self) -> None:
         """A checkpoint has run: with pages=checkpoint, the time to write page objects."""
-        with self._cond:
-            if self._config.pages == "checkpoint":
-                self._behind = True
-                self._ensure_thread()
-                self._cond.notify_all()
+        if self._config.pages == "checkpoint":
+            self._filler.wanted()
 
     @property
     def last_error(self) -> BottomlessError | None:
@@ -211,9 +199,12 @@ class Worker:
                 self._ensure_thread()
             self._stopping = True
             self._cond.notify_all()
+        self._filler.stop()
+        with self._cond:
             # Not by Thread.join(): one that Ctrl-C ends takes the thread for dead, though it goes on (CPython 3.11).
             while self._running and self._thread is not threading.current_thread():
                 self._cond.wait(1.0)
+        self._filler.join()
 
     # --- the thread ----------------------------------------------------------------------------------------------------
 
@@ -231,7 +222,8 @@ class Worker:
         if waited > max(self._config.retry_timeout, 1.0):
             raise ReplicationError(
                 f"another process has held the lock of {self._local.path} for {waited:.0f} s: the commit stands, and is not stored",
-                hint="It is stopped, or uploads something large. The commit stays pending, and goes as soon as it lets go.",
+                hint="It is stopped, or uploads something large (with ack=pages, the page view). The commit stays pending, and goes as "
+                "soon as it lets go.",
             )
 
     def _covers(self, place: Position | None) -> bool:
@@ -265,10 +257,7 @@ class Worker:
                     task = self._next_task()
                 if task == "stop":
                     return
-                if task == "batch":
-                    self._batch()
-                else:
-                    self._fill()
+                self._batch()
         finally:
             with self._cond:
                 self._running = False
@@ -278,9 +267,6 @@ class Worker:
         """Waits, with the condition held, for something to do."""
         while True:
             now = self._clock()
-            may_fill = self._behind and self._retry_at is None and self._fatal is None
-            if may_fill and not self._stopping and now >= self._fill_turn:
-                return "fill"  # its turn has come, even while commits never pause
             pending = self._submitted > max(self._done, self._failed)
             retry = self._retry_at is not None and now >= self._retry_at
             if self._fatal is not None:
@@ -296,10 +282,7 @@ class Worker:
                 continue
             if self._stopping:
                 return "stop"
-            if may_fill and (self._goal is not None or not self._contended):
-                return "fill"
-            wake = [moment for moment in (self._retry_at, self._fill_turn if may_fill else None) if moment is not None]
-            self._cond.wait(max(0.0, min(wake) - now) if wake else None)
+            self._cond.wait(None if self._retry_at is None else max(0.0, self._retry_at - now))
 
     def _gather(self) -> None:
         """When the last batch served several, they are about to commit again: worth a few per cent of a round trip."""
@@ -315,13 +298,12 @@ class Worker:
             stopping = self._stopping
         began = self._clock()
         error: BottomlessError | None = None
-        behind = self._behind
+        behind = False
         goal: int | None = None
         try:
             self._locking = began
-            with self._index.locked():
+            with self._replicator.view.locked_to_commit(), self._index.locked():
                 self._locking = None
-                self._contended = self._clock() - began > _CONTENDED_SECONDS
                 try:
                     header = self._replicator.batch()
                 except IndexLost as lost:
@@ -329,12 +311,12 @@ class Worker:
                     header = self._reboot()
                 behind = self._replicator.view.behind(header)
             if behind and stopping and self._config.pages == "checkpoint":
-                self._fill_all()
+                self._filler.fill_all()
                 behind = False
             elif behind and stopping and self._config.ack != "pages":
-                self._finish()
+                self._filler.finish()
             if stopping or (flushing and not behind):
-                self._sweep()
+                self._filler.sweep()
             goal = header.txid if flushing and behind else None
         except BottomlessError as failure:
             error = self._as_replication_error(failure)
@@ -355,57 +337,35 @@ class Worker:
             error.__cause__ = failure
         with self._cond:
             self._locking = None
-            self._concluded(ticket, error, began, company, behind)
-            if error is None:
-                if goal is None:
-                    self._flush_done = ticket
-                else:
-                    # Commits go on meanwhile: the page view is filled in turns.
-                    self._goal, self._behind = (ticket, goal), True
+            self._concluded(ticket, error, began, company)
+            if error is None and goal is None:
+                self._flush_done = ticket
+            self._cond.notify_all()
+        if error is not None:
+            self._filler.hold()
+        else:
+            # Commits go on meanwhile: the page view is filled in turns.
+            self._filler.follow(behind, (ticket, goal) if goal is not None else None)
+
+    def _filled(self, ticket: int, failure: Exception | None) -> None:
+        """The filler: the page view is as complete as the flush `ticket` (0: none) wanted it; or it could not be filled."""
+        with self._cond:
+            if failure is None:
+                self._flush_done = max(self._flush_done, ticket)
+            else:
+                # Whatever it is, the log goes on; an IndexLost is the next batch's to mend.
+                self._retry_wait = min(max(self._retry_wait * 2, _RETRY_FIRST), _RETRY_MOST)
+                self._retry_at = self._clock() + self._retry_wait
+                if isinstance(failure, FencedError):
+                    self._fatal = failure
+                elif ticket and isinstance(failure, BottomlessError):
+                    self._error = view_is_missing(self._local.path, failure)
+                    self._failed = max(self._failed, ticket)
+                if not self._stopping:
+                    self._ensure_thread()
             self._cond.notify_all()
 
-    def _fill_all(self) -> None:
-        try:
-            lost = 0
-            more = True
-            while more:
-                try:
-                    more = self._fill_some(_FILL_PAGES * 8, everything=True)
-                except SnapshotLost:
-                    lost += 1
-                    if lost == _LOOKS:
-                        raise
-        except (SnapshotLost, IndexLost) as failure:
-            raise ReplicationError(
-                f"everything committed to {self._local.path} is in the log, but not all page objects could be put: {failure}",
-                hint="Nothing is lost. They are put with the next flush(), or in the background.",
-            ) from failure
-        except StoreError as failure:
-            raise _view_is_missing(self._local.path, failure) from failure
-
-    def _finish(self) -> None:
-        """At the close, what the last commits have left of the page view; what is more than that goes on at the next open."""
-        try:
-            with self._index.locked():
-                header = self._replicator.header()
-                with self._local.pinned():
-                    self._replicator.require_head(header)
-                    self._replicator.view.finish(header)
-        except (StoreError, SnapshotLost, IndexLost) as failure:
-            logger.warning("%s: page objects are left to the next open: %s", self._local.path, failure)
-
-    def _sweep(self) -> None:
-        try:
-            with self._index.locked():
-                header = self._replicator.header()
-                if self._replicator.view.to_sweep(header):
-                    self._replicator.require_head(header)
-                    self._replicator.view.sweep(header)
-        except (StoreError, IndexLost) as failure:
-            # Superfluous objects harm nobody.
-            logger.warning("%s: page objects past its end stay until the next time: %s", self._local.path, failure)
-
-    def _concluded(self, ticket: int, error: BottomlessError | None, began: float, company: int, behind: bool) -> None:
+    def _concluded(self, ticket: int, error: BottomlessError | None, began: float, company: int) -> None:
         now = self._clock()
         if error is None:
             self._done = ticket
@@ -414,8 +374,6 @@ class Worker:
             self._oldest = None if self._submitted == ticket else began
             self._company = company
             self._round_trip = (self._round_trip * 3 + (now - began)) / 4 if self._round_trip else now - began
-            # With pages=checkpoint the view is behind on purpose, until a checkpoint has asked for it.
-            self._behind = behind and (self._config.pages == "commit" or self._behind)
         else:
             if self._error is None or self._error.message != error.message:
                 logger.error("%s", error.message)
@@ -431,62 +389,6 @@ class Worker:
                 self._retry_at = None
         self._cond.notify_all()
 
-    def _fill(self) -> None:
-        with self._cond:
-            goal = self._goal
-        began = self._clock()
-        try:
-            more = self._fill_some(_FILL_PAGES * (4 if goal is not None else 1), goal=goal[1] if goal is not None else 0)
-            if goal is not None and not more:
-                self._sweep()
-        except Exception as failure:
-            # Whatever it is, the log goes on; an IndexLost is the next batch's to mend.
-            expected = isinstance(failure, BottomlessError | SnapshotLost | IndexLost | OSError | apsw.Error)
-            logger.warning("the page view of %s: %s", self._local.path, failure, exc_info=not expected)
-            with self._cond:
-                self._retry_wait = min(max(self._retry_wait * 2, _RETRY_FIRST), _RETRY_MOST)
-                self._retry_at = self._clock() + self._retry_wait
-                if isinstance(failure, FencedError):
-                    self._fatal = failure
-                elif goal is not None and isinstance(failure, BottomlessError):
-                    self._error = _view_is_missing(self._local.path, failure)
-                    self._failed = max(self._failed, goal[0])
-                    self._goal = None
-                self._cond.notify_all()
-            return
-        with self._cond:
-            self._behind = more
-            now = self._clock()
-            self._fill_turn = now + max(_FILL_PAUSE, (now - began) / _FILL_SHARE)
-            if goal is not None and not more:
-                self._flush_done = max(self._flush_done, goal[0])
-                if self._goal == goal:
-                    self._goal = None
-                else:
-                    self._behind = True
-                self._cond.notify_all()
-
-    def _fill_some(self, most: int, *, goal: int = 0, everything: bool = False) -> bool:
-        """Puts some of the backlog; is there more (to do for the view to be complete up to `goal`)?"""
-        began = self._clock()
-        with self._index.locked():
-            self._contended = self._clock() - began > _CONTENDED_SECONDS
-            header = self._replicator.header()
-            with self._local.pinned():
-                tip = self._local.tip()
-                if self._local.wal.header() != tip.header:
-                    self._pause(0.001)  # a restart is under way
-                    return True
-                self._replicator.require_recent_head(header)
-                self._replicator.view.fill(header, tip, most=most)
-            if goal:
-                return header.view_complete < goal
-            if everything:
-                return self._replicator.view.behind(header)
-            if self._config.pages == "checkpoint":
-                return header.backlog is not None
-            return self._replicator.view.behind(header)
-
     def _as_replication_error(self, failure: BottomlessError) -> BottomlessError:
         if isinstance(failure, ReplicationError | FencedError | ConflictError):
             return failure
@@ -496,10 +398,3 @@ class Worker:
         )
         error.__cause__ = failure
         return error
-
-
-def _view_is_missing(path: str, failure: BottomlessError) -> ReplicationError:
-    return ReplicationError(
-        f"everything committed to {path} is in the log, but not all page objects are stored: {failure.message}",
-        hint="Nothing is lost. They are put with the next flush(), or in the background. " + failure.hint,
-    )

@@ -23,10 +23,10 @@ import apsw
 from .. import layout
 from ..errors import CorruptionError, RestoreError
 from ..history import Head
+from ..local_database import LocalDatabase, SnapshotLost
 from ..local_index import LocalIndex
 from ..rebuild import Progress, rebuild_from_pages, scratch
 from ..segment import page_hash
-from ..snapshot import LocalDatabase, SnapshotLost
 from .log_audit import LogAudit, Problem
 from .page_hashes import PageHashes
 from .target import Target, opened

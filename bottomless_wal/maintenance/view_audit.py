@@ -16,9 +16,11 @@ from typing import Final
 from .. import layout, parallel
 from ..edges import Edge
 from ..errors import CorruptionError
+from ..file_lock import FileLock
 from ..history import Head
 from ..local_index import LocalIndex
 from ..page_object import PAGE_OBJECT_LIMIT, PageTrailer, decode_page_object, encode_page_object
+from ..pageview import LOCK_SUFFIX
 from ..rebuild import Progress
 from ..replica import INDEX_SUFFIX
 from ..segment import Page, lock_page, page_hash
@@ -183,11 +185,13 @@ class ViewAudit:
             yield
             return
         index = LocalIndex(path + INDEX_SUFFIX, beside=path)
+        view = FileLock(index.path + LOCK_SUFFIX, beside=path)
         try:
-            with index.locked():
+            with view.locked(), index.locked():
                 yield
         finally:
             index.close()
+            view.close()
 
 
 _MOVED: Final = "the history went on during the repair, which has stopped: verify again when nobody writes"

@@ -12,7 +12,7 @@ from worlds import Machine, World, child, refusal, rows
 
 import bottomless_wal
 from bottomless_wal import ReplicationError
-from bottomless_wal.snapshot import LocalDatabase
+from bottomless_wal.local_database import LocalDatabase
 
 CHECKPOINTS = {
     "passive": apsw.SQLITE_CHECKPOINT_PASSIVE,

@@ -16,7 +16,7 @@ from worlds import Machine, World, child, refusal, replica_of, rows, until
 import bottomless_wal
 from bottomless_wal import ConfigError, ConflictError, FencedError, ReplicationError, StoreError, vfs
 from bottomless_wal.checkpointer import Checkpointer
-from bottomless_wal.snapshot import LocalDatabase
+from bottomless_wal.local_database import LocalDatabase
 from bottomless_wal.store import Receipt
 from bottomless_wal.store.directory import DirectoryStore
 

@@ -1,0 +1,75 @@
+"""A lock between processes, on a file that may be deleted or replaced at any time: `flock`, and a look whether it is still the same.
+
+`flock` belongs to an open file description, so that two threads of one object must exclude each other by a mutex. The file of a lock that
+nobody holds may be deleted by anyone; a lock on a deleted file would exclude nobody, so whoever has it opens the path anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import threading
+from collections.abc import Iterator
+
+__all__ = ["FileLock"]
+
+
+class FileLock:
+    """The lock `path`. The file is created when first locked, with the permissions of the file `beside` it.
+
+    Raises OSError as the system does.
+    """
+
+    def __init__(self, path: str, *, beside: str) -> None:
+        self.path = path
+        self._beside = beside
+        self._fd = -1
+        self._mutex = threading.Lock()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the lock: threads of this object by a mutex, other processes and objects by `flock`. Not re-entrant."""
+        with self._mutex:
+            while True:
+                if self._fd < 0:
+                    self._fd = self._open()
+                fcntl.flock(self._fd, fcntl.LOCK_EX)
+                if self._still_there():
+                    break
+                # Somebody deleted or replaced the file: a lock on the old one excludes nobody.
+                self._drop()
+            try:
+                yield
+            finally:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Gives the descriptor back; a later `locked` opens the file again."""
+        with self._mutex:
+            self._drop()
+
+    def abandon(self) -> None:
+        """For the child of a fork: drops the descriptor without unlocking, for the lock is the parent's too."""
+        self._mutex = threading.Lock()
+        self._drop()
+
+    def _open(self) -> int:
+        try:
+            mode = os.stat(self._beside).st_mode & 0o777
+        except FileNotFoundError:
+            mode = 0o644
+        return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+
+    def _still_there(self) -> bool:
+        mine = os.fstat(self._fd)
+        try:
+            there = os.stat(self.path)
+        except FileNotFoundError:
+            return False
+        return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+
+    def _drop(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
