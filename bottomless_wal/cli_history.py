@@ -9,7 +9,7 @@ from typing import Any, Final
 import click
 
 from . import maintenance
-from .cli_common import DATABASE, FOUND, age, json_option, table
+from .cli_common import DATABASE, FOUND, INTERRUPTED, age, json_option, table
 from .console import as_json, console, human_bytes, human_time, moment_text, progress_bar
 
 __all__ = ["COMMANDS"]
@@ -36,6 +36,8 @@ def list_(options: dict[str, str], database: str | None, everything: bool, json:
             told = {"restorable": states.ranges, "snapshots": states.snapshots, "commits": states.commits}
             rows = [{**row, **told} for row in rows]
         click.echo(as_json(rows))
+        if database is not None and not found:
+            sys.exit(FOUND)
         return
     speaker = console()
     if not found:
@@ -138,8 +140,10 @@ def compact(options: dict[str, str], database: str, json: bool) -> None:
             speaker.print("PROBLEM", style="bold red", end=" ")
             speaker.print(message)
         speaker.print(f"{report.name}: {report.merged} segments merged into {len(report.added)} more ({human_bytes(report.size)})")
-        way = f"{report.before} segments before, {report.after} now" if report.after is not None else "no way leads to the head: see verify"
-        speaker.print(f"  a restore of the head (txid {report.head}) reads {way}")
+        if report.after is not None:
+            speaker.print(f"  a restore of the head (txid {report.head}) reads {report.before} segments before, {report.after} now")
+        else:
+            speaker.print(f"  no unbroken chain leads to the head (txid {report.head}): see verify")
         _show_effort(report)
     if not report.ok:
         sys.exit(FOUND)
@@ -186,7 +190,11 @@ def remove(options: dict[str, str], database: str, older_than: float, yes: bool,
         plan = maintenance.forget(database, older_than=older_than, dry_run=True, **options)
         if plan.segments or plan.bodies or plan.snapshot is not None:
             click.echo(_pruned(plan), err=True)
-            click.confirm("Delete them for good?", abort=True, err=True)
+            try:
+                click.confirm("Delete them for good?", abort=True, err=True)
+            except click.Abort:
+                click.echo("\nNothing was deleted. (--yes does not ask.)", err=True)
+                sys.exit(INTERRUPTED)
     report = maintenance.forget(database, older_than=older_than, dry_run=False, **options)
     if json:
         click.echo(as_json(report))
@@ -205,7 +213,8 @@ def _show_pruned(report: maintenance.PruneReport) -> None:
         speaker.print(f"{report.name}: snapshot of txid {report.snapshot}, for what stays to stand on")
     speaker.print(_pruned(report))
     before = f", and the snapshots {', '.join(map(str, report.snapshots))}" if report.snapshots else ""
-    speaker.print(f"  what can be restored: every commit from txid {max(report.base, 1)} to {report.head}{before}")
+    speaker.print(f"  kept: every commit from txid {max(report.base, 1)} to {report.head}{before}")
+    speaker.print(f"  {report.rule}", style="dim")
     if not report.base:
         speaker.print("  There is no snapshot that is old enough: without one nothing can go.", style="dim")
     _show_effort(report)

@@ -21,16 +21,18 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
-from . import parallel
+from . import layout, parallel
 from .crashpoints import reach
 from .edges import Edge, plan
 from .errors import CorruptionError, RestoreError
 from .history import History
-from .segment import LISTED_ROWS, Page, lock_page
+from .segment import LISTED_ROWS, MAX_ROWS, Commit, Page, lock_page
+from .wal import Position
 
 __all__ = ["FAN_IN", "LEVELS", "Vanished", "compact", "merge", "missing", "snapshot"]
 
@@ -41,6 +43,8 @@ FAN_IN: Final = 80
 """Edges that are read at once: 64 of a level and some that remain."""
 
 _ATTEMPTS: Final = 8
+_MOST_COMMITS: Final = MAX_ROWS // 2  # in an edge that is on the way to a snapshot
+_HEAVY: Final = 1 << 20  # bytes below which an edge is merged, whatever the others weigh
 _WIDTH: Final = 8  # beginnings of edges that are fetched at once
 _CHUNKS: Final = 24 << 20  # bytes read ahead, of all edges together
 _SMALLEST_CHUNK: Final = 64 << 10
@@ -69,7 +73,17 @@ def missing(edges: Iterable[Edge], size: int) -> Iterator[list[Edge]]:
         if not any(edge.post - edge.pre == size for edge in inside):
             chain = plan(inside, start + size, start=start)
             if chain is not None:
-                yield chain
+                yield from _light(chain)
+
+
+def _light(chain: list[Edge]) -> Iterator[list[Edge]]:
+    """What of a chain is worth merging: an edge that outweighs all the others together, such as the whole database with which a history
+    begins, stays as it is, and what lies before and behind it is merged."""
+    total = sum(edge.size + edge.body for edge in chain)
+    for heavy, run in itertools.groupby(chain, lambda edge: 2 * (edge.size + edge.body) > max(total, 2 * _HEAVY)):
+        some = list(run)
+        if not heavy and len(some) > 1:
+            yield some
 
 
 def compact(
@@ -80,26 +94,31 @@ def compact(
     breathe: Callable[[], None] = _on,
     merged: Callable[[], None] = _on,
     damaged: Callable[[CorruptionError], None] = _warn,
+    passed_over: set[tuple[int, int]] | None = None,
 ) -> list[Edge]:
     """Merges every complete run of commits that is aligned and not merged yet. Returns the edges added.
 
     `level` is zstd's. `breathe` is called at every edge and page, and may pause, or raise what ends it all; `merged` after each merge;
-    `damaged` when a run has an edge that is damaged, or does not follow its predecessor: it stays as it is.
+    `damaged` when a run has an edge that is damaged, or does not follow its predecessor: it stays as it is, and is noted in `passed_over`,
+    from where a later call knows it.
 
     Raises:
         Vanished: list the edges anew. StoreError.
     """
+    passed_over = set() if passed_over is None else passed_over
     added: list[Edge] = []
     head = max((edge.post for edge in edges), default=0)
     # A commit that leads nowhere is no part of the history (see `Replicator._prove`): it is not to be merged with what is.
     going_on = {edge.pre for edge in edges if edge.pre % LEVELS[0] == 0} | {head}
     for size in LEVELS:
         for chain in missing(heapq.merge(edges, sorted(added)), size):
-            if chain[-1].post not in going_on:
+            ends = (chain[0].pre, chain[-1].post)
+            if (chain[0].pre // size + 1) * size not in going_on or ends in passed_over:
                 continue
             try:
                 added.append(merge(history, chain, level=level, breathe=breathe))
             except CorruptionError as error:
+                passed_over.add(ends)
                 damaged(error)
             merged()
     return added
@@ -111,7 +130,8 @@ def snapshot(history: History, edges: Iterable[Edge], target: int, *, level: int
     Raises:
         RestoreError: no chain of edges leads to `target`. Otherwise as `compact`.
     """
-    known = [edge for edge in edges if edge.post <= target]
+    known_all = list(edges)
+    known = [edge for edge in known_all if edge.post <= target]
     for attempt in itertools.count(1):
         chain = plan(known, target)
         if chain is None:
@@ -126,8 +146,11 @@ def snapshot(history: History, edges: Iterable[Edge], target: int, *, level: int
         try:
             while len(chain) > FAN_IN:
                 # The whole database is read, and written, but once.
-                runs = [chain[at : at + FAN_IN] for at in range(1, len(chain), FAN_IN)]
+                runs = list(_runs(chain[1:]))
+                if len(runs) == len(chain) - 1:
+                    break  # each is as long as an edge may be
                 chain = [chain[0], *(merge(history, run, level=level, breathe=breathe) if len(run) > 1 else run[0] for run in runs)]
+            _require_listed(history, known_all, chain[-1])
             return merge(history, chain, whole=True, level=level, breathe=breathe)
         except CorruptionError as error:
             named = [edge for edge in chain if f"{edge.pre:016x}-{edge.post:016x}" in error.message]
@@ -138,6 +161,32 @@ def snapshot(history: History, edges: Iterable[Edge], target: int, *, level: int
             worst = max(named, key=lambda edge: edge.post - edge.pre)
             known = [edge for edge in known if edge[:2] != worst[:2]]
     raise AssertionError("unreachable")
+
+
+def _runs(chain: Sequence[Edge]) -> Iterator[list[Edge]]:
+    """A chain cut into runs that one edge can take the place of: no more edges than are read at once, no more commits than it can list."""
+    run: list[Edge] = []
+    for edge in chain:
+        if run and (len(run) == FAN_IN or edge.post - run[0].pre > _MOST_COMMITS):
+            yield run
+            run = []
+        run.append(edge)
+    if run:
+        yield run
+
+
+def _require_listed(history: History, edges: Sequence[Edge], last: Edge) -> None:
+    """A snapshot is one of the history if what leads on from there says so. Raises CorruptionError, Vanished."""
+    told = history.listed(edges, last.post)
+    header = history.header(last.pre, last.post) if told is not None else None
+    if told is not None and header is None:
+        raise Vanished(f"the edge {last.pre} -> {last.post} of {history.name!r} is gone")
+    if header is not None and header.post_hash != told:
+        raise CorruptionError(
+            f"{layout.segment_key(history.name, last.pre, last.post)} leads to state hash {header.post_hash:016x}, and the history has "
+            f"{told:016x} at txid {last.post}: it is no part of it",
+            hint="It was left by a writer that was away. `bottomless-wal prune` removes it in time.",
+        )
 
 
 def merge(history: History, chain: list[Edge], *, whole: bool = False, level: int = 3, breathe: Callable[[], None] = _on) -> Edge:
@@ -151,9 +200,15 @@ def merge(history: History, chain: list[Edge], *, whole: bool = False, level: in
         # Another one has been quicker: what it made is sound, and nothing is overwritten.
         return chain[-1]._replace(pre=pre)
     total = sum(edge.size + edge.body for edge in chain)
-    parts = []
+    parts: list[_Part] = []
+    # Of a snapshot's commits the last ones will do; no header keeps its own.
+    commits: deque[Commit] = deque(maxlen=LISTED_ROWS if whole else None)
+    positions: deque[Position] = deque(maxlen=LISTED_ROWS)
     for part in parallel.ordered(lambda edge: _Part(history, edge, total), chain, _WIDTH):
         breathe()
+        commits.extend(part.header.commits)
+        positions.extend(part.header.positions)
+        part.header = replace(part.header, commits=(), positions=())
         parts.append(part)
     headers = [part.header for part in parts]
     for one, other in itertools.pairwise(parts):
@@ -179,16 +234,14 @@ def merge(history: History, chain: list[Edge], *, whole: bool = False, level: in
                 yield page
 
     staged = history.stage(pre, last.post, pages(), last.page_size, level=level)
-    commits = tuple(commit for header in headers for commit in header.commits)
-    positions = tuple(position for header in headers for position in header.positions)
     header = replace(
         last,
         pre=pre,
         pre_hash=headers[0].pre_hash if pre else 0,
         page_count=staged.page_count,
         reset=pre > 0 and headers[begin].whole,
-        commits=commits[-LISTED_ROWS:] if whole else commits,
-        positions=positions[-LISTED_ROWS:],
+        commits=tuple(commits),
+        positions=tuple(positions),
         body=staged.body,
     )
     if header.whole and state != header.post_hash:
@@ -200,8 +253,7 @@ def merge(history: History, chain: list[Edge], *, whole: bool = False, level: in
     receipt = history.append(header, staged.blocks)
     reach("after merged")
     logger.info("%s: %d edges merged into %d -> %d%s", history.name, len(chain), pre, last.post, "" if receipt.created else " by another")
-    size = sum(map(len, staged.blocks))  # and the header: nobody plans by a few bytes
-    return Edge(pre, last.post, size, receipt.date, staged.body.size if staged.body is not None else 0)
+    return Edge(pre, last.post, receipt.size, receipt.date, staged.body.size if staged.body is not None else 0)
 
 
 class _Part:

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from enum import Enum
@@ -142,8 +141,8 @@ def human_bytes(count: float) -> str:
 
 
 def human_time(moment: datetime | None) -> str:
-    """A moment in the local time zone, to the second."""
-    return "" if moment is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment.timestamp()))
+    """A moment in UTC, as `--timestamp` takes it, to the second."""
+    return "" if moment is None else moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def moment_text(moment: datetime) -> str:

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple, overload
 
-__all__ = ["Edge", "Edges", "leading_to", "newest", "outermost", "plan", "reachable"]
+__all__ = ["Edge", "Edges", "Suspects", "leading_to", "newest", "outermost", "plan", "reachable"]
 
 _REQUEST_COST: Final = 64 << 10  # a request costs about as much as these bytes
 _MOST_OPEN: Final = 16384  # states that are remembered though nothing may begin there any more
@@ -195,3 +195,28 @@ def reachable(edges: Iterable[Edge], start: int = 0) -> Iterator[int]:
                 most = max(_MOST_OPEN, 2 * len(states))
             states.add(edge.post)
             yield edge.post
+
+
+class Suspects:
+    """Edges that the plans to come go round. Of two that do not fit together either may be wrong: the earlier one, such as a commit that
+    was stored where the history had been pruned, is left out first; if the later one does not fit again, it was that one."""
+
+    def __init__(self) -> None:
+        self._out: set[tuple[int, int]] = set()
+        self._instead: dict[tuple[int, int], tuple[int, int]] = {}  # later edge -> the earlier one that was left out because of it
+
+    def without(self, edges: Iterable[Edge]) -> list[Edge]:
+        """Those of `edges` that are not suspected."""
+        return [edge for edge in edges if edge[:2] not in self._out]
+
+    def blame(self, edge: Edge, before: Edge | None, edges: Sequence[Edge], target: int) -> None:
+        """`edge` is damaged, is gone, or does not follow `before` (if that is given)."""
+        if before is not None and edge[:2] not in self._instead:
+            rest = [other for other in self.without(edges) if other[:2] != before[:2]]
+            if plan(rest, target) is not None:
+                self._instead[edge[:2]] = before[:2]
+                self._out.add(before[:2])
+                return
+        if edge[:2] in self._instead:
+            self._out.discard(self._instead[edge[:2]])
+        self._out.add(edge[:2])

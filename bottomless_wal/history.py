@@ -19,10 +19,10 @@ from typing import Final, NamedTuple, ParamSpec, TypeVar
 
 from . import layout, parallel, segment
 from .crashpoints import reach
-from .edges import Edge, Edges
+from .edges import Edge, Edges, leading_to
 from .errors import CorruptionError, RestoreError
-from .segment import Body, Header, Page, Segment
-from .store import Receipt, Store
+from .segment import LISTED_ROWS, Body, Header, Page, Segment
+from .store import Entry, Store
 
 __all__ = ["FENCE_HORIZON_SECONDS", "Head", "History", "Staged", "Stream"]
 
@@ -36,6 +36,7 @@ FENCE_HORIZON_SECONDS: Final = 3600.0
 
 _RANGE_BYTES: Final = 4 << 20
 _RECENT_BYTES: Final = 4 << 20
+_COMPRESSORS: Final = 3  # blocks that are compressed at once
 _INLINE_BYTES: Final = 8 << 20  # encoded pages beyond this go into a body
 
 
@@ -59,6 +60,14 @@ class Staged(NamedTuple):
     blocks: Sequence[bytes]
     body: Body | None
     page_count: int
+
+
+class Appended(NamedTuple):
+    """Whether an edge was stored, the server's date (unix seconds), and the segment's size in bytes."""
+
+    created: bool
+    date: float
+    size: int
 
 
 class Stream(NamedTuple):
@@ -89,27 +98,30 @@ class History:
         self._recent_bytes = 0
         self._lock = threading.Lock()
 
-    def edges(self, *, since: int = 0) -> Edges:
+    def edges(self, *, since: int = 0, bodies: bool = False) -> Edges:
         """All edges with pre >= `since`, in the order of their keys. Foreign keys below the prefix are passed over.
 
-        The sizes of bodies, which sort behind all edges, are looked up only where all edges are asked for.
+        The sizes of bodies, which sort behind all edges, are looked up where all edges are asked for; and else with `bodies`.
         """
-        bodies = layout.body_prefix(self.name)
+        body_prefix = layout.body_prefix(self.name)
         sizes: dict[tuple[int, int], int] = {}
         foreign: list[str] = []
 
         dates: list[float] = []
 
+        def sized(entry: Entry) -> None:
+            body = layout.parse_body_key(self.name, entry.key)
+            if body is not None:
+                sizes[body[:2]] = max(entry.size, sizes.get(body[:2], 0))
+
         def listed() -> Iterator[Edge]:
             for entry in self.store.list(layout.log_prefix(self.name), after=layout.log_after(self.name, since)):
                 if not dates:
                     dates.append(self.store.now())
-                if entry.key.startswith(bodies):
+                if entry.key.startswith(body_prefix):
                     if since:
                         return
-                    body = layout.parse_body_key(self.name, entry.key)
-                    if body is not None:
-                        sizes[body[:2]] = max(entry.size, sizes.get(body[:2], 0))
+                    sized(entry)
                     continue
                 ends = layout.parse_segment_key(self.name, entry.key)
                 if ends is None:
@@ -117,11 +129,26 @@ class History:
                     continue
                 yield Edge(*ends, entry.size, entry.modified)
 
-        found = Edges(listed()).with_bodies(sizes)
+        found = Edges(listed())
+        if since and bodies:
+            for entry in self.store.list(body_prefix, after=layout.body_after(self.name, since)):
+                sized(entry)
+        found = found.with_bodies(sizes)
         found.listed_ms = int(dates[0] * 1000) if dates else 0
         if foreign:
             logger.warning("%r to %r in %s are no objects of ours: passed over", foreign[0], foreign[-1], self.store.describe())
         return found
+
+    def snapshots(self) -> list[Edge]:
+        """All edges from 0, in the order of their keys: one request, as a rule."""
+        ends = ((layout.parse_segment_key(self.name, entry.key), entry) for entry in self.store.list(layout.snapshot_prefix(self.name)))
+        found = [Edge(*pair, entry.size, entry.modified) for pair, entry in ends if pair is not None]
+        bodies: dict[tuple[int, int], int] = {}
+        for entry in self.store.list(f"{layout.body_prefix(self.name)}{0:016x}-") if found else ():
+            body = layout.parse_body_key(self.name, entry.key)
+            if body is not None:
+                bodies[body[:2]] = max(entry.size, bodies.get(body[:2], 0))
+        return [edge._replace(body=bodies.get(edge[:2], 0)) for edge in found]
 
     @_twice
     def segment(self, pre: int, post: int) -> Segment | None:
@@ -167,6 +194,29 @@ class History:
         found = segment.decode_header(data, name=key)
         _check_ends(found, pre, post, key)
         return found
+
+    def listed(self, edges: Sequence[Edge], txid: int) -> int | None:
+        """The state hash that the history has at `txid`, as told by an edge that leads on from there, or past it; None if none does.
+
+        A chain of edges may end with a commit that is no part of the history: one that was stored where all had been pruned.
+        """
+        head = max((edge.post for edge in edges), default=0)
+        for edge in sorted((e for e in leading_to(edges, head) if e.pre <= txid < e.post), key=lambda e: (e.pre != txid, e.post)):
+            if edge.pre == 0 and edge.post - txid >= LISTED_ROWS:
+                continue
+            try:
+                header = self.header(edge.pre, edge.post)
+            except CorruptionError as error:
+                logger.warning("%s", error.message)
+                continue
+            if header is None:
+                continue
+            if edge.pre == txid:
+                return header.pre_hash
+            told = next((commit.post for commit in header.commits if commit.txid == txid), None)
+            if told is not None:
+                return told
+        return None
 
     def head(self, edges: Sequence[Edge]) -> Head | None:
         """The state with the highest txid among `edges`, read from one of them; None without edges.
@@ -274,7 +324,7 @@ class History:
                 count += 1
                 yield page
 
-        blocks = segment.encode_blocks(counted(), page_size, level=level)
+        blocks = _encoded(counted(), page_size, level)
         kept: list[bytes] = []
         size = 0
         for block in blocks:
@@ -299,7 +349,7 @@ class History:
         size = self.store.upload(key, hashed())
         return Body(key.removeprefix(layout.log_prefix(self.name)), size, digest.digest())
 
-    def append(self, header: Header, blocks: Sequence[bytes] = ()) -> Receipt:
+    def append(self, header: Header, blocks: Sequence[bytes] = ()) -> Appended:
         """Stores an edge, create-only. `created` False: its key is taken, by an earlier attempt or by a rival."""
         data = segment.encode(header, blocks)
         receipt = self.store.create(layout.segment_key(self.name, header.pre, header.post), data)
@@ -309,7 +359,26 @@ class History:
                 self._recent_bytes += len(data)
                 while self._recent_bytes > _RECENT_BYTES:
                     self._recent_bytes -= len(self._recent.pop(next(iter(self._recent))))
-        return receipt
+        return Appended(receipt.created, receipt.date, len(data))
+
+    def forget(self, pre: int, post: int) -> None:
+        """The edge, which was stored here, is about to be withdrawn."""
+        with self._lock:
+            self._recent_bytes -= len(self._recent.pop((pre, post), b""))
+
+
+def _encoded(pages: Iterator[Page], page_size: int, level: int) -> Iterator[bytes]:
+    """`segment.encode_blocks`; where there are several, they are compressed while further pages are read."""
+    size = segment.pages_per_block(page_size)
+    batches = iter(lambda: list(itertools.islice(pages, size)), [])
+    beginning = list(itertools.islice(batches, 2))
+
+    def encode(batch: list[Page]) -> bytes:
+        return segment.encode_block(batch, page_size, level=level)
+
+    if len(beginning) < 2:
+        return map(encode, beginning)
+    return parallel.ordered(encode, itertools.chain(beginning, batches), _COMPRESSORS)
 
 
 def _check_ends(header: Header, pre: int, post: int, key: str) -> None:

@@ -28,6 +28,7 @@ from .errors import ConfigError
 __all__ = [
     "MAX_PGNO",
     "MAX_TXID",
+    "body_after",
     "body_key",
     "body_prefix",
     "database_name",
@@ -147,6 +148,11 @@ def log_after(name: str, txid: int) -> str:
     return f"{log_prefix(name)}{txid:016x}"
 
 
+def snapshot_prefix(name: str) -> str:
+    """The keys of all edges from 0 begin with this, and no others."""
+    return f"{log_prefix(name)}{0:016x}-"
+
+
 def body_prefix(name: str) -> str:
     """All keys of bodies begin with this; they sort behind all segments."""
     return f"{name}-wal/body/"
@@ -157,6 +163,11 @@ def body_key(name: str, pre: int, post: int, unique: str) -> str:
     if not _UNIQUE.fullmatch(unique):
         raise ValueError(f"not fit for a key: {unique!r}")
     return f"{body_prefix(name)}{_edge(pre, post)}-{unique}"
+
+
+def body_after(name: str, since: int) -> str:
+    """A key before all bodies of edges with pre >= `since`, and behind all others: for a listing that begins there."""
+    return f"{body_prefix(name)}{since:016x}"
 
 
 def parse_body_key(name: str, key: str) -> tuple[int, int, str] | None:

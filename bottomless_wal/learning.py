@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from itertools import islice
+from typing import Final
 
 from .block import check_growth
 from .crashpoints import reach
-from .edges import Edge, newest, plan
+from .edges import Edge, Suspects, newest, plan
 from .errors import CorruptionError, RestoreError
 from .history import Head, History
 from .local_database import LocalDatabase, SnapshotLost
@@ -23,6 +24,8 @@ __all__ = ["learn", "learn_locally"]
 
 logger = logging.getLogger(__name__)
 
+_ATTEMPTS: Final = 8
+
 
 def learn(history: History, index: LocalIndex, header: IndexHeader, head: Head, edges: Sequence[Edge], *, width: int) -> None:
     """The head's page hashes, from the tables of a chain of edges; no page is kept. `header` is left to be saved.
@@ -31,32 +34,33 @@ def learn(history: History, index: LocalIndex, header: IndexHeader, head: Head, 
         RestoreError: no chain of edges leads to the head.
         CorruptionError: the hashes are not the head's state.
     """
-    chain = plan(edges, head.txid)
-    if chain is None:
-        resets = history.resets(edges, width=width)
-        chain = plan(edges, head.txid, wholes={(edge.pre, edge.post) for edge in resets})
+    suspects = Suspects()
+    first: CorruptionError | None = None
+    for _ in range(_ATTEMPTS):
+        usable = suspects.without(edges)
+        chain = plan(usable, head.txid)
+        if chain is None:
+            resets = history.resets(usable, width=width)
+            chain = plan(usable, head.txid, wholes={(edge.pre, edge.post) for edge in resets})
+        if chain is None:
+            break
+        index.forget_pages()
+        try:
+            _learn_chain(history, index, header, chain)
+            break
+        except _Misfit as misfit:
+            logger.warning("%s", misfit.error.message)
+            first = first or misfit.error
+            suspects.blame(misfit.edge, misfit.before, edges, head.txid)
+    else:
+        chain = None
+    if chain is None and first is not None:
+        raise first
     if chain is None:
         raise RestoreError(
             f"the history of {history.name!r} has a gap before txid {head.txid}",
             hint="`bottomless-wal verify` shows where. `bottomless-wal reset --from-local` starts over from the local file.",
         )
-    size = 0
-    for edge in chain:
-        found = history.segment(edge.pre, edge.post)
-        if found is None:
-            raise RestoreError(f"the edge {edge.pre} -> {edge.post} vanished while it was read", hint="Try again.")
-        if found.header.whole:
-            index.forget_pages()
-            size = 0
-        table = history.tables(found)
-        grown = 0
-        while some := list(islice(table, 65536)):
-            grown += sum(pgno > size for pgno, _ in some)
-            index.record([pgno for pgno, _ in some], [known for _, known in some], edge.post)
-        check_growth(found.name, size, found.header.db_size, grown, found.header.page_size)
-        size = found.header.db_size
-        reach("within learn")
-        header.view_txid = min(found.header.view_txid, head.txid)
     header.txid, header.state = head.txid, head.state
     header.page_size, header.db_size = head.page_size, head.db_size
     header.view_size = UNKNOWN_SIZE
@@ -66,6 +70,44 @@ def learn(history: History, index: LocalIndex, header: IndexHeader, head: Head, 
             f"the segments of {history.name!r} give the state {state:016x} at txid {head.txid}, not {head.state:016x}",
             hint="`bottomless-wal verify` shows which is wrong.",
         )
+
+
+class _Misfit(Exception):
+    """`edge` is not sound, or does not follow `before`."""
+
+    def __init__(self, edge: Edge, before: Edge | None, error: CorruptionError) -> None:
+        super().__init__(error.message)
+        self.edge, self.before, self.error = edge, before, error
+
+
+def _learn_chain(history: History, index: LocalIndex, header: IndexHeader, chain: Sequence[Edge]) -> None:
+    size, state = 0, 0
+    before: Edge | None = None
+    for edge in chain:
+        try:
+            found = history.segment(edge.pre, edge.post)
+            if found is None:
+                raise RestoreError(f"the edge {edge.pre} -> {edge.post} vanished while it was read", hint="Try again.")
+            if found.header.whole:
+                index.forget_pages()
+                size = 0
+            elif found.header.pre_hash != state:
+                raise _Misfit(
+                    edge,
+                    before,
+                    CorruptionError(f"{found.name} does not follow state {state:016x}", hint="`bottomless-wal verify` shows more."),
+                )
+            table = history.tables(found)
+            grown = 0
+            while some := list(islice(table, 65536)):
+                grown += sum(pgno > size for pgno, _ in some)
+                index.record([pgno for pgno, _ in some], [known for _, known in some], edge.post)
+            check_growth(found.name, size, found.header.db_size, grown, found.header.page_size)
+        except CorruptionError as error:
+            raise _Misfit(edge, None, error) from error
+        size, state, before = found.header.db_size, found.header.post_hash, edge
+        reach("within learn")
+        header.view_txid = min(found.header.view_txid, edge.post)
 
 
 def learn_locally(

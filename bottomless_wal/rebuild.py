@@ -29,7 +29,7 @@ import apsw
 from . import layout, parallel
 from .block import check_growth, pages_between
 from .crashpoints import reach
-from .edges import Edge, plan
+from .edges import Edge, Suspects, plan
 from .errors import BottomlessError, CorruptionError, RestoreError
 from .history import History
 from .local_index import LocalIndex
@@ -43,7 +43,8 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """Called with (bytes read so far, bytes expected); the second number may still grow."""
 
-_ATTEMPTS: Final = 8
+_ATTEMPTS: Final = 12
+_LOOKS: Final = 2  # listings more, before it is believed that nothing leads there
 _READ_AHEAD: Final = 48 << 20
 _NEWBORN_SECONDS: Final = 10.0  # between a file's creation and its lock
 
@@ -63,9 +64,10 @@ class Rebuilt:
 class _Misfit(Exception):
     """An edge does not belong where the plan put it, or vanished meanwhile."""
 
-    def __init__(self, edge: Edge, cause: str, error: BottomlessError | None = None) -> None:
+    def __init__(self, edge: Edge, cause: str, error: BottomlessError | None = None, *, before: Edge | None = None) -> None:
         super().__init__(cause)
         self.edge = edge
+        self.before = before  # the one that it does not follow
         self.cause = cause
         self.error = error
 
@@ -145,12 +147,16 @@ def rebuild(
     Raises:
         RestoreError: no chain of sound edges leads to `target`; the message names what is missing or wrong.
     """
-    suspects: set[tuple[int, int]] = set()
+    suspects = Suspects()
     first: _Misfit | None = None
     for attempt in range(_ATTEMPTS):
-        usable = [e for e in edges if (e.pre, e.post) not in suspects]
+        usable = suspects.without(edges)
         chain = plan(usable, target)
         overlapping = False
+        if chain is None and first is None and attempt < _LOOKS:
+            # Where somebody prunes, a listing may show what lies before a new snapshot no more, and the snapshot not yet.
+            edges = history.edges()
+            continue
         if chain is None:
             # A reset makes everything before it superfluous, gaps included; only its header tells that it is one.
             wholes = {(e.pre, e.post) for e in history.resets([e for e in usable if e.post <= target], width=width)}
@@ -163,10 +169,11 @@ def rebuild(
         state = Rebuilt()
         try:
             _apply_chain(history, into, chain, state, overlapping=overlapping, width=width, progress=progress)
+            _require_listed(history, edges, chain, state)
         except _Misfit as misfit:
             first = first or misfit
             logger.warning("restoring %s: %s", history.name, misfit.cause)
-            suspects.add((misfit.edge.pre, misfit.edge.post))
+            suspects.blame(misfit.edge, misfit.before, edges, target)
             into.index.forget_pages()
             os.ftruncate(into.fd, 0)
             if attempt + 1 < _ATTEMPTS:
@@ -265,6 +272,7 @@ def _apply_chain(
         except CorruptionError as error:
             return error
 
+    before: Edge | None = None
     for edge, found in zip(chain, parallel.ordered(load, chain, ahead), strict=True):
         key = layout.segment_key(history.name, edge.pre, edge.post)
         if found is None:
@@ -274,8 +282,11 @@ def _apply_chain(
         header = found.header
         if not header.whole and (header.page_size != state.page_size or (header.pre_hash != state.state and not overlapping)):
             raise _Misfit(
-                edge, f"{key} does not follow state {state.state:016x} (txid {state.txid}): it says {header.pre_hash:016x} before it"
+                edge,
+                f"{key} does not follow state {state.state:016x} (txid {state.txid}): it says {header.pre_hash:016x} before it",
+                before=before,
             )
+        before = edge
         state.requests += 1
         if header.body is not None:
             total += header.body.size
@@ -290,6 +301,17 @@ def _apply_chain(
         if progress is not None:
             progress(done, total)
     _require_every_page(into.index, state, chain)
+
+
+def _require_listed(history: History, edges: Sequence[Edge], chain: list[Edge], state: Rebuilt) -> None:
+    """An earlier state is one of the history if what leads on from it says so."""
+    told = history.listed(edges, state.txid) if edges and state.txid < max(edge.post for edge in edges) else None
+    if told is not None and told != state.state:
+        key = layout.segment_key(history.name, chain[-1].pre, chain[-1].post)
+        raise _Misfit(
+            chain[-1],
+            f"{key} leads to state hash {state.state:016x}, and the history has {told:016x} at txid {state.txid}: it is no part of it",
+        )
 
 
 def _apply(into: Scratch, name: str, header: Header, blocks: Iterator[list[Page]], state: Rebuilt) -> None:

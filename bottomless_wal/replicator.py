@@ -27,7 +27,8 @@ from typing import Final
 from . import layout
 from .config import Config
 from .crashpoints import reach
-from .errors import FencedError, ReplicationError
+from .edges import Edge
+from .errors import CorruptionError, FencedError, ReplicationError
 from .history import FENCE_HORIZON_SECONDS, History
 from .local_database import LocalDatabase, SnapshotLost, Tip
 from .local_index import MAX_INTENTS, Identity, IndexHeader, IndexLost, LocalIndex, boot_id
@@ -223,7 +224,8 @@ class Replicator:
         self.index.save(header)
         reach("before put")
         post = target if target is not None else header.txid + 1
-        now_ms = int(self.history.store.now() * 1000)
+        answered_ms = int(self.history.store.now() * 1000)
+        now_ms = int(self.history.store.estimate() * 1000)
         edge = Header(
             pre=0 if target is not None else header.txid,
             post=post,
@@ -249,13 +251,13 @@ class Replicator:
             found = self._stored(header, edge.pre, post)
             self._adopt(header, found)
             raise MovedOn("an earlier attempt was adopted")
-        self._stored_last = (post, stored)
-        self.on_head(post)
         date_ms = int(receipt.date * 1000)
         if header.proved_ms and date_ms - header.proved_ms > FENCE_HORIZON_SECONDS * 1000:
             self._prove(edge)
-        if edge.body is not None and date_ms - now_ms > FENCE_HORIZON_SECONDS * 1000:
+        if edge.body is not None and date_ms - answered_ms > FENCE_HORIZON_SECONDS * 1000:
             self._require_body(edge, edge.body)
+        self._stored_last = (post, stored)
+        self.on_head(post)
         header.position = change.position
         if scanned:
             header.needs_scan = False
@@ -325,8 +327,7 @@ class Replicator:
                 f"and the history has gone on without it"
             )
         logger.info("%s: %s is our own, from an attempt whose answer was lost", self.local.path, found.name)
-        if edge.time_ms - header.proved_ms > FENCE_HORIZON_SECONDS * 1000:
-            self._prove(edge)
+        self._prove(edge)  # when it was stored nobody knows: perhaps where the history had been pruned
         reach("within adopt")
         position = edge.positions[-1] if edge.positions else None
         with self.local.pinned():
@@ -390,18 +391,35 @@ class Replicator:
             )
 
     def _withdraw(self, edge: Header) -> None:
-        """Deletes a segment that was stored just now, by this process, and that nobody was told of."""
+        """Deletes a segment of our own that nobody was told of."""
+        self.history.forget(edge.pre, edge.post)
         self.history.store.delete([layout.segment_key(self.history.name, edge.pre, edge.post)])
 
     def _prove(self, edge: Header) -> None:
-        post = edge.post
-        beyond = self.history.edges(since=post)
-        if beyond:
-            self._withdraw(edge)
-            self._fence(
-                f"{self.local.path} was away for too long: its commit {post} was stored where the history, which is at txid "
-                f"{max(e.post for e in beyond)} by now, had been pruned"
-            )
+        """Nothing lies beyond the edge that we have stored: it was stored at the head, not where the history had been pruned.
+
+        Raises:
+            FencedError: something does. If nothing leads on from the edge itself, it is no part of the history, and is withdrawn.
+        """
+        beyond = self.history.edges(since=edge.post)
+        if not beyond:
+            return
+        head = max(other.post for other in beyond)
+        if any(self._leads_on(edge, other) for other in beyond if other.pre == edge.post):
+            self._fence(f"{self.local.path} stored commit {edge.post}, and another writer has gone on from it, to txid {head}, since then")
+        self._withdraw(edge)
+        self._fence(
+            f"{self.local.path} was away for too long: its commit {edge.post} was stored where the history, which is at txid {head} "
+            f"by now, had been pruned"
+        )
+
+    def _leads_on(self, edge: Header, other: Edge) -> bool:
+        try:
+            header = self.history.header(other.pre, other.post)
+        except CorruptionError as error:
+            logger.warning("%s", error.message)
+            return True  # nobody can tell any more
+        return header is not None and header.pre_hash == edge.post_hash
 
     def _fence(self, message: str) -> None:
         self._fenced = FencedError(

@@ -1,18 +1,22 @@
 """The writer's own upkeep of its history: compaction, snapshots and retention, in a thread of their own, off the commit path.
 
-    commit stored ──► told(txid) ──► 64 more commits, or `snapshot_interval` is over ──► a turn
+    told(txid): a commit is stored ──► txid is a multiple of 64, or a snapshot is overdue ──► a turn
 
-    a turn:  list what is new ──► merge what is complete ──► snapshot, if it is due ──► prune, after a snapshot
+    a turn:  list what is new ──► merge what is complete ──► snapshot, if it is due ──► prune, after a snapshot, at most every hour
 
-A snapshot is due when the commits since the last one outweigh it, so that what is written at most doubles, and when the last one is
-older than `snapshot_interval`. Everything goes through the store and is safe beside other processes, and machines, that do the same.
-What fails is logged and done by a later turn: neither a commit nor a restore depends on anything here. An idle writer sends nothing.
-After each millisecond of the processor it rests for three, so that commits hardly notice; for less when it falls behind them.
+Of all processes that write, the one that stored the 64th commit takes the turn. A snapshot is due when the commits since the last one
+outweigh it, or when that one is older than `snapshot_interval` by the server's clock. So snapshots at most double what is written; and a
+page of a commit is written once more at each level that it is merged at.
+
+Everything goes through the store and is safe beside other processes, and machines, that do the same. What fails is logged and done by a
+later turn: neither a commit nor a restore depends on anything here. An idle writer sends nothing. After each millisecond of the
+processor it rests for three, so that commits hardly notice; for less when it falls behind them.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +35,8 @@ __all__ = ["Upkeep"]
 logger = logging.getLogger(__name__)
 
 _SMALLEST_SNAPSHOT: Final = 1 << 20  # bytes of commits below which a snapshot saves no restore anything
+_FIRST_LOOK: Final = 60.0  # seconds after a process has begun
+_RETRY_FIRST: Final = 300.0  # seconds after a snapshot has failed
 _LISTINGS: Final = 3
 _PATIENCE: Final = 2.0
 _GRACE: Final = 1.0  # seconds that a close leaves a turn to come to its end
@@ -66,9 +72,15 @@ class Upkeep:
         self._running = False
         self._turning = False
         self._head = 0
+        self._complete = False  # is there a run to be merged?
         self._turned = 0  # the head at the last turn
-        self._due = clock() + config.snapshot_interval
+        # Processes that begin together look at different moments; one that ends soon, not at all.
+        self._jitter = random.uniform(0.9, 1.0)
+        self._due = clock() + min(_FIRST_LOOK, config.snapshot_interval) * self._jitter
         self._prune_at = clock()
+        self._failures = 0
+        self._again_at = 0.0
+        self._passed_over: set[tuple[int, int]] = set()
         # What a turn needs to know of the edges that it does not list again.
         self._window: Sequence[Edge] = ()
         self._last: Edge | None = None
@@ -76,18 +88,17 @@ class Upkeep:
         self._listed = False
 
     def told(self, txid: int) -> None:
-        """The head is `txid` now."""
+        """The head is `txid` now, and this process has stored it."""
         if not self._config.compaction:
             return
         with self._cond:
-            if not self._turned:
-                self._turned = txid - 1
-            self._head = max(self._head, txid)
+            self._head = txid
+            self._complete = self._complete or txid % LEVELS[0] == 0
             if self._thread is None and not self._closing:
                 self._thread = threading.Thread(target=self._run, name=f"bottomless upkeep {self._history.name}", daemon=True)
                 self._thread.start()
                 self._running = True
-            elif self._head // LEVELS[0] > self._turned // LEVELS[0]:
+            elif self._complete:
                 self._cond.notify_all()
 
     def stop(self) -> None:
@@ -124,8 +135,8 @@ class Upkeep:
             self._cond.notify_all()
             while not self._stopping and not self._closing:
                 now = self._clock()
-                if self._head // LEVELS[0] > self._turned // LEVELS[0] or (now >= self._due and self._head > self._turned):
-                    self._turning = True
+                if self._complete or (now >= self._due and self._head > self._turned):
+                    self._complete, self._turning = False, True
                     return True
                 self._cond.wait(max(0.0, self._due - now) if self._head > self._turned else None)
             return False
@@ -134,44 +145,76 @@ class Upkeep:
         with self._cond:
             head = self._head
             self._turned = head
-            overdue = self._clock() >= self._due
-            if overdue:
-                self._due = self._clock() + self._config.snapshot_interval
         for _ in range(_LISTINGS):
             try:
-                self._look()
-                added = compact(self._history, self._window, level=self._config.level, breathe=self._breathe)
+                self._look(head)
+                added = compact(self._history, self._window, level=self._config.level, breathe=self._breathe, passed_over=self._passed_over)
                 # Every complete run of the highest level has been merged, or has a gap.
                 begin = head // LEVELS[-1] * LEVELS[-1]
                 self._window = sorted(edge for edges in (self._window, added) for edge in edges if edge.pre >= begin)
-                if self._snapshot_due(overdue):
-                    self._snapshot(head, overdue)
+                self._see_to_a_snapshot(head)
                 return
             except Vanished as vanished:
                 logger.info("%s: %s", self._history.name, vanished)
                 self._listed = False
 
-    def _look(self) -> None:
+    def _look(self, head: int) -> None:
         """Lists what is new. The window is what the next aligned edges may be merged from."""
         if self._listed:
-            new = self._history.edges(since=max((edge.post for edge in self._window), default=0))
+            begin = max((edge.post for edge in self._window), default=0)
+            new = self._history.edges(since=begin, bodies=True)
             self._window = sorted({edge[:2]: edge for edge in (*self._window, *new)}.values())
         else:
-            self._window = new = self._history.edges()
-            self._last, self._bytes = max((edge for edge in new if edge.pre == 0), key=lambda edge: edge.post, default=None), 0
-        begin = self._last.post if self._last is not None else 0
-        self._bytes += sum(edge.size + edge.body for edge in new if edge.post == edge.pre + 1 and edge.pre >= begin)
+            # What lies before the last snapshot is needed for a while yet, and only by those who restore what was then.
+            self._last = max(self._history.snapshots(), key=lambda edge: edge.post, default=None)
+            begin = min(self._last.post if self._last is not None else 0, head) // LEVELS[-1] * LEVELS[-1]
+            self._window = new = self._history.edges(since=begin, bodies=True)
+            self._bytes = 0
+        after = self._last.post if self._last is not None else 0
+        self._bytes += sum(edge.size + edge.body for edge in new if edge.post == edge.pre + 1 and edge.pre >= after)
         self._listed = True
 
-    def _snapshot_due(self, overdue: bool) -> bool:
-        if self._last is None:
-            return True
-        return overdue or self._bytes > max(self._last.size + self._last.body, _SMALLEST_SNAPSHOT)
+    def _due_now(self) -> tuple[bool, bool]:
+        """Is a snapshot due because of the commits since the last one, or because of its age?"""
+        last = self._last
+        if last is None:
+            return True, False
+        age = self._history.store.estimate() - last.modified
+        left = self._config.snapshot_interval * self._jitter - age
+        self._due = self._clock() + max(left, 0.0)
+        return self._bytes > max(last.size + last.body, _SMALLEST_SNAPSHOT), left <= 0
 
-    def _snapshot(self, head: int, overdue: bool) -> None:
-        target = head if overdue else head // LEVELS[0] * LEVELS[0]
-        if self._last is not None and target <= self._last.post:
+    def _see_to_a_snapshot(self, head: int) -> None:
+        if not any(self._due_now()):
             return
+        if self._failures and self._clock() < self._again_at:
+            self._due = self._again_at
+            return
+        # Another process may have made one.
+        newest = max(self._history.snapshots(), key=lambda edge: edge.post, default=None)
+        if newest is not None and (self._last is None or newest.post > self._last.post):
+            self._last = newest
+            self._bytes = sum(
+                edge.size + edge.body for edge in self._history.edges(since=newest.post, bodies=True) if edge.post == edge.pre + 1
+            )
+        heavy, overdue = self._due_now()
+        target = head if overdue else head // LEVELS[0] * LEVELS[0]
+        if not (heavy or overdue) or (self._last is not None and target <= self._last.post):
+            return
+        try:
+            self._snapshot(target)
+        except _Stopped:
+            raise
+        except Exception:
+            # Where a commit is missing no snapshot will be made before a reset: to look for one costs the reading of all headers.
+            self._failures += 1
+            pause = _RETRY_FIRST * 2 ** min(self._failures - 1, 12)
+            self._again_at = self._due = self._clock() + min(pause, max(self._config.snapshot_interval, _RETRY_FIRST))
+            raise
+        self._failures = 0
+        self._due_now()
+
+    def _snapshot(self, target: int) -> None:
         last, level = self._last, self._config.level
         # What lies before the last one is not needed, and there may be much of it.
         edges: Sequence[Edge] = [last, *self._history.edges(since=last.post)] if last is not None else self._history.edges()

@@ -42,6 +42,10 @@ VFS_NAME: Final = "bottomless"
 
 _WAL_VERSION: Final = b"\x02\x02"  # bytes 18 and 19 of a database in WAL mode
 
+_WATCHED: Final = frozenset({apsw.SQLITE_FCNTL_COMMIT_PHASETWO, apsw.SQLITE_FCNTL_PDB, apsw.SQLITE_FCNTL_PRAGMA})
+_control: Final = apsw.VFSFile.xFileControl  # found once: super() costs as much as the call
+_write: Final = apsw.VFSFile.xWrite
+
 _thread = threading.local()
 
 # Errors that wait for the WAL hook: connection pointer -> path of the schema's file -> error.
@@ -59,14 +63,16 @@ class _MainFile(apsw.VFSFile):
         self._read_only = bool(flags[1] & apsw.SQLITE_OPEN_READONLY)
 
     def xFileControl(self, op: int, ptr: int) -> bool:
-        if op == apsw.SQLITE_FCNTL_COMMIT_PHASETWO:
-            if self._replica is not None:
-                self._phase_two(self._replica)
-        elif op == apsw.SQLITE_FCNTL_PDB:
-            self._connection = ctypes.c_void_p.from_address(ptr).value or 0
-        elif op == apsw.SQLITE_FCNTL_PRAGMA and self._replica is not None:
-            self._pragma(apsw.VFSFcntlPragma(ptr))
-        return super().xFileControl(op, ptr)
+        # Every read begins and ends with several that are none of ours: they go on first.
+        if op in _WATCHED:
+            if op == apsw.SQLITE_FCNTL_COMMIT_PHASETWO:
+                if self._replica is not None:
+                    self._phase_two(self._replica)
+            elif op == apsw.SQLITE_FCNTL_PDB:
+                self._connection = ctypes.c_void_p.from_address(ptr).value or 0
+            elif self._replica is not None:
+                self._pragma(apsw.VFSFcntlPragma(ptr))
+        return _control(self, op, ptr)
 
     def xLock(self, level: int) -> None:
         if self._read_only and level > apsw.SQLITE_LOCK_SHARED:
@@ -173,7 +179,7 @@ class _WalFile(apsw.VFSFile):
             self._replica.seal(WalHeader.parse(data))
         elif os.getpid() != self._replica.pid:
             self._replica.check_process()
-        super().xWrite(data, offset)
+        _write(self, data, offset)
 
     def xTruncate(self, size: int) -> None:
         if size == 0:

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 _GATHER_SHARE: Final = 0.075  # of a round trip, spent waiting for those that kept the last batch company
 _GATHER_MOST: Final = 0.005
+_REST_SHARE: Final = 4.0  # with ack=local: of the processor time of a batch, rest before the next
+_REST_MOST: Final = 0.1
 _RETRY_FIRST: Final = 1.0
 _RETRY_MOST: Final = 30.0
 
@@ -71,6 +73,8 @@ class Worker:
         self._error: BottomlessError | None = None  # ... with this
         self._fatal: BottomlessError | None = None
         self._logged: Position | None = None
+        self._idle = False
+        self._rest_until = 0.0
         self._waiting = 0
         self._company = 0
         self._round_trip = 0.0
@@ -94,7 +98,8 @@ class Worker:
             if self._oldest is None:
                 self._oldest = self._clock()
             self._ensure_thread()
-            self._cond.notify_all()
+            if self._idle or self._config.ack != "local":  # else it is about to look, and a switch of threads costs more than a commit
+                self._cond.notify_all()
             ticket = self._submitted
         self._filler.active()
         return ticket
@@ -274,7 +279,7 @@ class Worker:
             if pending or retry:
                 delay = 0.0
                 if not self._stopping and self._urgent <= self._done and self._oldest is not None:
-                    delay = self._oldest + self._config.interval - now
+                    delay = max(self._oldest + self._config.interval, self._rest_until) - now
                 if delay <= 0:
                     self._gather()
                     return "batch"
@@ -282,7 +287,9 @@ class Worker:
                 continue
             if self._stopping:
                 return "stop"
+            self._idle = True
             self._cond.wait(None if self._retry_at is None else max(0.0, self._retry_at - now))
+            self._idle = False
 
     def _gather(self) -> None:
         """When the last batch served several, they are about to commit again: worth a few per cent of a round trip."""
@@ -296,7 +303,7 @@ class Worker:
         with self._cond:
             ticket, flushing, company = self._submitted, self._flush_wanted > self._flush_done, self._waiting
             stopping = self._stopping
-        began = self._clock()
+        began, worked = self._clock(), time.thread_time()
         error: BottomlessError | None = None
         behind = False
         goal: int | None = None
@@ -337,6 +344,9 @@ class Worker:
             error.__cause__ = failure
         with self._cond:
             self._locking = None
+            if self._config.ack == "local":
+                # Nobody waits for it, and whoever commits wants the processor, and Python's lock.
+                self._rest_until = self._clock() + min((time.thread_time() - worked) * _REST_SHARE, _REST_MOST)
             self._concluded(ticket, error, began, company)
             if error is None and goal is None:
                 self._flush_done = ticket

@@ -21,6 +21,7 @@ from .. import compaction, retention
 from ..compaction import LEVELS, Vanished
 from ..edges import Edge, plan
 from ..errors import ConfigError
+from ..history import FENCE_HORIZON_SECONDS
 from ..rebuild import Progress
 from .target import Target, opened
 from .timeline import relisted
@@ -70,8 +71,8 @@ class SnapshotReport:
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
-    """What was deleted, or with `dry_run` would be: `segments` and `bodies`, `size` bytes together. Afterwards every commit from `base` to
-    `head` can be restored, and before it the `snapshots` (txids). `snapshot`: the one that was made for it, or would be (its txid)."""
+    """What was deleted, or with `dry_run` would be: `segments` and `bodies`, `size` bytes together. Every commit from `base` to `head` is
+    kept, and before it the `snapshots` (txids). `snapshot`: the one that was made for it, or would be (its txid). `rule`: in words."""
 
     name: str
     store: str
@@ -83,6 +84,7 @@ class PruneReport:
     bodies: int
     size: int
     snapshot: int | None
+    rule: str
     requests: int
     seconds: float
 
@@ -158,7 +160,8 @@ def prune(path: str | os.PathLike[str], *, dry_run: bool = False, **options: obj
         config = target.config
         for edges in relisted(target.history):
             done = retention.prune(target.history, retention=config.retention, keep_snapshots=config.keep_snapshots, dry_run=dry_run)
-            return _report(target, edges, done, began, dry_run=dry_run)
+            rule = f"by retention={config.retention:g}, keep_snapshots={config.keep_snapshots} (as they are set here)"
+            return _report(target, edges, done, began, rule, dry_run=dry_run)
     raise AssertionError("relisted() ends with an error")
 
 
@@ -175,6 +178,8 @@ def forget(path: str | os.PathLike[str], *, older_than: float, dry_run: bool = F
         raise ConfigError(f"{older_than!r} is no age in seconds", hint="Say how old what is to be forgotten is at least, such as 30d.")
     with opened(path, options) as target:
         made: list[int] = []
+        kept = max(older_than, 2 * FENCE_HORIZON_SECONDS)
+        rule = f"older than {kept:.0f} s" + (" (two hours are always kept)" if kept > older_than else "")
 
         def turn(edges: Sequence[Edge]) -> PruneReport:
             now = target.store.now()
@@ -185,11 +190,13 @@ def forget(path: str | os.PathLike[str], *, older_than: float, dry_run: bool = F
                     gone, base = retention.superfluous(planned, now=now, retention=older_than, keep_snapshots=0)
                     size = sum(edge.size + edge.body for edge in gone)
                     would = retention.Pruned(tuple(gone), (), size, base, ())
-                    return _report(target, edges, would, began, dry_run=True, snapshot=txid, bodies=sum(edge.body > 0 for edge in gone))
+                    return _report(
+                        target, edges, would, began, rule, dry_run=True, snapshot=txid, bodies=sum(edge.body > 0 for edge in gone)
+                    )
                 if _snapshot(target, edges, txid)[0]:
                     made.append(txid)
             done = retention.prune(target.history, retention=older_than, keep_snapshots=0, dry_run=dry_run)
-            return _report(target, edges, done, began, dry_run=dry_run, snapshot=made[-1] if made else None)
+            return _report(target, edges, done, began, rule, dry_run=dry_run, snapshot=made[-1] if made else None)
 
         return _retried(target, turn)
 
@@ -215,6 +222,7 @@ def _report(
     edges: Sequence[Edge],
     done: retention.Pruned,
     began: float,
+    rule: str,
     *,
     dry_run: bool,
     snapshot: int | None = None,
@@ -231,6 +239,7 @@ def _report(
         bodies=len(done.bodies) if bodies is None else bodies,
         size=done.size,
         snapshot=snapshot,
+        rule=rule,
         requests=target.requests,
         seconds=time.monotonic() - began,
     )

@@ -234,7 +234,7 @@ def _removed(target: Target, txid: int | None) -> RestoreError | None:
     runs = [f"{first} to {last}" if first != last else str(first) for first, last in ranges(found)]
     shown = ", ".join(runs if len(runs) <= _RANGES else [*runs[:2], "...", *runs[2 - _RANGES :]])
     return RestoreError(
-        f"txid {txid} of {target.name!r} is not kept any more; what can be restored: {shown}",
+        f"nothing leads to txid {txid} of {target.name!r}, which is not kept any more, or missing; what can be restored: {shown}",
         hint="`retention` and `keep_snapshots` say what is kept. `bottomless-wal ls` with the database's name shows the states.",
     )
 

@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 from .. import parallel
 from ..compaction import Vanished
 from ..edges import Edge, reachable
-from ..errors import CorruptionError, RestoreError
+from ..errors import ConfigError, CorruptionError, RestoreError
 from ..history import History
 from ..segment import LISTED_ROWS, Commit, Header
 from .target import opened
@@ -149,8 +149,12 @@ def txid_at(history: History, edges: Sequence[Edge], moment: datetime, *, width:
     """The last state that can be restored and was made not later than `moment` (naive: UTC).
 
     Raises:
-        RestoreError: the first one is later, or none has a time. Vanished: list the edges anew. StoreError.
+        ConfigError: it is no datetime. RestoreError: the first one is later, or none has a time. Vanished: list the edges anew. StoreError.
     """
+    if not isinstance(moment, datetime):
+        raise ConfigError(
+            f"{moment!r} is no datetime", hint="Such as datetime(2026, 11, 22, 10, 0, tzinfo=UTC); without a tzinfo it is in UTC."
+        )
     moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
     limit = moment.timestamp() * 1000
     best: Commit | None = None

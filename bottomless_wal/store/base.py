@@ -14,6 +14,7 @@ The promises every store keeps (`tests/store/test_conformance.py` holds them aga
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -23,7 +24,7 @@ from typing import Final, Protocol
 from ..errors import ConfigError
 from ..parallel import fork_aware
 
-__all__ = ["PART_BYTES", "Entry", "Receipt", "Stats", "Store", "check_key", "parts"]
+__all__ = ["PART_BYTES", "Entry", "Receipt", "ServerClock", "Stats", "Store", "check_key", "parts"]
 
 PART_BYTES: Final = 8 << 20
 """How much of an `upload` travels in one request: at least 5 MiB by the rules of S3, and all but the last of one size."""
@@ -44,6 +45,10 @@ class Receipt:
 
     created: bool
     date: float
+
+
+_RUNNING: Final[int] = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+_ROUGH: Final = 2.0  # seconds that an answer may seem older than it is: it was on its way, and its date is rounded down
 
 
 class Stats:
@@ -105,6 +110,30 @@ class Stats:
         return self._retries
 
 
+class ServerClock:
+    """The server's time, by the dates of its answers: on S3 they are in whole seconds, so the one furthest ahead tells it best."""
+
+    def __init__(self) -> None:
+        self.last: float | None = None
+        self._ahead: float | None = None
+
+    def heard(self, date: float) -> None:
+        """An answer of `date` (unix seconds) has come."""
+        self.last = date
+        ahead = date - _running()
+        if self._ahead is None or not 0 <= self._ahead - ahead <= _ROUGH:  # further back: the server's clock was set
+            self._ahead = ahead
+
+    def estimate(self) -> float | None:
+        """The server's time by now; None before the first answer."""
+        return None if self._ahead is None else self._ahead + _running()
+
+
+def _running() -> float:
+    """Seconds that this machine has been running, those asleep included where the system counts them."""
+    return time.clock_gettime(_RUNNING)
+
+
 class Store(Protocol):
     """One bucket. See the module's docstring for what holds for every method; all raise `StoreError`."""
 
@@ -156,6 +185,9 @@ class Store(Protocol):
 
     def now(self) -> float:
         """The server's time when it last answered, unix seconds; asks when it has not answered yet. Never ahead of it."""
+
+    def estimate(self) -> float:
+        """What the server's time is by now, as far as can be told without asking: for labels, and no proof of anything."""
 
     def deadline(self, seconds: float) -> AbstractContextManager[None]:
         """Within it, in this thread (and what `parallel` starts from it), all requests together end within `seconds`.

@@ -20,7 +20,7 @@ from typing import Final
 
 from ..config import Config
 from ..errors import ConfigError, CorruptionError, StoreError
-from .base import Entry, Receipt, Stats, check_key
+from .base import Entry, Receipt, ServerClock, Stats, check_key
 
 __all__ = ["DirectoryStore"]
 
@@ -58,7 +58,7 @@ class DirectoryStore:
         self._create_bucket = config.create_bucket
         self._clock = clock
         self._closed = False
-        self._date: float | None = None
+        self._server = ServerClock()
 
     def describe(self) -> str:
         return f"directory '{self._root}'"
@@ -134,10 +134,14 @@ class DirectoryStore:
                         os.unlink(entry.path)
 
     def now(self) -> float:
-        if self._date is None:
+        if self._server.last is None:
             with self._doing("writing", "", "put"), self._temporary() as (fd, _):
-                self._date = os.fstat(fd).st_mtime
-        return self._date
+                self._heard(os.fstat(fd).st_mtime)
+        return self._server.last or 0.0
+
+    def estimate(self) -> float:
+        self.now()
+        return self._server.estimate() or 0.0
 
     @contextlib.contextmanager
     def deadline(self, seconds: float) -> Iterator[None]:
@@ -193,7 +197,8 @@ class DirectoryStore:
                 while view:
                     view = view[os.write(fd, view) :]
             os.fsync(fd)
-            date = self._date = os.fstat(fd).st_mtime
+            date = os.fstat(fd).st_mtime
+            self._heard(date)
             parent = os.path.dirname(target)
             try:
                 move(temporary, target)
@@ -202,6 +207,9 @@ class DirectoryStore:
                 move(temporary, target)
             _sync(parent)
         return size, date
+
+    def _heard(self, date: float) -> None:
+        self._server.heard(date)
 
     @contextlib.contextmanager
     def _temporary(self) -> Iterator[tuple[int, str]]:

@@ -350,10 +350,14 @@ class S3Store:
             logger.info("%s: created", self.describe())
 
     def now(self) -> float:
-        if self._connection.date is None:
+        if self._connection.clock.last is None:
             self._page("", "", "", size=1)
         # (Without a single Date header in its answers there is no better guess than ours.)
-        return time.time() if self._connection.date is None else self._connection.date
+        return self._connection.clock.last or time.time()
+
+    def estimate(self) -> float:
+        self.now()
+        return self._connection.clock.estimate() or time.time()
 
     def deadline(self, seconds: float) -> AbstractContextManager[None]:
         return self._retrier.deadline(seconds)

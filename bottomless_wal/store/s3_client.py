@@ -23,7 +23,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from ..config import Config
 from ..errors import ConfigError, TransientError
 from ..parallel import fork_aware
-from .base import Stats
+from .base import ServerClock, Stats
 from .s3_errors import FAILURES, code_of, has_secret, headers_of, status_of, translated
 
 __all__ = ["Answer", "Connection"]
@@ -46,7 +46,7 @@ class Connection:
         self._config = config
         self._stats = stats
         self._remaining = remaining
-        self.date: float | None = None
+        self.clock = ServerClock()
         self.after_fork()
         fork_aware(self)
 
@@ -130,7 +130,7 @@ class Connection:
             date = parsedate_to_datetime(headers["date"]).timestamp()
         except (KeyError, ValueError, TypeError):
             return time.time()
-        self.date = date
+        self.clock.heard(date)
         return date
 
     def _connected(self) -> Any:

@@ -182,7 +182,7 @@ def server_clock() -> Iterator[None]:
     def dated(self: DirectoryStore, *arguments: Any) -> Iterator[None]:
         with doing(self, *arguments):
             yield
-        self._date = server_time(os.path.dirname(self._root))
+        self._heard(server_time(os.path.dirname(self._root)))
 
     def placed(self: DirectoryStore, key: str, chunks: Any, move: Callable[[str, str], None]) -> tuple[int, float]:
         date = 0.0
@@ -194,7 +194,7 @@ def server_clock() -> Iterator[None]:
             move(temporary, target)
 
         size, _ = place(self, key, chunks, dating)
-        self._date = date
+        self._heard(date)
         return size, date
 
     changed = {"_doing": dated, "_place": placed}

@@ -186,3 +186,19 @@ def test_large_pages_in_bodies_are_merged_in_little_memory(past: Past) -> None:
     assert snapshot(past.history, past.history.edges(), past.head) is not None
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10, "kilobytes"
     assert past.image(past.head) == past.states[-1].image
+
+
+def test_a_snapshot_over_more_commits_than_an_edge_can_list(past: Past, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are cut before their lists are too long, and a snapshot lists the last commits."""
+    monkeypatch.setattr(compaction, "_MOST_COMMITS", 12)
+    monkeypatch.setattr(compaction, "FAN_IN", 5)
+    monkeypatch.setattr(compaction, "LISTED_ROWS", 20)
+    past.live(random.Random(9), 60)
+    made = snapshot(past.history, past.history.edges(), 60)
+    assert made is not None
+    assert max(edge.post - edge.pre for edge in past.history.edges() if edge.pre) <= 12
+    header = past.history.header(0, 60)
+    assert header is not None
+    assert [commit.txid for commit in header.commits] == list(range(41, 61))
+    assert past.image(60, [made]) == past.states[60].image
+    assert made.size == (past.root / "past" / f"app.db-wal/{0:016x}-{60:016x}").stat().st_size

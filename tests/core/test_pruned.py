@@ -16,20 +16,22 @@ from typing import Any
 import apsw
 import pytest
 from past import Past
-from worlds import Machine, World, refusal, replica_of, rows
+from worlds import Machine, World, child, refusal, replica_of, rows
 
 import bottomless_wal
 from bottomless_wal import compaction, crashpoints
 from bottomless_wal.compaction import compact, snapshot
 from bottomless_wal.config import Config
 from bottomless_wal.edges import Edge
-from bottomless_wal.errors import ConflictError, CorruptionError, FencedError, ReplicationError, RestoreError
+from bottomless_wal.errors import ConflictError, CorruptionError, FencedError, ReplicationError, RestoreError, TransientError
 from bottomless_wal.history import History
+from bottomless_wal.learning import learn
+from bottomless_wal.local_index import IndexHeader, LocalIndex
 from bottomless_wal.maintenance import reset_from_local
 from bottomless_wal.replica import INDEX_SUFFIX
 from bottomless_wal.retention import prune
 from bottomless_wal.segment import Header
-from bottomless_wal.store import Receipt, open_store
+from bottomless_wal.store import Receipt, base, open_store
 from bottomless_wal.store.directory import DirectoryStore
 
 HOUR, DAY = 3600.0, 86400.0
@@ -56,11 +58,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     def dated(self: DirectoryStore, *arguments: Any) -> Iterator[None]:
         with doing(self, *arguments):
             yield
-        self._date = clock()
+        self._heard(clock())
 
     def placed(self: DirectoryStore, key: str, *arguments: Any) -> tuple[int, float]:
         size, _ = place(self, key, *arguments)
-        date = self._date = clock()
+        date = clock()
+        self._heard(date)
         os.utime(self._path(key), (date, date))
         return size, date
 
@@ -315,6 +318,158 @@ def test_a_log_that_begins_anew_from_page_objects_adopts_its_own_first_edge(worl
     assert world.bucket.edges("app.db") == [(0, 2), (2, 3)]
     con.close()
     world.comes_back(elsewhere)
+
+
+@pytest.mark.parametrize("later", ["at once", "by a flush"])
+@pytest.mark.parametrize("ack", ["log", "pages"])
+def test_a_stray_commit_whose_answer_was_lost_is_not_adopted(
+    world: World, clock: Clock, monkeypatch: pytest.MonkeyPatch, ack: str, later: str
+) -> None:
+    """Away for days, its key pruned free: its request is stored, its answer lost, and the next one hears that the key is taken."""
+    options = {"ack": ack, "pages": "commit" if ack == "pages" else "off"}
+    here, con = opened(world, 3, **options)
+    bottomless_wal.flush(con)
+    con.close()
+    others = to_come(world, copied(world, here))
+    con = here.connect(**{**QUIET, **options})
+    put(world, others)
+    log = history(world)
+    snapshot(log, log.edges(), 8)
+    clock.ahead += 10 * DAY
+    assert prune(history(world), retention=0, keep_snapshots=0).edges
+    real = DirectoryStore.create
+    lost: list[str] = []
+
+    def create(self: DirectoryStore, key: str, data: bytes) -> Receipt:
+        receipt = real(self, key, data)
+        if not lost and "-wal/" in key:
+            lost.append(key)
+            if later == "by a flush":
+                raise TransientError(f"{key}: no answer", hint="A test did that.")
+            receipt = real(self, key, data)
+            assert not receipt.created
+        return receipt
+
+    monkeypatch.setattr(DirectoryStore, "create", create)
+    with pytest.raises((FencedError, ReplicationError) if later == "by a flush" else FencedError):
+        con.execute("INSERT INTO t VALUES ('lost')")
+    with pytest.raises(FencedError):
+        bottomless_wal.flush(con)
+    assert lost == [f"app.db-wal/{3:016x}-{4:016x}"]
+    assert world.bucket.edges("app.db") == [(0, 8), (7, 8)], "and it is withdrawn"
+    con.close()
+
+
+def test_who_adopts_what_others_have_gone_on_from_leaves_it_in_the_history(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer was lost, another machine restored it, and has written since: it is fenced, and takes nothing away from them."""
+    _, con = opened(world, 3)
+    real = DirectoryStore.create
+    elsewhere = world.machine()
+    rivals: list[str] = []
+
+    def create(self: DirectoryStore, key: str, data: bytes) -> Receipt:
+        receipt = real(self, key, data)
+        if not rivals and key.endswith(f"{4:016x}"):
+            rivals.append(key)
+            script = "con = connect(argv[0], pages='off', ack='log'); con.execute(\"INSERT INTO t VALUES ('went on')\"); con.close()"
+            child(script, elsewhere.path(), options=world.options)
+            receipt = real(self, key, data)
+            assert not receipt.created
+        return receipt
+
+    monkeypatch.setattr(DirectoryStore, "create", create)
+    with pytest.raises(FencedError, match="gone on from it"):
+        con.execute("INSERT INTO t VALUES ('mine')")
+    con.close()
+    assert rivals
+    assert world.bucket.edges("app.db") == [(n, n + 1) for n in range(5)]
+    rival = elsewhere.connect(**QUIET)
+    assert rows(rival, "SELECT count(*) FROM t WHERE x IN ('mine', 'went on')") == 2
+    assert world.bucket.log_image("app.db") == rival.serialize("main")
+
+
+def strayed(past: Past, rng: random.Random, txid: int) -> None:
+    """The commit of a writer that was away: upon the state before `txid`, where all has been pruned; killed before it withdrew it."""
+    states = past.states
+    past.states = states[:txid]
+    past.live(rng)
+    past.states = states
+
+
+def test_a_stray_commit_upon_a_kept_snapshot_is_restored_by_nobody(past: Past) -> None:
+    rng = random.Random(21)
+    past.live(rng, 3)
+    snapshot(past.history, past.history.edges(), 3)
+    past.date(0, 3)
+    past.clock += HOUR
+    past.live(rng, 1)
+    past.clock += DAY
+    past.live(rng, 17)
+    snapshot(past.history, past.history.edges(), 21)
+    past.date(0, 21)
+    past.clock += 2 * DAY
+    prune(past.history, retention=DAY, keep_snapshots=30)
+    assert ends(past.history.edges()) == [(0, 3), (0, 21), (20, 21)]
+    strayed(past, rng, 4)
+    log = anew(past)
+    with pytest.raises(RestoreError, match="no part of it"):
+        past.image(4)
+    assert past.image(21) == past.states[21].image
+    assert past.image(3) == past.states[3].image
+    with pytest.raises((CorruptionError, RestoreError)):
+        snapshot(log, log.edges(), 4)
+    assert (0, 4) not in ends(log.edges())
+
+
+def test_a_stray_commit_that_ends_where_a_snapshot_does_keeps_nobody_from_the_head(past: Past) -> None:
+    """The way over it is the cheaper one; what follows does not fit it, and is sound."""
+    rng = random.Random(22)
+    past.live(rng, 3)
+    snapshot(past.history, past.history.edges(), 3)
+    past.date(0, 3)
+    past.clock += DAY
+    past.commit({n: rng.randbytes(512) for n in range(1, 400)}, 399)
+    snapshot(past.history, past.history.edges(), 4)
+    past.date(0, 4)
+    past.live(rng, 5)
+    past.clock += 3 * DAY
+    prune(past.history, retention=DAY, keep_snapshots=30)
+    assert {(0, 3), (0, 4), (4, 5)} <= set(ends(past.history.edges()))
+    strayed(past, rng, 4)
+    for txid in (4, 5, 9):
+        assert past.image(txid) == past.states[txid].image
+    index = LocalIndex(str(past.root / "index"), beside=str(past.root))
+    with index.locked():
+        edges = past.history.edges()
+        head = past.history.head(edges)
+        assert head is not None
+        header = IndexHeader(bytes(16), bytes(16), bytes(16))
+        learn(past.history, index, header, head, edges, width=2)
+        assert (header.txid, header.state) == (9, past.states[9].hash)
+    index.close()
+
+
+def test_a_listing_that_pruning_has_torn_is_made_once_more(past: Past) -> None:
+    """What lies before the snapshot was listed, the snapshot not yet, and what lies behind no more."""
+    past.live(random.Random(23), 30)
+    torn = [edge for edge in past.history.edges() if edge.post <= 3 or edge.post == 30]
+    snapshot(past.history, past.history.edges(), 30)
+    assert past.image(30, torn) == past.states[30].image
+
+
+def test_commits_are_dated_by_when_they_were_made_not_by_the_answer_before(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server was asked last hours ago: that is no time for a commit."""
+    _, con = opened(world, 2)
+    ahead = [0.0]
+    real = base._running
+    monkeypatch.setattr(base, "_running", lambda: real() + ahead[0])
+    before = time.time()
+    ahead[0] = 5 * HOUR
+    con.execute("INSERT INTO t VALUES (9)")
+    header = history(world).header(2, 3)
+    assert header is not None
+    assert 5 * HOUR - 1 < header.time_ms / 1000 - before < 5 * HOUR + 60
+    con.close()
 
 
 # --- a gap that a reset has healed ---------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import os
 import random
 import signal
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import bottomless_wal
 from bottomless_wal import compaction, crashpoints
 from bottomless_wal.config import Config
 from bottomless_wal.edges import plan
-from bottomless_wal.errors import TransientError
+from bottomless_wal.errors import RestoreError, TransientError
 from bottomless_wal.history import History
 from bottomless_wal.store import open_store
 from bottomless_wal.upkeep import Upkeep
@@ -138,7 +140,7 @@ def test_a_snapshot_is_made_when_the_commits_outweigh_the_last_one_and_then_it_p
         upkeep.told(past.head)
     assert [edge[:2] for edge in past.history.edges() if edge.pre == 0] == [(0, 1)], "not before a run is complete"
     now[0] += config.snapshot_interval + 1
-    past.clock += 86400
+    past.clock += config.snapshot_interval + 1
     past.commit({1: rng.randbytes(512)}, 8)
     upkeep.told(past.head)
     with upkeep._cond:
@@ -224,6 +226,106 @@ def test_a_command_killed_while_it_prunes_leaves_all_that_is_promised(world: Wor
     image = con.serialize("main")
     con.close()
     assert world.machine().connect(pages="off", ack="log").serialize("main") == image
+
+
+def keeper(past: Past, **options: Any) -> Upkeep:
+    """Upkeep that is turned by hand."""
+    config = past.config.changed(compaction=True, **options)
+    upkeep = Upkeep(config, past.history, clock=lambda: past.clock, pause=lambda seconds: None)
+    upkeep._thread = threading.current_thread()
+    return upkeep
+
+
+def turned(upkeep: Upkeep, head: int) -> None:
+    upkeep.told(head)
+    upkeep._turn()
+
+
+def counted(past: Past) -> Callable[[str], int]:
+    return lambda kind: past.store.stats.requests.get(kind, 0)
+
+
+def test_the_whole_database_with_which_a_history_begins_is_not_written_again_for_few_commits(tmp_path: Path) -> None:
+    past, rng = Past(tmp_path), random.Random(1)
+    past.commit({n: rng.randbytes(512) for n in range(1, 5001)}, 5000)
+    for _ in range(63):
+        past.commit({1: rng.randbytes(512)}, 5000)
+    before = past.store.stats.bytes_sent
+    turned(keeper(past), past.head)
+    assert past.store.stats.bytes_sent - before < 100_000
+    assert {edge[:2] for edge in past.history.edges() if edge.post - edge.pre > 1} == {(1, 64)}
+    assert past.image(past.head) == past.states[-1].image
+    requests = counted(past)("create")
+    turned(keeper(past), past.head)
+    assert counted(past)("create") == requests, "and it is done once"
+
+
+def test_several_processes_make_no_more_snapshots_than_one(tmp_path: Path) -> None:
+    """Each looks whether another has made one before it does."""
+    past, rng = Past(tmp_path, clock=time.time()), random.Random(2)
+    past.commit({n: rng.randbytes(512) for n in range(1, 4001)}, 4000)
+    keepers = [keeper(past) for _ in range(4)]
+    for number in range(1, 5):
+        for _ in range(64):
+            past.commit({n: rng.randbytes(512) for n in rng.sample(range(1, 4001), 40)}, 4000)
+        turned(keepers[number % 4], past.head)
+        for other in keepers:
+            other._turn()
+    made = [edge for edge in past.history.edges() if edge.pre == 0]
+    commits = sum(edge.size + edge.body for edge in past.history.edges() if edge.post == edge.pre + 1 and edge.pre)
+    assert sum(edge.size + edge.body for edge in made[1:]) <= commits
+    assert past.image(past.head) == past.states[-1].image
+
+
+def test_over_a_history_with_a_gap_it_does_not_look_again_and_again(tmp_path: Path) -> None:
+    past = Past(tmp_path)
+    past.live(random.Random(3), 300)
+    (tmp_path / "past" / f"app.db-wal/{100:016x}-{101:016x}").unlink()
+    upkeep = keeper(past, snapshot_interval=86400.0)
+    past.clock += 86400
+    with pytest.raises(RestoreError):
+        turned(upkeep, past.head)
+    reads = counted(past)("get")
+    for _ in range(5):
+        past.live(random.Random(past.head), 64)
+        upkeep._bytes = 1 << 30
+        turned(upkeep, past.head)
+    assert counted(past)("get") - reads < 300
+    past.clock += 86400
+    with pytest.raises(RestoreError):
+        turned(upkeep, past.head)
+    assert upkeep._failures == 2
+
+
+def test_a_snapshot_is_due_by_its_own_age_and_not_by_the_age_of_the_process(tmp_path: Path) -> None:
+    past = Past(tmp_path)
+    for day in range(6):
+        for half in range(2):
+            upkeep = keeper(past, retention=86400.0, keep_snapshots=3)
+            past.live(random.Random(day * 2 + half), 20)
+            past.clock += upkeep._due - past.clock + 1  # a minute or so later it looks
+            past.live(random.Random(day), 1)
+            before = set(past.history.edges())
+            turned(upkeep, past.head)
+            for edge in set(past.history.edges()) - before:
+                past.date(edge.pre, edge.post)
+            past.clock += 43200
+    snapshots = [edge for edge in past.history.edges() if edge.pre == 0]
+    assert 2 <= len(snapshots) <= 6
+    assert min(edge.post for edge in past.history.edges()) > 20, "and so what is old is pruned"
+    assert past.image(past.head) == past.states[-1].image
+
+
+def test_a_process_that_ends_soon_finishes_the_run_that_it_has_completed(world: World) -> None:
+    here = world.machine()
+    script = (
+        "con = connect(argv[0], pages='off', ack='log'); con.execute('CREATE TABLE IF NOT EXISTS t(x)')\n"
+        "for n in range(10): con.execute('INSERT INTO t VALUES (1)')\ncon.close()"
+    )
+    for _ in range(14):
+        code, _ = fork(script, here.path(), options=world.options).end()
+        assert code == 0
+    assert {(0, 64), (64, 128)} <= set(world.bucket.edges("app.db"))
 
 
 def test_two_processes_on_one_file_do_it_together(world: World) -> None:
