@@ -31,7 +31,7 @@ from .crashpoints import reach
 from .edges import Edge, plan
 from .errors import CorruptionError, RestoreError
 from .history import History
-from .segment import LISTED_ROWS, MAX_ROWS, Commit, Page, lock_page
+from .segment import LISTED_ROWS, Commit, Page, lock_page
 from .wal import Position
 
 __all__ = ["FAN_IN", "LEVELS", "Vanished", "compact", "merge", "missing", "snapshot"]
@@ -43,7 +43,7 @@ FAN_IN: Final = 80
 """Edges that are read at once: 64 of a level and some that remain."""
 
 _ATTEMPTS: Final = 8
-_MOST_COMMITS: Final = MAX_ROWS // 2  # in an edge that is on the way to a snapshot
+_MOST_COMMITS: Final = LISTED_ROWS  # in an edge that is on the way to a snapshot
 _HEAVY: Final = 1 << 20  # bytes below which an edge is merged, whatever the others weigh
 _WIDTH: Final = 8  # beginnings of edges that are fetched at once
 _CHUNKS: Final = 24 << 20  # bytes read ahead, of all edges together

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import threading
 from collections.abc import Iterator
 
 __all__ = ["FileLock"]
+
+logger = logging.getLogger(__name__)
 
 
 class FileLock:
@@ -48,6 +51,19 @@ class FileLock:
         """Gives the descriptor back; a later `locked` opens the file again."""
         with self._mutex:
             self._drop()
+
+    def remove(self) -> None:
+        """As `close`; the file goes, too, unless somebody holds the lock just now. Whoever has it open finds it gone, and makes it anew."""
+        with self._mutex:
+            try:
+                if self._fd >= 0:
+                    fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if self._still_there():
+                        os.unlink(self.path)
+            except OSError as error:
+                logger.debug("%s stays: %s", self.path, error)
+            finally:
+                self._drop()
 
     def abandon(self) -> None:
         """For the child of a fork: drops the descriptor without unlocking, for the lock is the parent's too."""

@@ -43,7 +43,7 @@ UNKNOWN_SIZE: Final = 0xFFFFFFFF
 """As `IndexHeader.view_size`: there may be objects past the end."""
 
 LOCK_SUFFIX: Final = "-view"
-"""Of the view lock's file: behind the index's name. The file is always empty."""
+"""Of the view lock's file: behind the index's name. The file is empty, and gone after the last close."""
 
 _ENTRIES_AT_ONCE: Final = 16384
 _MISSED_PAGES: Final = 1024

@@ -138,12 +138,10 @@ class Replica:
     def _forget(self, existed: bool) -> None:
         self.local.close()
         self.index.close()
-        self.replicator.view.lock.close()
+        self.replicator.view.lock.remove()
         if not existed and not os.path.exists(self.path):
             with contextlib.suppress(OSError):
                 os.unlink(self.index.path)
-            with contextlib.suppress(OSError):
-                os.unlink(self.replicator.view.lock.path)
 
     def _reboot(self) -> IndexHeader:
         return Boot(self.replicator, policy=self.config.initial_replication).run()
@@ -272,7 +270,7 @@ class Replica:
             if self.worker.last_error is None:
                 self._mark_clean()
             self.index.close()
-            self.replicator.view.lock.close()
+            self.replicator.view.lock.remove()
             self.store.close()
 
     def _leave_nothing_to_do(self) -> None:

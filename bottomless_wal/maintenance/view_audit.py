@@ -191,7 +191,7 @@ class ViewAudit:
                 yield
         finally:
             index.close()
-            view.close()
+            view.remove()
 
 
 _MOVED: Final = "the history went on during the repair, which has stopped: verify again when nobody writes"
