@@ -15,9 +15,11 @@ from ..edges import Edge, plan, reachable
 from ..errors import BottomlessError, CorruptionError
 from ..history import Head
 from ..rebuild import Progress
+from ..retention import oldest_promised
 from ..segment import Header
 from .page_hashes import PageHashes
 from .target import Target
+from .timeline import ranges
 
 __all__ = ["LogAudit", "Problem"]
 
@@ -55,6 +57,7 @@ class LogAudit:
         self.segments = self.bodies = self.txid = self.restorable = 0
         self.chain: list[Edge] = []
         self._made = 0.0
+        self._resets: set[tuple[int, int]] = set()
         self.told: Head | None = None  # the head as its own segment tells it
 
     def run(self) -> Head | None:
@@ -70,6 +73,7 @@ class LogAudit:
         self.txid = last = max(edge.post for edge in edges)
         sound = self._sound(edges)
         self._find_gaps(edges, sound)
+        self._find_holes(edges, sound)
         while (chain := plan(sound, last) or self._from_a_reset(sound, last)) is not None:
             misfit = self._follow(chain)
             if misfit is None:
@@ -146,6 +150,8 @@ class LogAudit:
                 self.told = Head(header.post, header.post_hash, header.page_size, header.db_size)
             if self._agrees(header, key, states):
                 sound.append(edge)
+                if header.reset:
+                    self._resets.add(edge[:2])
         if orphans := stored.keys() - named:
             self.notes.append(f"{len(orphans)} bodies that no sound segment names (uploads cut off; retention removes them)")
         return sound
@@ -191,6 +197,27 @@ class LogAudit:
                     f"is missing: nothing leads on from txid {reached}{until}",
                 )
             reached = max(reachable(sound, start=resumed))
+
+    def _find_holes(self, edges: Sequence[Edge], sound: Sequence[Edge]) -> None:
+        """Commits that `retention` promises, and that something longer passes, so that the head does without them."""
+        config = self.target.config
+        oldest = oldest_promised(edges, now=self.target.store.now(), retention=config.retention)
+        base = max((edge.post for edge in sound if edge.pre == 0 and edge.post <= oldest), default=1)
+        begins = [edge._replace(pre=0) for edge in sound if edge[:2] in self._resets]
+        within = {txid for txid in reachable(sorted([*sound, *begins])) if txid >= base}
+        if self.txid not in within:
+            return  # that has been told
+        passed = [txid for txid in range(base, self.txid) if txid not in within]
+        unsound = {edge[:2] for edge in edges} - {edge[:2] for edge in sound} if passed else set()
+        begun = {pre for pre, _ in unsound}  # those have been told
+        for first, last in ranges(passed):
+            if first - 1 not in begun:
+                which = f"txid {first}" if first == last else f"txids {first} to {last}"
+                self._problem(
+                    "gap",
+                    layout.segment_key(self.history.name, first - 1, first),
+                    f"is missing: {which} cannot be restored, though no older than retention={config.retention:g}; what follows can",
+                )
 
     # --- the way to the head --------------------------------------------------------------------------------------------
 

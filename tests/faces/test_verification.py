@@ -99,6 +99,17 @@ def test_several_gaps(shop: Shop) -> None:
     assert report.txid == COMMITS - 1  # what was the head cannot be known any more
 
 
+def test_a_hole_that_a_snapshot_spans_is_a_gap_while_retention_promises_it(shop: Shop) -> None:
+    shop.trade()
+    bottomless_wal.snapshot(shop.path, **shop.options)
+    shop.delete(shop.segment(4))
+    report = verify(shop)
+    assert found(report) == [("gap", shop.segment(4))]
+    assert f"txids 4 to {COMMITS - 1} cannot be restored" in report.problems[0].message
+    assert report.restorable == COMMITS
+    bottomless_wal.restore(shop.path, output=shop.path.with_name("copy.db"), **shop.options)
+
+
 @pytest.mark.parametrize(("at", "deep"), [(20, False), (60, False), (-500, False), (-1, False), (-500, True)])
 def test_a_corrupt_segment(shop: Shop, at: int, deep: bool) -> None:
     shop.trade()
