@@ -46,7 +46,7 @@ _ATTEMPTS: Final = 8
 _MOST_COMMITS: Final = LISTED_ROWS  # in an edge that is on the way to a snapshot
 _HEAVY: Final = 1 << 20  # bytes below which an edge is merged, whatever the others weigh
 _WIDTH: Final = 8  # beginnings of edges that are fetched at once
-_CHUNKS: Final = 24 << 20  # bytes read ahead, of all edges together
+_CHUNKS: Final = 8 << 20  # bytes read ahead, of all edges together
 _SMALLEST_CHUNK: Final = 64 << 10
 _LARGEST_CHUNK: Final = 4 << 20
 

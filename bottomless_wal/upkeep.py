@@ -71,6 +71,7 @@ class Upkeep:
         self._stopping = False
         self._running = False
         self._turning = False
+        self._between = False  # is a snapshot being made, and no run merged?
         self._head = 0
         self._complete = False  # is there a run to be merged?
         self._turned = 0  # the head at the last turn
@@ -106,7 +107,7 @@ class Upkeep:
         with self._cond:
             self._closing = True  # no more rest
             self._cond.notify_all()
-            self._cond.wait_for(lambda: not self._turning, _GRACE)
+            self._cond.wait_for(lambda: not self._turning and not self._complete, _GRACE)
             self._stopping = True
             self._cond.notify_all()
             self._cond.wait_for(lambda: not self._running, _PATIENCE)
@@ -133,8 +134,10 @@ class Upkeep:
         with self._cond:
             self._turning = False
             self._cond.notify_all()
-            while not self._stopping and not self._closing:
+            while not self._stopping:
                 now = self._clock()
+                if self._closing and not self._complete:
+                    return False
                 if self._complete or (now >= self._due and self._head > self._turned):
                     self._complete, self._turning = False, True
                     return True
@@ -157,6 +160,15 @@ class Upkeep:
             except Vanished as vanished:
                 logger.info("%s: %s", self._history.name, vanished)
                 self._listed = False
+            finally:
+                self._between = False
+
+    def _merge(self, head: int) -> None:
+        self._look(head)
+        added = compact(self._history, self._window, level=self._config.level, breathe=self._breathe, passed_over=self._passed_over)
+        # Every complete run of the highest level has been merged, or has a gap.
+        begin = head // LEVELS[-1] * LEVELS[-1]
+        self._window = sorted(edge for edges in (self._window, added) for edge in edges if edge.pre >= begin)
 
     def _look(self, head: int) -> None:
         """Lists what is new. The window is what the next aligned edges may be merged from."""
@@ -233,6 +245,15 @@ class Upkeep:
         """Called often: commits come first, and a close does not wait."""
         if self._stopping:
             raise _Stopped
+        if self._between and self._complete:
+            # A snapshot takes its time, and meanwhile a restore has to read commit by commit.
+            self._between, self._complete, self._turned = False, False, self._head
+            try:
+                self._merge(self._head)
+            except (Vanished, BottomlessError) as error:
+                logger.info("%s: %s", self._history.name, error)
+                self._listed = False
+            self._between = True
         worked = time.thread_time() - self._worked
         if worked < _STRETCH:
             return
