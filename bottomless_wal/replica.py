@@ -157,10 +157,9 @@ class Replica:
         self.check_process()
         worker = self.worker
         if self.config.ack == "local":
-            worker.submit()
+            worker.submit(must_run=True)
             if worker.fatal is not None:
                 raise type(worker.fatal)(worker.fatal.message, hint=worker.fatal.hint)
-            worker.require_running()
             return
         ticket = worker.submit()
         if is_own_thread():

@@ -90,8 +90,12 @@ class Worker:
 
     # --- committers ----------------------------------------------------------------------------------------------------
 
-    def submit(self) -> int:
-        """There is something to replicate. Returns a ticket for `wait`."""
+    def submit(self, *, must_run: bool = False) -> int:
+        """There is something to replicate. Returns a ticket for `wait`. `must_run`: nobody will, and so an end of all sending is told now.
+
+        Raises:
+            ReplicationError: nobody will send what was submitted: at exit, when the replica was closed already.
+        """
         with self._cond:
             self._replicator.held = False
             self._submitted += 1
@@ -101,6 +105,8 @@ class Worker:
             if self._idle or self._config.ack != "local":  # else it is about to look, and a switch of threads costs more than a commit
                 self._cond.notify_all()
             ticket = self._submitted
+            if must_run and not self._running:
+                raise self._shut_down()
         self._filler.active()
         return ticket
 
@@ -125,12 +131,6 @@ class Worker:
                     self._cond.wait(1.0)
             finally:
                 self._waiting -= 1
-
-    def require_running(self) -> None:
-        """Raises ReplicationError when nobody will send what was submitted: at exit, when the replica was closed already."""
-        with self._cond:
-            if self._thread is None or not self._thread.is_alive():
-                raise self._shut_down()
 
     def _shut_down(self) -> ReplicationError:
         return ReplicationError(
