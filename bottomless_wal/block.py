@@ -19,15 +19,16 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 from .errors import CorruptionError
 from .zstd import Bytes, FormatError, NewerFormatError, compress, decompress
 
 __all__ = [
     "BLOCK_BYTES",
+    "Mapper",
     "Page",
     "ascending",
     "check_growth",
@@ -52,6 +53,9 @@ _BLOCK_LIMIT: Final = 1 << 20
 _BLOCK: Final = struct.Struct(">II")
 _ROW: Final = struct.Struct(">IQ")
 _PGNO: Final = struct.Struct(">I")
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _sha256 = hashlib.sha256
 _pack_pgno = _PGNO.pack
@@ -138,7 +142,13 @@ def encode_blocks(pages: Iterable[Page], page_size: int, *, level: int = 3) -> I
         yield encode_block(batch, page_size, level=level)
 
 
-def read_blocks(chunks: Iterable[Bytes], page_size: int, *, name: str) -> Iterator[list[Page]]:
+class Mapper(Protocol):
+    """What `map` does; other ones do it in several threads."""
+
+    def __call__(self, function: Callable[[T], R], items: Iterable[T], /) -> Iterable[R]: ...
+
+
+def read_blocks(chunks: Iterable[Bytes], page_size: int, *, name: str, mapped: Mapper = map) -> Iterator[list[Page]]:
     """The pages of each block; `chunks` are the blocks' bytes, cut anywhere. At most two chunks and a block are held.
 
     Raises:
@@ -146,9 +156,12 @@ def read_blocks(chunks: Iterable[Bytes], page_size: int, *, name: str) -> Iterat
     """
     try:
         last = 0
-        for block in split(chunks, page_size):
+
+        def opened(block: memoryview) -> tuple[list[tuple[int, int]], list[Page]]:
             rows = rows_of(block)
-            pages = unpack(block, rows, page_size)
+            return rows, unpack(block, rows, page_size)
+
+        for rows, pages in mapped(opened, split(chunks, page_size)):
             last = ascending(rows, last)
             yield pages
     except FormatError as error:

@@ -21,13 +21,14 @@ from . import layout, parallel, segment
 from .crashpoints import reach
 from .edges import Edge, Edges, leading_to
 from .errors import CorruptionError, RestoreError
-from .segment import LISTED_ROWS, Body, Header, Page, Segment
+from .segment import LISTED_ROWS, Body, Header, Mapper, Page, Segment
 from .store import Entry, Store
 
 __all__ = ["FENCE_HORIZON_SECONDS", "Head", "History", "Staged", "Stream"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ FENCE_HORIZON_SECONDS: Final = 3600.0
 
 _RANGE_BYTES: Final = 4 << 20
 _RECENT_BYTES: Final = 4 << 20
-_COMPRESSORS: Final = 3  # blocks that are compressed at once
+_COMPRESSORS: Final = 3  # blocks that are packed, or unpacked, at once
 _INLINE_BYTES: Final = 8 << 20  # encoded pages beyond this go into a body
 
 
@@ -276,11 +277,14 @@ class History:
             CorruptionError: a page, or the body as a whole, is not what the segment says; or the body is missing.
         """
         if found.header.body is None:
-            yield from found.blocks()
+            few = found.header.page_count <= segment.pages_per_block(found.header.page_size)
+            yield from found.blocks(mapped=map if few else _in_threads)
             return
-        yield from self.body_blocks(found.header, found.name, width=width)
+        yield from self.body_blocks(found.header, found.name, width=width, mapped=_in_threads)
 
-    def body_blocks(self, header: Header, name: str, *, width: int, chunk: int = _RANGE_BYTES) -> Iterator[list[Page]]:
+    def body_blocks(
+        self, header: Header, name: str, *, width: int, chunk: int = _RANGE_BYTES, mapped: Mapper = map
+    ) -> Iterator[list[Page]]:
         """As `blocks`, of the edge `name`, whose header names a body; read in ranges of `chunk` bytes, `width` at once."""
         body = header.body
         if body is None:
@@ -303,7 +307,7 @@ class History:
                 )
             return data
 
-        yield from segment.read_body(header, parallel.ordered(load, starts, width), name=key)
+        yield from segment.read_body(header, parallel.ordered(load, starts, width), name=key, mapped=mapped)
 
     def tables(self, found: Segment) -> Iterator[tuple[int, int]]:
         """(page number, page hash) of every page of a segment, wherever they are."""
@@ -367,6 +371,11 @@ class History:
             self._recent_bytes -= len(self._recent.pop((pre, post), b""))
 
 
+def _in_threads(function: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]:
+    """`map`, by several threads: most of what unpacking and packing take is done without Python's lock."""
+    return parallel.ordered(function, items, _COMPRESSORS)
+
+
 def _encoded(pages: Iterator[Page], page_size: int, level: int) -> Iterator[bytes]:
     """`segment.encode_blocks`; where there are several, they are compressed while further pages are read."""
     size = segment.pages_per_block(page_size)
@@ -378,7 +387,7 @@ def _encoded(pages: Iterator[Page], page_size: int, level: int) -> Iterator[byte
 
     if len(beginning) < 2:
         return map(encode, beginning)
-    return parallel.ordered(encode, itertools.chain(beginning, batches), _COMPRESSORS)
+    return _in_threads(encode, itertools.chain(beginning, batches))
 
 
 def _check_ends(header: Header, pre: int, post: int, key: str) -> None:

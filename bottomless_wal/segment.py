@@ -44,6 +44,7 @@ from typing import Final, NamedTuple
 
 from .block import (
     BLOCK_BYTES,
+    Mapper,
     Page,
     ascending,
     corrupt,
@@ -72,6 +73,7 @@ __all__ = [
     "Body",
     "Commit",
     "Header",
+    "Mapper",
     "Page",
     "Segment",
     "decode",
@@ -175,10 +177,11 @@ class Segment:
         """
         return (page for block in self.blocks() for page in block)
 
-    def blocks(self) -> Iterator[list[Page]]:
-        """As `pages`, block by block: 32 MB of blocks may hold a thousand times as much, and only one of them is unpacked at a time."""
+    def blocks(self, *, mapped: Mapper = map) -> Iterator[list[Page]]:
+        """As `pages`, block by block: 32 MB of blocks may hold a thousand times as much, and only one of them is unpacked at a time (or as
+        many as `mapped` does at once)."""
         self._refuse_body()
-        return read_blocks((self._blocks,), self.header.page_size, name=self.name)
+        return read_blocks((self._blocks,), self.header.page_size, name=self.name, mapped=mapped)
 
     def tables(self) -> Iterator[tuple[int, int]]:
         """(page number, page hash) of the pages in the segment itself, nothing decompressed. ValueError with a body."""
@@ -325,8 +328,8 @@ class _Source:
         return True
 
 
-def read_body(header: Header, chunks: Iterable[Bytes], *, name: str) -> Iterator[list[Page]]:
-    """As `read_blocks`, for the body that `header` names; `name` is the body's key.
+def read_body(header: Header, chunks: Iterable[Bytes], *, name: str, mapped: Mapper = map) -> Iterator[list[Page]]:
+    """As `read_blocks`, for the body that `header` names; `name` is the body's key. `mapped` does what `map` does, perhaps in threads.
 
     Each page is verified before it is handed out. What only the end can tell (size, SHA-256, number of pages, the state hash of
     a whole edge) is verified before the iterator is exhausted: keep nothing for good before that.
@@ -337,10 +340,10 @@ def read_body(header: Header, chunks: Iterable[Bytes], *, name: str) -> Iterator
     """
     if header.body is None:
         raise ValueError("the segment has no body")
-    return _read_body(header, header.body, chunks, name)
+    return _read_body(header, header.body, chunks, name, mapped)
 
 
-def _read_body(header: Header, body: Body, chunks: Iterable[Bytes], name: str) -> Iterator[list[Page]]:
+def _read_body(header: Header, body: Body, chunks: Iterable[Bytes], name: str, mapped: Mapper) -> Iterator[list[Page]]:
     size, digest = 0, _sha256()
 
     def hashed() -> Iterator[Bytes]:
@@ -354,10 +357,14 @@ def _read_body(header: Header, body: Body, chunks: Iterable[Bytes], name: str) -
 
     try:
         tally = _Tally(header)
-        for block in split(hashed(), header.page_size):
-            rows = rows_of(block)
-            tally.add(rows)
-            yield unpack(block, rows, header.page_size)
+
+        def tallied() -> Iterator[tuple[memoryview, list[tuple[int, int]]]]:
+            for block in split(hashed(), header.page_size):
+                rows = rows_of(block)
+                tally.add(rows)
+                yield block, rows
+
+        yield from mapped(lambda block: unpack(*block, header.page_size), tallied())
         if size != body.size or digest.digest() != body.sha256:
             raise FormatError(f"{size} bytes that are not the {body.size} which its segment names")
         tally.finish()
