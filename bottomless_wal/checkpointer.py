@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 AUTOCHECKPOINT_FRAMES: Final = 1000  # SQLite's default
 RESTART_FRAMES: Final = 4000
-_BUSY_MS: Final = 250  # how long writers may be held up by one attempt
+_BUSY_MS: Final = 250  # how long writers may be held up by one attempt, where they wait for uploads anyway ...
+_BUSY_LOCAL_MS: Final = 30  # ... and where they do not (ack=local)
 _PAUSE_SECONDS: Final = 1.0  # between attempts
 _SHORT_PAUSE_SECONDS: Final = 0.1  # ... once the WAL is twice as long as it should be
 
@@ -38,10 +39,13 @@ def _close(connection: apsw.Connection | None) -> None:
 
 
 class Checkpointer:
-    """Runs checkpoints of the database that `connect` opens, in a thread of its own. Thread-safe."""
+    """Runs checkpoints of the database that `connect` opens, in a thread of its own. Thread-safe. `local`: with ack=local."""
 
-    def __init__(self, path: str, connect: Callable[[], apsw.Connection], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, path: str, connect: Callable[[], apsw.Connection], *, local: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._path = path
+        self._busy_ms = _BUSY_LOCAL_MS if local else _BUSY_MS
         self._connect = connect
         self._clock = clock
         self._cond = threading.Condition()
@@ -87,7 +91,7 @@ class Checkpointer:
                 try:
                     if connection is None:
                         connection = self._connect()
-                        connection.set_busy_timeout(_BUSY_MS)
+                        connection.set_busy_timeout(self._busy_ms)
                         # A connection that has never read does not know the WAL, and checkpoints nothing.
                         connection.execute("PRAGMA schema_version").fetchall()
                     self._checkpoint(connection, frames)

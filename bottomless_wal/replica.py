@@ -98,7 +98,7 @@ class Replica:
         self.local = LocalDatabase(path, lambda: connect(path))
         self.index = LocalIndex(path + INDEX_SUFFIX, beside=path)
         self.replicator = Replicator(config, self.local, self.index, self.history)
-        self.checkpointer = Checkpointer(path, lambda: connect(path))
+        self.checkpointer = Checkpointer(path, lambda: connect(path), local=config.ack == "local")
         self.upkeep = Upkeep(config, self.history)
         self.replicator.on_head = self.upkeep.told
         self.worker = Worker(config, self.replicator, self.index, self.local, self._reboot)

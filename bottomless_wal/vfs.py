@@ -48,6 +48,9 @@ _write: Final = apsw.VFSFile.xWrite
 
 _LOOK_SECONDS: Final = 0.02
 
+_released = threading.Condition()
+"""A commit of this process has let go of the write lock."""
+
 _thread = threading.local()
 
 # Errors that wait for the WAL hook: connection pointer -> path of the schema's file -> error.
@@ -100,6 +103,8 @@ class _MainFile(apsw.VFSFile):
             registry.release(replica)
 
     def _phase_two(self, replica: Replica) -> None:
+        with _released:
+            _released.notify()  # one of them: all together would use up their patience
         try:
             now = time.monotonic()
             # With ack=local nobody is told that anything is stored, and a look costs as much as a small commit.
@@ -239,8 +244,10 @@ class _Bottomless(apsw.VFS):
         return os.path.realpath(name)
 
     def xSleep(self, microseconds: int) -> int:
-        # The inherited method sleeps while it holds the GIL.
-        time.sleep(microseconds / 1e6)
+        # The inherited method sleeps while it holds the GIL. Whoever waits for the write lock is woken when it is his turn: SQLite's busy
+        # handler sleeps for up to 0.1 s, while the lock is free.
+        with _released:
+            _released.wait(microseconds / 1e6)
         return microseconds
 
     def _open_main(self, name: Any, flags: list[int]) -> apsw.VFSFile:
@@ -338,8 +345,9 @@ def _wal_hook(connection: apsw.Connection, schema: str, frames: int) -> int:
 
 
 def _after_fork() -> None:
-    global _install_lock
+    global _install_lock, _released
     _install_lock = threading.Lock()
+    _released = threading.Condition()
     _parked.clear()
 
 

@@ -32,8 +32,8 @@ __all__ = ["Worker"]
 
 logger = logging.getLogger(__name__)
 
-_GATHER_SHARE: Final = 0.075  # of a round trip, spent waiting for those that kept the last batch company
-_GATHER_MOST: Final = 0.005
+_GATHER_SHARE: Final = 0.3  # of a round trip, spent waiting for those that kept the last batch company, or came during it
+_GATHER_MOST: Final = 0.008
 _REST_SHARE: Final = 4.0  # with ack=local: of the processor time of a batch, rest before the next
 _REST_MOST: Final = 0.1
 _RETRY_FIRST: Final = 1.0
@@ -382,7 +382,8 @@ class Worker:
             self._error = None
             self._retry_at, self._retry_wait = None, 0.0
             self._oldest = None if self._submitted == ticket else began
-            self._company = company
+            # Those who came meanwhile wait for the next batch: with them, and those who were served now, all could go together.
+            self._company = company + self._submitted - ticket
             self._round_trip = (self._round_trip * 3 + (now - began)) / 4 if self._round_trip else now - began
         else:
             if self._error is None or self._error.message != error.message:

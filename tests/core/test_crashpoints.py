@@ -30,7 +30,8 @@ con.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_RESTART)
 insert(f"{tag} b", 30000)
 con.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
 insert(f"{tag} c", 200000)
-con.execute("DELETE FROM t WHERE length(x) > 100000"); print("gone", f"{tag} c", flush=True)
+print("gone", f"{tag} c", flush=True)  # from here on it may be: another thread may die at any moment
+con.execute("DELETE FROM t WHERE length(x) > 100000")
 con.execute("VACUUM")
 bottomless_wal.flush(con)
 with con:
