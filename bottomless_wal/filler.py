@@ -242,6 +242,8 @@ class Filler:
             if turn is not None:
                 if turn.pages:
                     self._require_head(turn.header)
+                elif turn.cursor <= turn.header.db_size:
+                    self._pause(0.01)  # what is due is ahead of the log: a batch comes first
                 view.put_turn(turn)
                 with self._index.locked():
                     header = replicator.header()

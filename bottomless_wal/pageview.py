@@ -7,7 +7,8 @@
 Invariants:
 
 * Nothing is put that is not in the log: a page is put only while its hash is the one that the local index recorded from a stored
-  segment. A page that has changed locally since is passed over; the commit that carries the change puts it.
+  segment. A page that has changed locally since is passed over, and stays due: the commit that carries the change puts it, or, if it
+  was changed back before it was stored, so that no commit carries it, a later turn does.
 * One operation per key at a time: whoever puts or deletes page objects holds the *view lock*, `<db>-bottomless-view`, taken before the
   index's. A turn of `Filler` lets go of the index while its requests are under way, so that commits go on.
 * "The view is complete up to v" (`IndexHeader.view_complete`) means: the object of every page that has not changed since v is current.
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Final, NamedTuple
 
@@ -68,10 +69,12 @@ class PageView:
         self.index = index
         self.history = history
 
-    def put(self, header: IndexHeader, pages: Iterable[Page], *, guard: Callable[[], None] = lambda: None) -> None:
+    def put(
+        self, header: IndexHeader, pages: Iterable[Page], *, guard: Callable[[], None] = lambda: None, passed: Sequence[int] = ()
+    ) -> None:
         """Puts the pages of the commit that the index has just recorded, when somebody waits for them (ack=pages); else a turn does.
 
-        `guard` is called just before. Raises whatever it raises, and:
+        `guard` is called just before; `passed`, when all is put, has the pages that could not be had. Raises whatever `guard` does, and:
             ReplicationError: the commit is in the log, but not all of its page objects are stored.
         """
         if self.config.ack != "pages":
@@ -87,6 +90,8 @@ class PageView:
                 hint="Nothing is lost. The missing page objects are put with the next commit, flush() or open.",
             ) from error
         reach("after view")
+        if passed:
+            self._into_backlog(header, upto=header.txid)
         header.view_txid = header.txid
         header.view_size = max(header.view_size, header.db_size)
         self.index.save(header)
@@ -105,7 +110,8 @@ class PageView:
             ReplicationError: as `put`.
         """
         if self.has_missed(header):
-            self.put(header, self._missed(header, header.txid - 1, header.txid))
+            passed: list[int] = []
+            self.put(header, self._missed(header, header.txid - 1, header.txid, passed), passed=passed)
 
     def has_missed(self, header: IndexHeader) -> bool:
         """Are there commits whose page objects nobody has put, nor left to the backlog (never unless ack=pages)?"""
@@ -142,7 +148,10 @@ class PageView:
                 cursor += 1
                 if len(chosen) == most:
                     break
-        return Turn(list(self._current(header, tip, chosen)), header, backlog, cursor)
+        passed: list[int] = []
+        pages = list(self._current(header, tip, chosen, passed))
+        # What is ahead of the log locally may be back again before it is stored: then no commit carries it, and it is this one's to put.
+        return Turn(pages, header, backlog, min(passed, default=cursor))
 
     def put_turn(self, turn: Turn) -> None:
         """Puts them: with the view locked, and not the index. Raises StoreError: they were not all stored."""
@@ -153,7 +162,8 @@ class PageView:
         """They are put. (Where the backlog was begun anew meanwhile, so are they: they are put once more.)"""
         header.view_size = max(header.view_size, turn.header.db_size)
         if header.backlog == turn.backlog:
-            header.backlog = turn.backlog._replace(cursor=turn.cursor) if turn.cursor <= turn.header.db_size else None
+            more = turn.cursor <= turn.header.db_size
+            header.backlog = turn.backlog._replace(cursor=turn.cursor) if more else None
         self.index.save(header)
 
     def finish(self, header: IndexHeader) -> None:
@@ -194,15 +204,16 @@ class PageView:
         """Puts the pages of commits in (view txid, upto]; where they are too many, they join the backlog."""
         if header.view_txid >= upto:
             return
-        missed = list(islice(self._missed(header, header.view_txid, upto), _MISSED_PAGES + 1))
-        if len(missed) > _MISSED_PAGES:
+        passed: list[int] = []
+        missed = list(islice(self._missed(header, header.view_txid, upto, passed), _MISSED_PAGES + 1))
+        if len(missed) > _MISSED_PAGES or passed:
             self._into_backlog(header, upto=upto)
             return
         self._put(header, missed)
         header.view_txid = upto
 
-    def _missed(self, header: IndexHeader, after: int, upto: int) -> Iterator[Page]:
-        """The pages that commits in (after, upto] changed last, as the log has them."""
+    def _missed(self, header: IndexHeader, after: int, upto: int, passed: list[int]) -> Iterator[Page]:
+        """The pages that commits in (after, upto] changed last, as the log has them; see `_current` for `passed`."""
         tip = self.local.tip()
         if self.local.wal.header() != tip.header:
             raise SnapshotLost(f"the WAL of {self.local.path} was restarted")
@@ -210,7 +221,7 @@ class PageView:
             hashes, txids = self.index.entries(first, min(_ENTRIES_AT_ONCE, header.db_size - first + 1))
             rows = enumerate(zip(hashes, txids, strict=True), first)
             chosen = [(pgno, known) for pgno, (known, txid) in rows if after < txid <= upto and known]
-            yield from self._current(header, tip, chosen)
+            yield from self._current(header, tip, chosen, passed)
 
     def _into_backlog(self, header: IndexHeader, *, upto: int) -> None:
         """Commits in (view txid, upto] whose pages nobody has put: remembered, and counted as seen."""
@@ -222,7 +233,8 @@ class PageView:
             header.backlog = Backlog(min(header.backlog.after, header.view_txid), upto, 1)
         header.view_txid = upto
 
-    def _current(self, header: IndexHeader, tip: Tip, chosen: list[tuple[int, int]]) -> Iterator[Page]:
+    def _current(self, header: IndexHeader, tip: Tip, chosen: list[tuple[int, int]], passed: list[int]) -> Iterator[Page]:
+        """The chosen pages, but for those that have changed locally since: their numbers join `passed`."""
         for pgno, known in chosen:
             data = self.local.page(tip, pgno, header.page_size)
             page = Page(pgno, known, data) if data is not None else None
@@ -231,6 +243,8 @@ class PageView:
             elif tip.header is not None and not self.local.unchanged(tip.header):
                 # A pin holds no frames of a WAL that is wholly in the main file: what was read is another page's, and nobody changed this.
                 raise SnapshotLost(f"the WAL of {self.local.path} was restarted while page objects were put")
+            else:
+                passed.append(pgno)
 
     def _put(self, header: IndexHeader, pages: Iterable[Page]) -> None:
         name, store, level = self.history.name, self.history.store, self.config.level
