@@ -71,7 +71,6 @@ class Upkeep:
         self._stopping = False
         self._running = False
         self._turning = False
-        self._between = False  # is a snapshot being made, and no run merged?
         self._head = 0
         self._complete = False  # is there a run to be merged?
         self._turned = 0  # the head at the last turn
@@ -150,18 +149,12 @@ class Upkeep:
             self._turned = head
         for _ in range(_LISTINGS):
             try:
-                self._look(head)
-                added = compact(self._history, self._window, level=self._config.level, breathe=self._breathe, passed_over=self._passed_over)
-                # Every complete run of the highest level has been merged, or has a gap.
-                begin = head // LEVELS[-1] * LEVELS[-1]
-                self._window = sorted(edge for edges in (self._window, added) for edge in edges if edge.pre >= begin)
+                self._merge(head)
                 self._see_to_a_snapshot(head)
                 return
             except Vanished as vanished:
                 logger.info("%s: %s", self._history.name, vanished)
                 self._listed = False
-            finally:
-                self._between = False
 
     def _merge(self, head: int) -> None:
         self._look(head)
@@ -213,16 +206,11 @@ class Upkeep:
         target = head if overdue else head // LEVELS[0] * LEVELS[0]
         if not (heavy or overdue) or (self._last is not None and target <= self._last.post):
             return
-        try:
-            self._snapshot(target)
-        except _Stopped:
-            raise
-        except Exception:
-            # Where a commit is missing no snapshot will be made before a reset: to look for one costs the reading of all headers.
-            self._failures += 1
-            pause = _RETRY_FIRST * 2 ** min(self._failures - 1, 12)
-            self._again_at = self._due = self._clock() + min(pause, max(self._config.snapshot_interval, _RETRY_FIRST))
-            raise
+        # Where a commit is missing no snapshot will be made before a reset: to look for one costs the reading of all headers.
+        self._failures += 1
+        pause = _RETRY_FIRST * 2 ** min(self._failures - 1, 12)
+        self._again_at = self._due = self._clock() + min(pause, max(self._config.snapshot_interval, _RETRY_FIRST))
+        self._snapshot(target)
         self._failures = 0
         self._due_now()
 
@@ -245,15 +233,6 @@ class Upkeep:
         """Called often: commits come first, and a close does not wait."""
         if self._stopping:
             raise _Stopped
-        if self._between and self._complete:
-            # A snapshot takes its time, and meanwhile a restore has to read commit by commit.
-            self._between, self._complete, self._turned = False, False, self._head
-            try:
-                self._merge(self._head)
-            except (Vanished, BottomlessError) as error:
-                logger.info("%s: %s", self._history.name, error)
-                self._listed = False
-            self._between = True
         worked = time.thread_time() - self._worked
         if worked < _STRETCH:
             return
