@@ -50,6 +50,8 @@ _LOOK_SECONDS: Final = 0.02
 
 _released = threading.Condition()
 """A commit of this process has let go of the write lock."""
+_queued = 0  # threads that wait for that
+_QUEUE_LOOK: Final = 10_000  # microseconds
 
 _thread = threading.local()
 
@@ -246,8 +248,14 @@ class _Bottomless(apsw.VFS):
     def xSleep(self, microseconds: int) -> int:
         # The inherited method sleeps while it holds the GIL. Whoever waits for the write lock is woken when it is his turn: SQLite's busy
         # handler sleeps for up to 0.1 s, while the lock is free.
+        global _queued
         with _released:
-            _released.wait(microseconds / 1e6)
+            _queued += 1
+            try:
+                # In a queue, whoever looks of his own accord takes the turn of the one that was called.
+                _released.wait(max(microseconds, _QUEUE_LOOK if _queued > 1 else 0) / 1e6)
+            finally:
+                _queued -= 1
         return microseconds
 
     def _open_main(self, name: Any, flags: list[int]) -> apsw.VFSFile:
@@ -345,9 +353,9 @@ def _wal_hook(connection: apsw.Connection, schema: str, frames: int) -> int:
 
 
 def _after_fork() -> None:
-    global _install_lock, _released
+    global _install_lock, _released, _queued
     _install_lock = threading.Lock()
-    _released = threading.Condition()
+    _released, _queued = threading.Condition(), 0
     _parked.clear()
 
 

@@ -64,12 +64,17 @@ class WalFile:
     def __init__(self, path: str) -> None:
         self.path = path
         self._fd = -1
+        self._parsed: tuple[bytes, WalHeader | None] = (b"", None)  # it is asked for again and again, and seldom another one
 
     def header(self) -> WalHeader | None:
         """The header that stands in the file at the path now; None without a file or without a valid one."""
         self._follow()
         data = self.read(HEADER_SIZE, 0)
-        return WalHeader.parse(data) if len(data) == HEADER_SIZE else None
+        known, header = self._parsed
+        if data != known:
+            header = WalHeader.parse(data)
+            self._parsed = (data, header)
+        return header
 
     def read(self, length: int, offset: int) -> bytes:
         """Bytes of the file last seen by `header`; fewer at its end, none without a file."""

@@ -32,8 +32,9 @@ __all__ = ["Worker"]
 
 logger = logging.getLogger(__name__)
 
-_GATHER_SHARE: Final = 0.3  # of a round trip, spent waiting for those that kept the last batch company, or came during it
-_GATHER_MOST: Final = 0.008
+_GATHER_SHARE: Final = 0.5  # of a round trip, spent waiting for those that kept the last batch company, or came during it ...
+_GATHER_MOST: Final = 0.025
+_GATHER_GAP: Final = 0.1  # ... as long as another one comes within this share of it
 _REST_SHARE: Final = 4.0  # with ack=local: of the processor time of a batch, rest before the next
 _REST_MOST: Final = 0.1
 _RETRY_FIRST: Final = 1.0
@@ -63,7 +64,10 @@ class Worker:
         self._local = local
         self._reboot = reboot
         self._clock = clock
-        self._cond = threading.Condition()
+        self._lock = threading.Lock()
+        self._cond = threading.Condition(self._lock)  # who waits for the worker
+        self._wake = threading.Condition(self._lock)  # the worker waits: apart, for each committer would wake all the others
+        self._gathering = False
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._running = False
@@ -102,8 +106,9 @@ class Worker:
             if self._oldest is None:
                 self._oldest = self._clock()
             self._ensure_thread()
-            if self._idle or self._config.ack != "local":  # else it is about to look, and a switch of threads costs more than a commit
-                self._cond.notify_all()
+            # Else it is about to look, and a switch of threads costs more than a commit.
+            if self._idle or (self._config.ack != "local" and not self._gathering):
+                self._wake.notify()
             ticket = self._submitted
             if must_run and not self._running:
                 raise self._shut_down()
@@ -120,7 +125,8 @@ class Worker:
         with self._cond:
             self._waiting += 1
             self._urgent = max(self._urgent, ticket)
-            self._cond.notify_all()
+            if not self._gathering or self._waiting >= self._company:
+                self._wake.notify()
             try:
                 while not (self._done >= ticket or (not for_pages and self._covers(place))):
                     if self._failed >= ticket or self._fatal is not None:
@@ -151,7 +157,7 @@ class Worker:
             self._urgent = ticket
             self._flush_wanted = ticket
             self._ensure_thread()
-            self._cond.notify_all()
+            self._wake.notify()
             while self._flush_done < ticket:
                 if self._failed >= ticket or self._fatal is not None:
                     raise self._failure()
@@ -203,7 +209,7 @@ class Worker:
                 self._submitted += 1
                 self._ensure_thread()
             self._stopping = True
-            self._cond.notify_all()
+            self._wake.notify()
         self._filler.stop()
         with self._cond:
             # Not by Thread.join(): one that Ctrl-C ends takes the thread for dead, though it goes on (CPython 3.11).
@@ -283,21 +289,25 @@ class Worker:
                 if delay <= 0:
                     self._gather()
                     return "batch"
-                self._cond.wait(delay)
+                self._wake.wait(delay)
                 continue
             if self._stopping:
                 return "stop"
             self._idle = True
-            self._cond.wait(None if self._retry_at is None else max(0.0, self._retry_at - now))
+            self._wake.wait(None if self._retry_at is None else max(0.0, self._retry_at - now))
             self._idle = False
 
     def _gather(self) -> None:
-        """When the last batch served several, they are about to commit again: worth a few per cent of a round trip."""
+        """When the last batch served several, they are about to commit again: worth a part of a round trip, while they come."""
         if self._company < 2:
             return
         end = self._clock() + min(self._round_trip * _GATHER_SHARE, _GATHER_MOST)
-        while self._waiting < self._company and (left := end - self._clock()) > 0:
-            self._cond.wait(left)
+        here = -1
+        self._gathering = True
+        while here < self._waiting < self._company and not self._stopping and (left := end - self._clock()) > 0:
+            here = self._waiting
+            self._wake.wait(min(left, self._round_trip * _GATHER_GAP))
+        self._gathering = False
 
     def _batch(self) -> None:
         with self._cond:
@@ -373,6 +383,7 @@ class Worker:
                     self._failed = max(self._failed, ticket)
                 if not self._stopping:
                     self._ensure_thread()
+            self._wake.notify()
             self._cond.notify_all()
 
     def _concluded(self, ticket: int, error: BottomlessError | None, began: float, company: int) -> None:

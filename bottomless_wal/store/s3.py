@@ -340,9 +340,8 @@ class S3Store:
 
     def _make_bucket(self) -> None:
         what = self._what("creation of", "")
-        region = self._connection.region
         place: dict[str, Any] = {}
-        if self._config.endpoint == "aws" and region != "us-east-1":
+        if self._config.endpoint == "aws" and (region := self._connection.region) != "us-east-1":
             place = {"CreateBucketConfiguration": {"LocationConstraint": region}}
         taken = {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}
         answer = self._retrier.run(what, lambda: self._ask("bucket", what, "create_bucket", expected=taken, **place))

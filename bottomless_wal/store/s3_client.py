@@ -1,4 +1,5 @@
-"""One request to an S3 server is one attempt: a boto3 client made to our measure, and its answers and errors told in our terms.
+"""One request to an S3 server is one attempt: sent past boto3's client where `s3_direct` knows how, else by one made to our measure; and
+answers and errors are told in our terms.
 
 boto3's own retries are off (`retry` does them), its optional checksums, its check of parameters and its `Expect: 100-continue`
 too: what a commit waits for is the number and the length of its round trips. Contents are signed (SHA-256), over http and https:
@@ -7,13 +8,13 @@ a server that checks signatures refuses what was changed on its way.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from email.utils import parsedate_to_datetime
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import boto3
 import botocore.config
 import botocore.handlers
 import botocore.loaders
@@ -24,7 +25,11 @@ from ..config import Config
 from ..errors import ConfigError, TransientError
 from ..parallel import fork_aware
 from .base import ServerClock, Stats
+from .s3_direct import DIRECT, DirectClient
 from .s3_errors import FAILURES, code_of, has_secret, headers_of, status_of, translated
+
+if TYPE_CHECKING:
+    import boto3
 
 __all__ = ["Answer", "Connection"]
 
@@ -46,6 +51,7 @@ class Connection:
         self._config = config
         self._stats = stats
         self._remaining = remaining
+        self._has_endpoint = config.endpoint != "aws"
         self.clock = ServerClock()
         self.after_fork()
         fork_aware(self)
@@ -54,6 +60,7 @@ class Connection:
         """Drops the client, without a word to the server: in a forked child its connections are the parent's."""
         self._lock = threading.Lock()
         self._client: Any = None
+        self._direct: DirectClient | None = None
 
     def request(
         self,
@@ -70,11 +77,15 @@ class Connection:
         Raises:
             StoreError: or TransientError, see `s3_errors`.
         """
-        client = self._connected()
-        more = {} if data is None else {"Body": data}
+        direct = self._connected_directly() if method in DIRECT and self._has_endpoint else None
+        client = self._connected() if direct is None else None
         self._stats.request(kind, sent=len(data or b""))
         try:
-            fields = getattr(client, method)(Bucket=self._config.bucket, **(parameters or {}), **more)
+            if direct is not None:
+                fields = direct.call(method, data, parameters or {})
+            else:
+                more = {} if data is None else {"Body": data}
+                fields = getattr(client, method)(Bucket=self._config.bucket, **(parameters or {}), **more)
         except FAILURES as error:
             date = self._dated(headers_of(error))
             refusal = next((name for name in (code_of(error), str(status_of(error))) if name in expected), None)
@@ -120,8 +131,9 @@ class Connection:
 
     def close(self) -> None:
         with self._lock:
-            client, self._client = self._client, None
-        if client is not None:
+            clients = [client for client in (self._client, self._direct) if client is not None]
+            self._client = self._direct = None
+        for client in clients:
             client.close()
 
     def _dated(self, headers: dict[str, str]) -> float:
@@ -142,6 +154,27 @@ class Connection:
                 client = self._client
         return client
 
+    def _connected_directly(self) -> DirectClient:
+        direct = self._direct
+        if direct is None:
+            with self._lock:
+                if self._direct is None:
+                    with _setting_up(self._config):
+                        self._direct = DirectClient(self._config, self._remaining)
+                direct = self._direct
+        return direct
+
+
+@contextlib.contextmanager
+def _setting_up(config: Config) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        hint = "An endpoint is such as http://localhost:9000, or aws."
+        raise ConfigError(f"{config.endpoint!r} is no endpoint: {error}", hint=hint) from error
+    except BotoCoreError as error:
+        raise translated(error, "setting up boto3") from error
+
 
 def _of_s3(headers: dict[str, str]) -> bool:
     """Are these the headers of an S3 server's answer?"""
@@ -153,6 +186,8 @@ _loaders: dict[str | None, botocore.loaders.Loader] = {}
 
 def _session() -> boto3.session.Session:
     """A session of its own, with credentials of its own; what it reads of the description of S3, which takes some 80 ms, all share."""
+    import boto3  # most processes never need it: see `s3_direct`
+
     session = botocore.session.get_session()
     path = session.get_config_variable("data_path")
     if path in _loaders:
@@ -181,7 +216,7 @@ def _client(config: Config, remaining: Callable[[], float | None]) -> Any:
         "user_agent_extra": "bottomless-wal",
         "ignore_configured_endpoint_urls": True,  # where the data goes is for our own option to say
     }
-    try:
+    with _setting_up(config):
         session = _session()
         client = session.client(
             "s3",
@@ -189,11 +224,6 @@ def _client(config: Config, remaining: Callable[[], float | None]) -> Any:
             region_name=session.region_name or "us-east-1",
             config=botocore.config.Config(**settings),
         )
-    except ValueError as error:
-        hint = "An endpoint is such as http://localhost:9000, or aws."
-        raise ConfigError(f"{config.endpoint!r} is no endpoint: {error}", hint=hint) from error
-    except BotoCoreError as error:
-        raise translated(error, "setting up boto3") from error
     # It makes every upload wait for a round trip more, in case the server does not want it. Small ones lose half their speed.
     client.meta.events.unregister("before-call.s3", botocore.handlers.add_expect_header)
 

@@ -14,9 +14,18 @@ from endpoints import Endpoint, MakeConfig, endpoint_of
 from bottomless_wal.config import Config
 from bottomless_wal.errors import ConfigError, CorruptionError, StoreError
 from bottomless_wal.parallel import each
-from bottomless_wal.store import Entry, Store, open_store
+from bottomless_wal.store import Entry, Store, open_store, s3_client
 
 ABSENT = "no-such-object"
+
+
+@pytest.fixture(params=["rclone", "moto", "directory", "moto by boto3's client"])
+def endpoint(request: pytest.FixtureRequest, own_environment: None, monkeypatch: pytest.MonkeyPatch) -> Endpoint:
+    """Every kind of store; and one that is asked as Amazon's is, of which there is none here."""
+    kind, _, client = request.param.partition(" by ")
+    if client:
+        monkeypatch.setattr(s3_client, "DIRECT", {})
+    return endpoint_of(kind, request)
 
 
 @pytest.fixture
