@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import platform
 import signal
 import sys
@@ -108,6 +109,9 @@ def main() -> int:
     machine = {"python": platform.python_version(), "sqlite": apsw.sqlite_lib_version(), "system": platform.system()}
     lines: list[Line] = []
     with contextlib.suppress(KeyboardInterrupt), World(quick=args.quick, say=lambda text: progress.log(text)) as world:
+        # Modules are compiled before, as they are once they are installed, whatever this process was told.
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = str(world.fresh())
         for name in names:
             progress.log(f"[bold]{name}[/]: {(CASES[name].__doc__ or '').splitlines()[0]}")
             found, seconds = measure(world, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import time
@@ -116,13 +115,10 @@ def reads(world: World) -> Iterator[Line]:
 
 def imports(world: World) -> Iterator[Line]:
     """What importing the package costs beyond Python and APSW."""
-    # As it is once installed: compiled before, whatever this process was told.
-    environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    environ["PYTHONPYCACHEPREFIX"] = str(world.fresh())
 
     def seconds(code: str) -> float:
         began = time.perf_counter()
-        done = run([sys.executable, "-c", code], environ, 60)
+        done = run([sys.executable, "-c", code], None, 60)
         took = time.perf_counter() - began
         if done.returncode:
             raise RuntimeError(done.stderr)
@@ -131,7 +127,7 @@ def imports(world: World) -> Iterator[Line]:
     codes = ("import bottomless_wal", "import apsw", "pass")
     rounds = [[seconds(code) for code in codes] for _ in range(6 if world.quick else 16)][1:]
     ours, apsw, nothing = (min(side) for side in zip(*rounds, strict=True))
-    loaded = run([sys.executable, "-c", "import sys, bottomless_wal; sys.stdout.write(str('boto3' in sys.modules))"], environ, 60).stdout
+    loaded = run([sys.executable, "-c", "import sys, bottomless_wal; sys.stdout.write(str('boto3' in sys.modules))"], None, 60).stdout
     note = f"best of {len(rounds)}; APSW's own {(apsw - nothing) * 1e3:.0f} ms; boto3 imported: {'yes' if loaded == 'True' else 'no'}"
     yield Line("import", "import bottomless_wal", (ours - apsw) * 1e3, 60.0, "ms", ("<=", 1.0), "60 ms", note=note)
 

@@ -74,7 +74,8 @@ class DirectClient:
     def __init__(self, config: Config, remaining: Callable[[], float | None]) -> None:
         if not (is_valid_endpoint_url(config.endpoint) or is_valid_ipv6_endpoint_url(config.endpoint)):
             raise ValueError(f"Invalid endpoint: {config.endpoint}")
-        self._session = botocore.session.get_session()
+        # Its hooks are for the clients that some sources of credentials make; putting them in place takes longer than all the rest here.
+        self._session = botocore.session.Session(include_builtin_handlers=not os.environ.get("AWS_ACCESS_KEY_ID"))
         self._region = self._session.get_config_variable("region") or "us-east-1"
         self._base = f"{config.endpoint.rstrip('/')}/{quote(config.bucket, safe=_UNRESERVED)}"
         self._read_timeout = config.read_timeout
