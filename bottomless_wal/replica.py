@@ -20,12 +20,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import apsw
 
 from . import layout
-from .boot import Boot
 from .checkpointer import RESTART_FRAMES, Checkpointer
 from .config import Config
 from .crashpoints import reach
@@ -34,13 +33,15 @@ from .history import History
 from .local_database import LocalDatabase
 from .local_index import Identity, IndexHeader, LocalIndex
 from .parallel import is_own_thread
-from .rebuild import Progress
 from .replicator import Replicator
 from .standing import seal
 from .store import open_store
-from .upkeep import Upkeep
 from .wal import Position, WalHeader
 from .worker import Worker
+
+if TYPE_CHECKING:
+    from .boot import Boot
+    from .rebuild import Progress
 
 __all__ = ["INDEX_SUFFIX", "Registry", "Replica", "Status", "registry"]
 
@@ -49,6 +50,8 @@ logger = logging.getLogger(__name__)
 INDEX_SUFFIX: Final = "-bottomless"
 OWN_THREADS: Final = "bottomless"
 """The names of all threads of this package begin with this."""
+
+_LOOK_SECONDS: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +84,17 @@ class Replica:
     """The database at `path` (resolved). `connect` opens a connection of our own through the VFS."""
 
     def __init__(self, path: str, config: Config, connect: Callable[[str], apsw.Connection]) -> None:
+        from .upkeep import Upkeep  # as in `_boot`
+
         self.path = path
         self.config = config
         self.name = layout.database_name(config.database_id, path)
         self.pid = os.getpid()
         self._since = time.monotonic()
         self._connect = connect
+        self._local = config.ack == "local"
+        self.look_seconds = _LOOK_SECONDS if self._local else 0.0
+        """How long a look at the files of a connection is good for."""
         self.wals: dict[int, tuple[int, int]] = {}
         """(inode, device) of the WAL that each connection of this process has open."""
         self.opens = 0
@@ -98,7 +106,7 @@ class Replica:
         self.local = LocalDatabase(path, lambda: connect(path))
         self.index = LocalIndex(path + INDEX_SUFFIX, beside=path)
         self.replicator = Replicator(config, self.local, self.index, self.history)
-        self.checkpointer = Checkpointer(path, lambda: connect(path), local=config.ack == "local")
+        self.checkpointer = Checkpointer(path, lambda: connect(path), local=self._local)
         self.upkeep = Upkeep(config, self.history)
         self.replicator.on_head = self.upkeep.told
         self.worker = Worker(config, self.replicator, self.index, self.local, self._reboot)
@@ -121,7 +129,7 @@ class Replica:
             existed = os.path.exists(self.index.path)
             try:
                 with self.replicator.view.locked_to_commit(), self.index.locked():
-                    header = Boot(self.replicator, policy=self.config.initial_replication, progress=progress).run(reset=reset)
+                    header = self._boot(progress).run(reset=reset)
                     reach("after open")
                     yield
                 self.booted = True
@@ -144,7 +152,12 @@ class Replica:
                 os.unlink(self.index.path)
 
     def _reboot(self) -> IndexHeader:
-        return Boot(self.replicator, policy=self.config.initial_replication).run()
+        return self._boot().run()
+
+    def _boot(self, progress: Progress | None = None) -> Boot:
+        from .boot import Boot  # what it takes to restore is loaded when a database is opened, not with the package
+
+        return Boot(self.replicator, policy=self.config.initial_replication, progress=progress)
 
     # --- while it is open ----------------------------------------------------------------------------------------------
 
@@ -154,10 +167,12 @@ class Replica:
         Raises:
             ReplicationError, FencedError, ConflictError: see `Worker.wait`.
         """
-        self.check_process()
+        if os.getpid() != self.pid:
+            self.check_process()
         worker = self.worker
-        if self.config.ack == "local":
-            worker.submit(must_run=True)
+        if self._local:
+            if not worker.dirty:
+                worker.submit(must_run=True)
             if worker.fatal is not None:
                 raise type(worker.fatal)(worker.fatal.message, hint=worker.fatal.hint)
             return

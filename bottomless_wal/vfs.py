@@ -45,8 +45,8 @@ _WAL_VERSION: Final = b"\x02\x02"  # bytes 18 and 19 of a database in WAL mode
 _WATCHED: Final = frozenset({apsw.SQLITE_FCNTL_COMMIT_PHASETWO, apsw.SQLITE_FCNTL_PDB, apsw.SQLITE_FCNTL_PRAGMA})
 _control: Final = apsw.VFSFile.xFileControl  # found once: super() costs as much as the call
 _write: Final = apsw.VFSFile.xWrite
-
-_LOOK_SECONDS: Final = 0.02
+_getpid: Final = os.getpid
+_now: Final = time.monotonic
 
 _released = threading.Condition()
 """A commit of this process has let go of the write lock."""
@@ -105,32 +105,17 @@ class _MainFile(apsw.VFSFile):
             registry.release(replica)
 
     def _phase_two(self, replica: Replica) -> None:
-        with _released:
-            _released.notify()  # one of them: all together would use up their patience
+        if _queued:
+            with _released:
+                _released.notify()  # one of them: all together would use up their patience
         try:
-            now = time.monotonic()
+            now = _now()
             # With ack=local nobody is told that anything is stored, and a look costs as much as a small commit.
-            looked = replica.config.ack == "local" and now - self._looked < _LOOK_SECONDS
-            if not looked:
+            if self._converting or now - self._looked >= replica.look_seconds:
                 self._looked = now
-            if not looked and self._has_moved():
-                raise ReplicationError(
-                    f"{replica.path} was deleted or replaced while this connection had it open: its commit stands in a file without a name",
-                    hint="Close every connection to it. Opening the path again restores the state in the bucket.",
-                )
-            if self._in_wal_mode(replica):
-                if not looked and not replica.wal_in_place():
-                    raise wal_vanished(replica.path)
-                replica.committed()
+                self._look(replica)
             else:
-                # A rollback-mode commit: the switch to WAL itself, which writes page 1 past the WAL.
-                self._converting = False
-                replica.mark_scan()
-                if super().xRead(2, 18) != _WAL_VERSION:
-                    raise ReplicationError(
-                        f"a transaction was committed to {replica.path} outside WAL mode, after the switch to it had failed",
-                        hint="It stands locally. Run PRAGMA journal_mode=wal again: what was written then goes with the next commit.",
-                    )
+                replica.committed()
         except BaseException as error:
             if self._alone():
                 _parked.pop(self._connection, None)
@@ -138,9 +123,29 @@ class _MainFile(apsw.VFSFile):
             logger.debug("parked until the WAL hook: %s", error)
             _parked.setdefault(self._connection, {})[replica.path] = error
         else:
-            parked = _parked.get(self._connection)
-            if parked is not None:
-                parked.pop(replica.path, None)
+            if _parked:
+                _parked.get(self._connection, {}).pop(replica.path, None)
+
+    def _look(self, replica: Replica) -> None:
+        """A commit, once it is seen that the files are where they should be."""
+        if self._has_moved():
+            raise ReplicationError(
+                f"{replica.path} was deleted or replaced while this connection had it open: its commit stands in a file without a name",
+                hint="Close every connection to it. Opening the path again restores the state in the bucket.",
+            )
+        if self._in_wal_mode(replica):
+            if not replica.wal_in_place():
+                raise wal_vanished(replica.path)
+            replica.committed()
+            return
+        # A rollback-mode commit: the switch to WAL itself, which writes page 1 past the WAL.
+        self._converting = False
+        replica.mark_scan()
+        if super().xRead(2, 18) != _WAL_VERSION:
+            raise ReplicationError(
+                f"a transaction was committed to {replica.path} outside WAL mode, after the switch to it had failed",
+                hint="It stands locally. Run PRAGMA journal_mode=wal again: what was written then goes with the next commit.",
+            )
 
     def _has_moved(self) -> bool:
         """Is the file at the path another one by now, or none?"""
@@ -182,6 +187,7 @@ class _WalFile(apsw.VFSFile):
 
     def __init__(self, filename: Any, flags: list[int], replica: Replica) -> None:
         self._replica = replica
+        self._pid = replica.pid
         super().__init__("", filename, flags)
         self._fd = -1
         with contextlib.suppress(OSError):
@@ -189,11 +195,10 @@ class _WalFile(apsw.VFSFile):
             replica.wals[id(self)] = os.fstat(self._fd)[1:3]
 
     def xWrite(self, data: bytes, offset: int) -> None:
-        if offset == 0:
+        if offset == 0 or _getpid() != self._pid:
             self._replica.check_process()
-            self._replica.seal(WalHeader.parse(data))
-        elif os.getpid() != self._replica.pid:
-            self._replica.check_process()
+            if offset == 0:
+                self._replica.seal(WalHeader.parse(data))
         _write(self, data, offset)
 
     def xTruncate(self, size: int) -> None:
@@ -334,8 +339,7 @@ def _on_connect(connection: apsw.Connection) -> None:
 
 
 def _wal_hook(connection: apsw.Connection, schema: str, frames: int) -> int:
-    parked = _parked.pop(connection.sqlite3_pointer(), None)
-    if parked:
+    if _parked and (parked := _parked.pop(connection.sqlite3_pointer(), None)):
         first, *others = parked.values()
         for other in others:
             logger.error("also, in the same transaction: %s", other)

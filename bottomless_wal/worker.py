@@ -71,6 +71,8 @@ class Worker:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._running = False
+        self.dirty = False
+        """A commit was submitted, and no batch has begun since: what stands by now will go with that one."""
         self._submitted = 0  # tickets given out
         self._done = 0  # tickets up to here were covered
         self._failed = 0  # tickets up to here have failed ...
@@ -106,6 +108,7 @@ class Worker:
             if self._oldest is None:
                 self._oldest = self._clock()
             self._ensure_thread()
+            self.dirty = self._running
             # Else it is about to look, and a switch of threads costs more than a commit.
             if self._idle or (self._config.ack != "local" and not self._gathering):
                 self._wake.notify()
@@ -271,7 +274,7 @@ class Worker:
                 self._batch()
         finally:
             with self._cond:
-                self._running = False
+                self._running = self.dirty = False
                 self._cond.notify_all()
 
     def _next_task(self) -> str:
@@ -311,6 +314,7 @@ class Worker:
 
     def _batch(self) -> None:
         with self._cond:
+            self.dirty = False  # before anything is looked at
             ticket, flushing, company = self._submitted, self._flush_wanted > self._flush_done, self._waiting
             stopping = self._stopping
         began, worked = self._clock(), time.thread_time()
