@@ -83,6 +83,39 @@ def test_the_interval_gathers_the_commits_of_its_time_into_one(world: World) -> 
     assert sum(len(world.bucket.segment("app.db", pre, pre + 1).positions) for pre in range(1, world.bucket.head("app.db"))) == 10
 
 
+def test_ack_local_a_commit_that_says_nothing_goes_with_those_that_did(world: World) -> None:
+    """Once one has said that there is something to look for, the others spare themselves that: until a batch begins, none is lost by it."""
+    con = _open(world, ack="local")
+    worker = replica_of(con).worker
+    store = refusal(con)
+    gate = threading.Event()
+    store.hold(gate, kind="create")
+    con.execute("INSERT INTO t VALUES (1)")
+    until(lambda: any(kind == "create" for kind, _ in store.seen))
+    assert not worker.dirty, "the batch has looked: what comes now has to say so"
+    con.execute("INSERT INTO t VALUES (2)")
+    assert worker.dirty
+    tickets = worker._submitted
+    con.executemany("INSERT INTO t VALUES (?)", [(3,), (4,)])
+    assert worker._submitted == tickets
+    gate.set()
+    until(lambda: world.bucket.log_image("app.db") == con.serialize("main"))
+    until(lambda: not worker.dirty)
+
+
+def test_ack_local_commits_that_say_nothing_are_tried_again_with_the_others(world: World) -> None:
+    con = _open(world, ack="local")
+    store = refusal(con)
+    store.log()
+    con.executemany("INSERT INTO t VALUES (?)", [(n,) for n in range(50)])
+    until(lambda: bottomless_wal.status(con).last_error is not None)
+    store.nothing()
+    con.execute("INSERT INTO t VALUES (50)")
+    until(lambda: world.bucket.log_image("app.db") == con.serialize("main"))
+    bottomless_wal.flush(con)
+    world.stored(con)
+
+
 def test_ack_local_is_all_there_after_the_close(world: World) -> None:
     here = world.machine()
     con = here.connect(ack="local", interval=60)
