@@ -118,9 +118,9 @@ def learn_locally(
     found = history.header(last.pre, last.post)
     view_txid = min(found.view_txid, head.txid) if found is not None else 0
     with local.snapshot() as tip:
-        pages = local.pages(tip, local.shape(tip))
-        while some := list(islice(pages, 4096)):
-            index.record([pgno for pgno, _ in some], [page_hash(pgno, page) for pgno, page in some], view_txid)
+        rows = ((pgno, page_hash(pgno, page)) for pgno, page in local.pages(tip, local.shape(tip)))
+        while some := list(islice(rows, 4096)):
+            index.record([pgno for pgno, _ in some], [known for _, known in some], view_txid)
     if index.state(head.db_size) != head.state:
         raise SnapshotLost(f"{local.path} was written to meanwhile")
     chain = plan(edges, head.txid, start=view_txid)

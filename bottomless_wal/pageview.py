@@ -48,6 +48,7 @@ LOCK_SUFFIX: Final = "-view"
 
 _ENTRIES_AT_ONCE: Final = 16384
 _MISSED_PAGES: Final = 1024
+_MISSED_BYTES: Final = 16 << 20
 
 
 class Turn(NamedTuple):
@@ -205,8 +206,9 @@ class PageView:
         if header.view_txid >= upto:
             return
         passed: list[int] = []
-        missed = list(islice(self._missed(header, header.view_txid, upto, passed), _MISSED_PAGES + 1))
-        if len(missed) > _MISSED_PAGES or passed:
+        most = min(_MISSED_PAGES, _MISSED_BYTES // header.page_size)
+        missed = list(islice(self._missed(header, header.view_txid, upto, passed), most + 1))
+        if len(missed) > most or passed:
             self._into_backlog(header, upto=upto)
             return
         self._put(header, missed)

@@ -28,6 +28,7 @@ __all__ = ["Change", "stage_frames", "stage_scan"]
 logger = logging.getLogger(__name__)
 
 _PIECE_BYTES: Final = 64 << 20  # of frames in one commit, unless one transaction alone is larger
+_LOOKED_UP_BYTES: Final = 1 << 20  # of pages of a scan that are held while their hashes are looked up
 _KEPT_BYTES: Final = 4 << 20  # of pages kept for the page view, instead of being read twice
 _MOST_POSITIONS: Final = 1 << 16  # that a scanned commit lists, the last ones
 
@@ -165,7 +166,7 @@ def stage_scan(
     def changed() -> Iterator[Page]:
         nonlocal state, indexed, unexplained
         source = local.pages(tip, shape)
-        while some := list(islice(source, 4096)):
+        while some := list(islice(source, max(1, _LOOKED_UP_BYTES // shape.page_size))):
             for (pgno, data), old in zip(some, index.hashes([pgno for pgno, _ in some]), strict=True):
                 new = page_hash(pgno, data)
                 state ^= new

@@ -228,7 +228,13 @@ def parts(chunks: Iterable[bytes], size: int = PART_BYTES) -> Iterator[bytes]:
             gathered += taken
             view = view[len(taken) :]
             if len(gathered) == size:
-                yield bytes(gathered)
-                gathered = bytearray()
+                yield _emptied(gathered)
     if gathered:
-        yield bytes(gathered)
+        yield _emptied(gathered)
+
+
+def _emptied(gathered: bytearray) -> bytes:
+    """What it held: while a piece is worked on, it is held once."""
+    data = bytes(gathered)
+    gathered.clear()
+    return data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import tracemalloc
 
 import pytest
 from worlds import World, rows
@@ -42,6 +43,23 @@ def test_every_page_size_as_an_initial_replication(world: World, page_size: int)
     world.stored(con)
     con.close()
     world.comes_back(here)
+
+
+def test_a_scan_holds_few_pages_however_large_they_are(world: World) -> None:
+    """In all 64 MB: as many pages at once as there are small ones in a few megabytes would be all of them."""
+    here = world.machine()
+    stock = here.stock()
+    stock.execute("PRAGMA page_size=65536; CREATE TABLE t(x); INSERT INTO t VALUES (zeroblob(64 << 20))")
+    stock.close()
+    here.connect("other.db").close()  # what is imported and made once
+    tracemalloc.start()
+    try:
+        here.connect(pages="off").close()
+        os.unlink(here.path() + "-bottomless")
+        here.connect(pages="off").close()  # every page is looked at to make the index anew
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def _sparse(path: str) -> int:
