@@ -151,6 +151,8 @@ def _endpoint(value: object) -> str:
         raise ValueError
     if parts.scheme in ("http", "https") and parts.hostname and "@" not in text:  # a password with a slash in it is no user info
         _ = parts.port  # raises ValueError for a port that is no number
+        if set("?#%") & set(text) or {".", ".."} & set(parts.path.split("/")):
+            raise ValueError  # clients and proxies do not agree on where that leads
         return text.rstrip("/")
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
         return text
@@ -179,7 +181,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     for option in (
         _option(
             "endpoint",
-            (_endpoint, "http(s)://host[:port] without user and password | file:///directory | aws"),
+            (_endpoint, "http(s)://host[:port][/path] without user and password | file:///directory | aws"),
             "the S3-compatible server; `aws` is Amazon's own of the region",
         ),
         _option("bucket", (_bucket, "letters, digits, '.', '_' and '-'"), "the bucket, or the directory below file:///"),

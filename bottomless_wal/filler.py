@@ -169,9 +169,13 @@ class Filler:
 
     def _ensure_thread(self) -> None:
         if self._thread is None and not self._stopping:
-            self._thread = threading.Thread(target=self._run, name=f"bottomless view {self._local.path}", daemon=True)
-            self._thread.start()
-            self._running = True
+            thread = threading.Thread(target=self._run, name=f"bottomless view {self._local.path}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                logger.info("the page view of %s is left to the next open: %s", self._local.path, error)  # the interpreter ends
+                return
+            self._thread, self._running = thread, True
         self._cond.notify_all()
 
     def _run(self) -> None:

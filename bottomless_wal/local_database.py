@@ -34,6 +34,8 @@ __all__ = ["LocalDatabase", "Shape", "SnapshotLost", "Tip", "wal_vanished"]
 
 logger = logging.getLogger(__name__)
 
+_thread = threading.local()
+
 _READ_BYTES: Final = 256 * 1024
 _ASK_AGAIN_SECONDS: Final = 10.0
 _QUIET_LOOKS: Final = 200
@@ -101,21 +103,30 @@ class LocalDatabase:
             ReplicationError: SQLite kept answering BUSY.
         """
         vanished = 0
-        with self._monitor_lock:
-            for _ in range(int(_ASK_AGAIN_SECONDS / 0.0005)):
-                before = self._tip_wal.header()
-                counts = self._ask()
-                if counts is not None and before == self._tip_wal.header():
-                    if before is not None or not counts[0]:
-                        return Tip(before, *counts)
-                    vanished += 1
-                    if vanished == _VANISHED_LOOKS:
-                        raise wal_vanished(self.path)
-                self._sleep(0.0005)
+        _thread.asking = True
+        try:
+            with self._monitor_lock:
+                for _ in range(int(_ASK_AGAIN_SECONDS / 0.0005)):
+                    before = self._tip_wal.header()
+                    counts = self._ask()
+                    if counts is not None and before == self._tip_wal.header():
+                        if before is not None or not counts[0]:
+                            return Tip(before, *counts)
+                        vanished += 1
+                        if vanished == _VANISHED_LOOKS:
+                            raise wal_vanished(self.path)
+                    self._sleep(0.0005)
+        finally:
+            _thread.asking = False
         raise ReplicationError(
             f"the WAL of {self.path} could not be looked at: SQLite stayed busy",
             hint="Another process holds the database in recovery or exclusively; the commit stays pending.",
         )
+
+    @staticmethod
+    def asking() -> bool:
+        """Is the running thread within `tip`? Then it must not be called once more: not even by a commit that the collector makes."""
+        return getattr(_thread, "asking", False)
 
     def _connect(self) -> apsw.Connection:
         connection = self._open()

@@ -177,9 +177,9 @@ class Replica:
                 raise type(worker.fatal)(worker.fatal.message, hint=worker.fatal.hint)
             return
         ticket = worker.submit()
-        if is_own_thread():
-            # The garbage collector has ended a statement that committed, in a thread that this wait might be waiting for; nobody would
-            # hear of an error.
+        if is_own_thread() or self.local.asking():
+            # The garbage collector has ended a statement that committed, in a thread that this wait might be waiting for, or in the middle
+            # of what it would do; nobody would hear of an error.
             return
         tip = self.local.tip()
         place = Position(tip.header.salt1, tip.header.salt2, tip.frames, 0, 0) if tip.header is not None else None

@@ -52,6 +52,7 @@ _released = threading.Condition()
 """A commit of this process has let go of the write lock."""
 _queued = 0  # threads that wait for that
 _QUEUE_LOOK: Final = 10_000  # microseconds
+_NAP_OVER: Final = 0.005  # seconds between two sleeps that are not of one wait any more
 
 _thread = threading.local()
 
@@ -253,7 +254,15 @@ class _Bottomless(apsw.VFS):
     def xSleep(self, microseconds: int) -> int:
         # The inherited method sleeps while it holds the GIL. Whoever waits for the write lock is woken when it is his turn: SQLite's busy
         # handler sleeps for up to 0.1 s, while the lock is free.
+        # SQLite takes for slept what it has asked for: its patience would be over after some sixty calls, to whatever database they were.
+        # So who was called too early makes up for it the next time, when nobody can call him.
         global _queued
+        began = _now()
+        debt, until = getattr(_thread, "nap", (0.0, 0.0))
+        if began - until > _NAP_OVER:
+            debt = 0.0
+        if debt > 0:
+            time.sleep(debt)
         with _released:
             _queued += 1
             try:
@@ -261,6 +270,8 @@ class _Bottomless(apsw.VFS):
                 _released.wait(max(microseconds, _QUEUE_LOOK if _queued > 1 else 0) / 1e6)
             finally:
                 _queued -= 1
+        ended = _now()
+        _thread.nap = (max(0.0, debt + microseconds / 1e6 - (ended - began)), ended)
         return microseconds
 
     def _open_main(self, name: Any, flags: list[int]) -> apsw.VFSFile:

@@ -64,7 +64,7 @@ class Worker:
         self._local = local
         self._reboot = reboot
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the collector may end a statement that commits while its thread is in here
         self._cond = threading.Condition(self._lock)  # who waits for the worker
         self._wake = threading.Condition(self._lock)  # the worker waits: apart, for each committer would wake all the others
         self._gathering = False
@@ -108,10 +108,10 @@ class Worker:
             if self._oldest is None:
                 self._oldest = self._clock()
             self._ensure_thread()
-            self.dirty = self._running
             # Else it is about to look, and a switch of threads costs more than a commit.
             if self._idle or (self._config.ack != "local" and not self._gathering):
                 self._wake.notify()
+            self.dirty = self._running  # last of all: Ctrl-C before leaves it to the next commit
             ticket = self._submitted
             if must_run and not self._running:
                 raise self._shut_down()
@@ -126,11 +126,11 @@ class Worker:
         """
         began = self._clock()
         with self._cond:
-            self._waiting += 1
             self._urgent = max(self._urgent, ticket)
-            if not self._gathering or self._waiting >= self._company:
-                self._wake.notify()
             try:
+                self._waiting += 1
+                if not self._gathering or self._waiting >= self._company:
+                    self._wake.notify()
                 while not (self._done >= ticket or (not for_pages and self._covers(place))):
                     if self._failed >= ticket or self._fatal is not None:
                         raise self._failure()
@@ -268,9 +268,9 @@ class Worker:
         try:
             while True:
                 with self._cond:
-                    task = self._next_task()
-                if task == "stop":
-                    return
+                    if self._next_task() == "stop":
+                        self._running = self.dirty = False  # who submits from here on hears that nobody will send it
+                        return
                 self._batch()
         finally:
             with self._cond:

@@ -160,6 +160,12 @@ def test_arguments_may_have_the_right_type() -> None:
     assert (config.concurrency, config.interval, config.create_bucket, config.retry_timeout) == (4, 1.0, True, 2.5)
 
 
+@pytest.mark.parametrize("endpoint", ["http://h?x=1", "http://h/#f", "http://h/a%20b", "http://h/a/../b", "http://h/./b", "https://h/a?"])
+def test_an_endpoint_that_is_read_in_two_ways_is_refused(endpoint: str) -> None:
+    with pytest.raises(ConfigError):
+        Config.load({"endpoint": endpoint}, environ={})
+
+
 def test_a_password_in_an_endpoint_is_not_repeated() -> None:
     for place in PLACES:
         with pytest.raises(ConfigError) as raised:

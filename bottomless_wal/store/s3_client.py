@@ -8,6 +8,7 @@ a server that checks signatures refuses what was changed on its way.
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401  (boto3 wants it, and it cannot be imported any more when the interpreter ends)
 import contextlib
 import threading
 import time
@@ -97,6 +98,8 @@ class Connection:
         headers = fields["ResponseMetadata"]["HTTPHeaders"]
         if kind in _READING and headers.get("content-type", "").startswith("text/html") and not _of_s3(headers):
             # A portal's page must pass neither for an object that is damaged nor for one that is there.
+            if "Body" in fields:
+                fields["Body"].close()
             raise TransientError(f"{what}: the answer is a page in HTML", hint="Is the endpoint an S3 server's?")
         return Answer(fields, "", self._dated(headers))
 

@@ -61,6 +61,8 @@ _SIGNED: Final = botocore.config.Config(s3={"payload_signing_enabled": True})
 _AGENT: Final = f"bottomless-wal Botocore/{botocore.__version__}"
 _UNRESERVED: Final = "-._~"
 _PIECE: Final = 64 << 10
+_ROOT: Final = 200  # bytes in which the root of a listing begins
+_MOST_DIGITS: Final = 20  # of a length that can be one
 _PARSER: Final[Any] = botocore.parsers.RestXMLParser()
 
 
@@ -83,7 +85,7 @@ class DirectClient:
         self._lock = threading.Lock()
         self._credentials: Any = None
         # As botocore makes its own: first the variable of AWS, then the one that most of Python's HTTP clients know.
-        verify: Any = self._session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE", True)
+        verify: Any = self._session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE") or True
         timeouts: Any = (config.connect_timeout, config.read_timeout)
         sockets: list[Any] = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
         self._http = URLLib3Session(
@@ -122,14 +124,15 @@ class DirectClient:
             raise _refusal(name, status, response)
         headers = {field.lower(): value for field, value in response.headers.items()}
         answer: dict[str, Any] = {"ResponseMetadata": {"HTTPStatusCode": status, "HTTPHeaders": headers}}
-        length: Any = int(told) if (told := headers.get("content-length", "")).isdecimal() else None
+        told = headers.get("content-length", "")
+        length: Any = int(told) if told.isdecimal() and len(told) < _MOST_DIGITS else None
         if length is not None:
             answer["ContentLength"] = length
         if reading:
             answer["Body"] = StreamingBody(response.raw, length)
             if "content-range" in headers:
                 answer["ContentRange"] = headers["content-range"]
-        elif _is_error(response.content):
+        elif b"<Error" in (response.content[:_ROOT] if name == "list_objects_v2" else response.content):
             raise _refusal(name, 500, response)  # S3 may find out that it failed when it has said 200 already
         elif name == "list_objects_v2":
             answer.update(_listing(response.content))
@@ -161,10 +164,6 @@ def _refusal(name: str, status: int, response: Any) -> ClientError:
     """The error in an answer."""
     answer = {"status_code": status, "headers": response.headers, "body": response.content, "context": {"operation_name": name}}
     return ClientError(_PARSER.parse(answer, None), name)
-
-
-def _is_error(body: bytes) -> bool:
-    return b"<Error" in body[:200]
 
 
 def _listing(body: bytes) -> dict[str, Any]:

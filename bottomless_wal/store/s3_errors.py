@@ -109,7 +109,7 @@ def _answer(error: BaseException | None, part: str) -> Any:
 
 def has_secret(error: BaseException) -> bool:
     """Does the error's text repeat a header, and with it a session token or a signature?"""
-    return not isinstance(error, ClientError) and "header value" in str(error)
+    return not isinstance(error, ClientError) and any(sign in str(error) for sign in ("header value", "codec can't encode"))
 
 
 def translated(error: BaseException, what: str) -> StoreError:

@@ -7,9 +7,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from worlds import World, rows, spawn
+from worlds import World, child, rows, spawn
 
 import bottomless_wal
+from bottomless_wal.local_index import LocalIndex
 
 OURS = ("Traceback", "Exception ignored", "Fatal Python error", "terminate called")
 """What must not be on standard error, unless the application itself has raised it."""
@@ -197,6 +198,34 @@ atexit.register(registry.exit)
     assert rows(con) == 1
     bottomless_wal.flush(con)
     world.stored(con)
+
+
+@pytest.mark.parametrize("what", ["a large transaction", "a database that has shrunk"])
+def test_what_takes_boto3s_client_is_done_at_exit_too(any_world: World, what: str) -> None:
+    """It is loaded when it is first needed, and much cannot be loaded any more when the interpreter ends."""
+    here = any_world.machine()
+    script = f"""
+con = connect(argv[0], ack="local", interval=30, initial_replication="force")
+con.execute("CREATE TABLE t(x)")
+bottomless_wal.flush(con)
+assert "boto3" not in sys.modules
+if {what!r} == "a large transaction":
+    with con:
+        con.executemany("INSERT INTO t VALUES (randomblob(1000000))", [()] * 20)
+else:
+    con.executemany("INSERT INTO t VALUES (randomblob(9000))", [()] * 20)
+    bottomless_wal.flush(con)
+    con.execute("DELETE FROM t; VACUUM")
+"""
+    errors = child(script, here.path(), options=any_world.options).stderr
+    assert not any(sign in errors for sign in (*OURS, "not stored", "not foreseen")), errors
+    header = LocalIndex.peek(here.path() + "-bottomless")
+    assert header is not None
+    assert header.clean
+    assert any_world.bucket.head("app.db") == header.txid
+    con = here.connect()
+    bottomless_wal.flush(con)
+    any_world.stored(con)
 
 
 def test_daemon_threads_in_the_middle_of_a_commit(world: World) -> None:

@@ -249,6 +249,83 @@ def test_a_commit_that_the_collector_makes_in_a_thread_of_ours(world: World, no_
     world.comes_back(here)
 
 
+@pytest.mark.parametrize("ack", ["log", "local"])
+@pytest.mark.parametrize("place", ["submitting", "asking for the tip"])
+def test_a_commit_that_the_collector_makes_within_another_one(world: World, no_collection: None, ack: str, place: str) -> None:
+    """In the thread that holds the worker's lock, or the one of the tip: it must not wait for itself."""
+    here, con = _start(world, ack=ack)
+    replica = replica_of(con)
+    collected: list[int] = []
+
+    def leave() -> None:
+        other = bottomless_wal.connect(here.path(), **{**world.options, "ack": ack})
+        cursor = other.execute("INSERT INTO t VALUES (2), (3) RETURNING x")
+        next(cursor)
+        cycle: list[object] = [other, cursor]
+        cycle.append(cycle)
+
+    def collect() -> None:
+        if threading.current_thread() is thread and not collected:
+            collected.append(0)
+            leave()  # the commit it is in stands already: the write lock is free
+            collected[0] = gc.collect()
+
+    if place == "submitting":
+        real_clock = replica.worker._clock
+
+        def clock() -> float:
+            if replica.worker._cond._is_owned():  # type: ignore[attr-defined]
+                collect()
+            return real_clock()
+
+        replica.worker._clock = clock
+        replica.worker._oldest = None
+    else:
+        real_header = replica.local._tip_wal.header
+
+        def header() -> Any:
+            collect()
+            return real_header()
+
+        replica.local._tip_wal.header = header  # type: ignore[method-assign]
+    thread = threading.Thread(target=con.execute, args=("INSERT INTO t VALUES (1)",), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive(), "the commit waits for itself"
+    if ack == "log" or place == "submitting":
+        assert collected
+    assert rows(con) == 1 + 2 * len(collected)
+    bottomless_wal.flush(con)
+    world.stored(con)
+    con.close()
+    world.comes_back(here)
+
+
+def test_ctrl_c_while_a_commit_with_ack_local_says_so(world: World) -> None:
+    """Just before the worker is called: the commits that follow are sent, though nobody flushes."""
+    here, con = _start(world, ack="local")
+    worker = replica_of(con).worker
+    bottomless_wal.flush(con)
+    until(lambda: worker._idle)
+    real = worker._wake.notify
+    strikes: list[int] = []
+
+    def notify(count: int = 1) -> None:
+        if threading.current_thread() is threading.main_thread() and not strikes:
+            strikes.append(count)
+            raise KeyboardInterrupt
+        real(count)
+
+    worker._wake.notify = notify  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        con.execute("INSERT INTO t VALUES (1)")
+    con.execute("INSERT INTO t VALUES (2)")
+    until(lambda: world.bucket.log_image("app.db") == con.serialize("main"))
+    assert strikes
+    con.close()
+    world.comes_back(here)
+
+
 class CollectingDict(dict[str, Any]):
     """The collector runs right after something was found in it."""
 

@@ -74,6 +74,34 @@ def test_threads_with_a_connection_each(world: World, ack: str) -> None:
     world.comes_back(here)
 
 
+def test_patience_with_the_write_lock_is_not_used_up_by_others(world: World) -> None:
+    """SQLite counts how often it has slept: commits to another database, which wake who waits, must not count."""
+    here, holder = _made(world, ack="local")
+    other = here.connect("other.db", ack="local")
+    other.execute("CREATE TABLE t(thread, n)")
+    over = threading.Event()
+
+    def noise() -> None:
+        with contextlib.closing(here.connect("other.db", ack="local")) as mine:
+            while not over.is_set():
+                mine.execute("INSERT INTO t VALUES (0, 0)")
+
+    with contextlib.closing(here.connect(ack="local")) as waiter:
+        waiter.set_busy_timeout(2000)
+        holder.execute("BEGIN IMMEDIATE; INSERT INTO t VALUES (1, 1)")
+        thread = threading.Thread(target=noise)
+        thread.start()
+        letting_go = threading.Timer(1.0, lambda: holder.execute("COMMIT"))
+        letting_go.start()
+        try:
+            waiter.execute("INSERT INTO t VALUES (2, 2)")
+        finally:
+            over.set()
+            thread.join()
+            letting_go.join()
+    assert rows(holder) == 2
+
+
 def test_each_row_is_stored_when_its_own_commit_returns(world: World) -> None:
     here, con = _made(world, ack="log")
     del con

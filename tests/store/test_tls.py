@@ -174,6 +174,15 @@ def test_an_unknown_authority_is_refused_at_once_and_the_hint_names_the_setting(
     assert "AWS_CA_BUNDLE" in error.hint
 
 
+@pytest.mark.parametrize("variable", ["AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"])
+def test_a_bundle_without_a_name_is_none_and_not_every_authority(
+    moto_endpoint: Endpoint, authority: Authority, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "")
+    with Front(authority.signed("localhost"), moto_endpoint.url).running() as front:
+        assert "certificate" in refusal(front, make_config, moto_endpoint).message
+
+
 @pytest.mark.parametrize(("names", "host"), [(("elsewhere.example",), "localhost"), (("localhost",), "127.0.0.1")])
 def test_a_certificate_of_another_name_is_refused(
     moto_endpoint: Endpoint,
