@@ -205,7 +205,7 @@ def test_what_takes_boto3s_client_is_done_at_exit_too(any_world: World, what: st
     """It is loaded when it is first needed, and much cannot be loaded any more when the interpreter ends."""
     here = any_world.machine()
     script = f"""
-con = connect(argv[0], ack="local", interval=30, initial_replication="force")
+con = connect(argv[0], ack="local", interval=30)
 con.execute("CREATE TABLE t(x)")
 bottomless_wal.flush(con)
 assert "boto3" not in sys.modules
@@ -217,6 +217,7 @@ else:
     bottomless_wal.flush(con)
     con.execute("DELETE FROM t; VACUUM")
 """
+    any_world.options["pages"] = "commit" if "shrunk" in what else "off"
     errors = child(script, here.path(), options=any_world.options).stderr
     assert not any(sign in errors for sign in (*OURS, "not stored", "not foreseen")), errors
     header = LocalIndex.peek(here.path() + "-bottomless")
@@ -225,7 +226,7 @@ else:
     assert any_world.bucket.head("app.db") == header.txid
     con = here.connect()
     bottomless_wal.flush(con)
-    any_world.stored(con)
+    any_world.stored(con, view="shrunk" in what)
 
 
 def test_daemon_threads_in_the_middle_of_a_commit(world: World) -> None:
