@@ -9,8 +9,8 @@ outweigh it, or when that one is older than `snapshot_interval` by the server's 
 page of a commit is written once more at each level that it is merged at.
 
 Everything goes through the store and is safe beside other processes, and machines, that do the same. What fails is logged and done by a
-later turn: neither a commit nor a restore depends on anything here. An idle writer sends nothing. After each millisecond of the
-processor it rests for three, so that commits hardly notice; for less when it falls behind them.
+later turn: neither a commit nor a restore depends on anything here. An idle writer sends nothing: what is due waits for a commit. After
+each millisecond of the processor it rests for three, so that commits hardly notice; for less when it falls behind them.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Upkeep:
                 self._thread = threading.Thread(target=self._run, name=f"bottomless upkeep {self._history.name}", daemon=True)
                 self._thread.start()
                 self._running = True
-            elif self._complete:
+            elif self._complete or self._clock() >= self._due:
                 self._cond.notify_all()
 
     def stop(self) -> None:
@@ -140,7 +140,7 @@ class Upkeep:
                 if self._complete or (now >= self._due and self._head > self._turned):
                     self._complete, self._turning = False, True
                     return True
-                self._cond.wait(max(0.0, self._due - now) if self._head > self._turned else None)
+                self._cond.wait()  # for the next commit: what is due while nobody writes can wait, too
             return False
 
     def _turn(self) -> None:

@@ -89,6 +89,31 @@ def test_an_idle_writer_sends_nothing(world: World) -> None:
     con.close()
 
 
+def test_what_is_due_waits_for_a_commit(tmp_path: Path) -> None:
+    """A minute after the first commits it would look whether there is a snapshot; an idle writer does not even that."""
+    past = Past(tmp_path)
+    now = [0.0]
+    upkeep = Upkeep(past.config.changed(compaction=True), past.history, clock=lambda: now[0], pause=lambda seconds: None)
+    waits: list[float | None] = []
+    real = upkeep._cond.wait
+
+    def wait(timeout: float | None = None) -> bool:
+        waits.append(timeout)
+        return real(timeout)
+
+    upkeep._cond.wait = wait  # type: ignore[method-assign]
+    past.commit({n: past.page(n, 512) for n in range(1, 9)}, 8)
+    upkeep.told(past.head)
+    until(lambda: bool(waits))
+    assert waits == [None]
+    assert upkeep._turned == 0
+    now[0] += 120
+    past.commit({1: past.page(9, 512)}, 8)
+    upkeep.told(past.head)
+    until(lambda: upkeep._turned == past.head)
+    upkeep.stop()
+
+
 def test_its_failures_are_none_of_the_commits(world: World, caplog: pytest.LogCaptureFixture) -> None:
     con = opened(world)
     store = refusal(con)
