@@ -270,6 +270,7 @@ class Replica:
         """After the application's last close: drain, let SQLite check-point and delete the WAL, mark the index clean."""
         with self.lifecycle:
             if not self.booted:
+                self.upkeep.stop()  # begun by what a boot had stored before it failed
                 self.store.close()
                 return
             self.booted = False

@@ -66,11 +66,12 @@ def test_what_was_just_stored_is_not_fetched_again(world: World) -> None:
 
 
 def test_compaction_off_leaves_it_to_the_command(world: World) -> None:
+    before = set(threading.enumerate())
     con = opened(world, compaction="off")
     commits(con, 130)
     con.close()
     assert all(edge.post == edge.pre + 1 for edge in history(world).edges())
-    assert not any("upkeep" in thread.name for thread in threading.enumerate())
+    assert not any("upkeep" in thread.name for thread in set(threading.enumerate()) - before)
 
 
 def test_an_idle_writer_sends_nothing(world: World) -> None:
@@ -87,6 +88,24 @@ def test_an_idle_writer_sends_nothing(world: World) -> None:
     assert bottomless_wal.status(con).pending_frames == 0
     assert store.seen == []
     con.close()
+
+
+def test_an_open_that_fails_leaves_no_thread_behind(world: World) -> None:
+    here = world.machine()
+    stock = here.stock()
+    stock.execute("CREATE TABLE t(x)")
+    stock.close()
+
+    def fail() -> None:
+        raise TransientError("no", hint="A test did that.")
+
+    before = set(threading.enumerate())
+    crashpoints.arm("after open", fail)
+    with pytest.raises(TransientError):
+        here.connect()
+    crashpoints.disarm()
+    assert world.bucket.head("app.db") == 1, "it had begun"
+    until(lambda: not any("upkeep" in thread.name for thread in set(threading.enumerate()) - before))
 
 
 def test_what_is_due_waits_for_a_commit(tmp_path: Path) -> None:
