@@ -11,7 +11,8 @@ import apsw
 
 from . import vfs
 from .errors import ConfigError
-from .replica import Replica, Status, registry
+from .registry import registry
+from .replica import Replica, Status
 
 __all__ = ["Status", "connect", "flush", "register", "status"]
 

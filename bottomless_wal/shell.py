@@ -10,7 +10,7 @@ import apsw.shell
 
 from . import api
 from .console import complain
-from .replica import registry
+from .registry import registry
 
 __all__ = ["run"]
 

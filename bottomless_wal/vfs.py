@@ -31,7 +31,8 @@ from .checkpointer import AUTOCHECKPOINT_FRAMES
 from .config import Config
 from .errors import ConfigError, ReplicationError
 from .local_database import wal_vanished
-from .replica import Replica, registry
+from .registry import registry
+from .replica import Replica
 from .wal import WalHeader
 
 __all__ = ["VFS_NAME", "arguments", "connect_own", "defaults", "install"]

@@ -32,8 +32,9 @@ from ..errors import ConfigError, ConflictError, RestoreError
 from ..local_index import Backlog, Identity, IndexHeader, LocalIndex, boot_id
 from ..pageview import UNKNOWN_SIZE
 from ..rebuild import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch, translated
+from ..registry import registry
 from ..replacement import aside, nobody_else
-from ..replica import INDEX_SUFFIX, Status, registry
+from ..replica import INDEX_SUFFIX, Status
 from ..replicator import home_of
 from .target import Target, configured, opened, stored_name
 from .timeline import ranges, relisted, restorable, txid_at

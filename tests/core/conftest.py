@@ -12,7 +12,7 @@ from endpoints import Endpoint, endpoint_of
 from worlds import World
 
 from bottomless_wal import crashpoints
-from bottomless_wal.replica import registry
+from bottomless_wal.registry import registry
 
 
 def _world(endpoint: Endpoint, root: Path) -> Iterator[World]:

@@ -177,7 +177,7 @@ def test_the_application_writes_at_exit_after_us(world: World, ack: str) -> None
     here = world.machine()
     script = """
 import atexit
-from bottomless_wal.replica import registry
+from bottomless_wal.registry import registry
 def last():
     try:
         con.execute("INSERT INTO t VALUES (1)")

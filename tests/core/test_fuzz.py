@@ -17,7 +17,7 @@ import pytest
 from bottomless_wal import rebuild
 from bottomless_wal.errors import BottomlessError
 from bottomless_wal.local_index import LocalIndex
-from bottomless_wal.replica import registry
+from bottomless_wal.registry import registry
 
 ROUNDS = 6
 

@@ -19,7 +19,7 @@ from worlds import Machine, World, child, refusal, replica_of, rows, until
 import bottomless_wal
 from bottomless_wal import ReplicationError, crashpoints
 from bottomless_wal.config import Config
-from bottomless_wal.replica import registry
+from bottomless_wal.registry import registry
 
 
 def _start(world: World, **options: Any) -> tuple[Machine, apsw.Connection]:

@@ -20,7 +20,8 @@ from outside import Bucket
 import bottomless_wal
 from bottomless_wal import layout
 from bottomless_wal.errors import StoreError, TransientError
-from bottomless_wal.replica import Replica, registry
+from bottomless_wal.registry import registry
+from bottomless_wal.replica import Replica
 
 HERE = Path(__file__).resolve().parent
 TOOLS = HERE.parent.parent / "tools"

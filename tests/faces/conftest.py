@@ -12,7 +12,7 @@ from shops import Cli, Shop
 
 from bottomless_wal import crashpoints
 from bottomless_wal.config import ENV_PREFIX
-from bottomless_wal.replica import registry
+from bottomless_wal.registry import registry
 
 
 def _shop(endpoint: Endpoint, root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
