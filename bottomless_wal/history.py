@@ -335,7 +335,7 @@ class History:
             kept.append(block)
             size += len(block)
             if size > _INLINE_BYTES:
-                body = self.upload_body(pre, post, itertools.chain(_let_go(kept), blocks))
+                body = self.upload_body(pre, post, itertools.chain(parallel.let_go(kept), blocks))
                 return Staged((), body, count)
         return Staged(kept, None, count)
 
@@ -369,13 +369,6 @@ class History:
         """The edge, which was stored here, is about to be withdrawn."""
         with self._lock:
             self._recent_bytes -= len(self._recent.pop((pre, post), b""))
-
-
-def _let_go(blocks: list[bytes]) -> Iterator[bytes]:
-    """The blocks, each forgotten when it is given out."""
-    blocks.reverse()
-    while blocks:
-        yield blocks.pop()
 
 
 def _in_threads(function: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]:

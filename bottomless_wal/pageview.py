@@ -163,8 +163,7 @@ class PageView:
         """They are put. (Where the backlog was begun anew meanwhile, so are they: they are put once more.)"""
         header.view_size = max(header.view_size, turn.header.db_size)
         if header.backlog == turn.backlog:
-            more = turn.cursor <= turn.header.db_size
-            header.backlog = turn.backlog._replace(cursor=turn.cursor) if more else None
+            header.backlog = turn.backlog._replace(cursor=turn.cursor) if turn.cursor <= turn.header.db_size else None
         self.index.save(header)
 
     def finish(self, header: IndexHeader) -> None:

@@ -22,7 +22,7 @@ from itertools import count, islice
 from queue import SimpleQueue
 from typing import Final, Generic, Protocol, TypeVar
 
-__all__ = ["ForkAware", "Pool", "each", "fork_aware", "is_own_thread", "mark_own_thread", "ordered"]
+__all__ = ["ForkAware", "Pool", "each", "fork_aware", "is_own_thread", "let_go", "mark_own_thread", "ordered"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -260,6 +260,13 @@ def _in_context(work: Callable[[], None]) -> Callable[[], None]:
 def each(function: Callable[[T], object], items: Iterable[T], width: int) -> None:
     """`Pool.each` with threads that all of the process shares."""
     _shared.each(function, items, width)
+
+
+def let_go(items: list[T]) -> Iterator[T]:
+    """The items in order, each forgotten by the list when it is given out: what is worked on piece by piece is not kept whole."""
+    items.reverse()
+    while items:
+        yield items.pop()
 
 
 def ordered(function: Callable[[T], R], items: Iterable[T], width: int) -> Iterator[R]:

@@ -160,8 +160,7 @@ class Replica:
         Raises:
             ReplicationError, FencedError, ConflictError: see `Worker.wait`.
         """
-        if os.getpid() != self.pid:
-            self.check_process()
+        self.check_process()
         worker = self.worker
         if self._local:
             if not worker.dirty:

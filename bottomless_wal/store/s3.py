@@ -21,7 +21,7 @@ from typing import Any, Final, TypeAlias
 
 from ..config import Config
 from ..errors import CorruptionError, StoreError, TransientError
-from ..parallel import each, fork_aware, ordered
+from ..parallel import each, fork_aware, let_go, ordered
 from .base import Entry, Receipt, Stats, check_key, parts
 from .retry import Retrier
 from .s3_client import Answer, Connection
@@ -193,7 +193,7 @@ class S3Store:
             sent: list[tuple[_Part, int]] = list(
                 ordered(
                     lambda numbered: self._part(what, upload, *numbered),
-                    enumerate(itertools.chain(_emptied(beginning), pieces), 1),
+                    enumerate(itertools.chain(let_go(beginning), pieces), 1),
                     _PARTS_IN_FLIGHT,
                 )
             )
@@ -372,12 +372,6 @@ class S3Store:
 
     def _what(self, verb: str, key: str) -> str:
         return f"{verb} {key!r} in {self.describe()}" if key else f"{verb} {self.describe()}"
-
-
-def _emptied(items: list[bytes]) -> Iterator[bytes]:
-    """The items in order; each is let go when it was given out, so that the list does not keep it in memory."""
-    while items:
-        yield items.pop(0)
 
 
 def _extent(fields: dict[str, Any], what: str) -> tuple[int, int, int]:

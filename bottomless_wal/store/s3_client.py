@@ -9,10 +9,9 @@ a server that checks signatures refuses what was changed on its way.
 from __future__ import annotations
 
 import concurrent.futures.thread  # noqa: F401  (boto3 wants it, and it cannot be imported any more when the interpreter ends)
-import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -78,7 +77,7 @@ class Connection:
         Raises:
             StoreError: or TransientError, see `s3_errors`.
         """
-        direct = self._connected_directly() if method in DIRECT and self._has_endpoint else None
+        direct = self._made("_direct", DirectClient) if method in DIRECT and self._has_endpoint else None
         client = self._connected() if direct is None else None
         self._stats.request(kind, sent=len(data or b""))
         try:
@@ -149,34 +148,27 @@ class Connection:
         return date
 
     def _connected(self) -> Any:
-        client = self._client
-        if client is None:
-            with self._lock:
-                if self._client is None:
-                    self._client = _client(self._config, self._remaining)
-                client = self._client
-        return client
+        return self._made("_client", _client)
 
-    def _connected_directly(self) -> DirectClient:
-        direct = self._direct
-        if direct is None:
-            with self._lock:
-                if self._direct is None:
-                    with _setting_up(self._config):
-                        self._direct = DirectClient(self._config, self._remaining)
-                direct = self._direct
-        return direct
+    def _made(self, name: str, make: Callable[[Config, Callable[[], float | None]], Any]) -> Any:
+        """The attribute `name`, made when it is first needed.
 
-
-@contextlib.contextmanager
-def _setting_up(config: Config) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        hint = "An endpoint is such as http://localhost:9000, or aws."
-        raise ConfigError(f"{config.endpoint!r} is no endpoint: {error}", hint=hint) from error
-    except BotoCoreError as error:
-        raise translated(error, "setting up boto3") from error
+        Raises:
+            ConfigError: the endpoint is none. StoreError: see `s3_errors`.
+        """
+        made = getattr(self, name)
+        if made is not None:
+            return made
+        with self._lock:
+            if getattr(self, name) is None:
+                try:
+                    setattr(self, name, make(self._config, self._remaining))
+                except ValueError as error:
+                    hint = "An endpoint is such as http://localhost:9000, or aws."
+                    raise ConfigError(f"{self._config.endpoint!r} is no endpoint: {error}", hint=hint) from error
+                except BotoCoreError as error:
+                    raise translated(error, "setting up boto3") from error
+            return getattr(self, name)
 
 
 def _of_s3(headers: dict[str, str]) -> bool:
@@ -219,14 +211,13 @@ def _client(config: Config, remaining: Callable[[], float | None]) -> Any:
         "user_agent_extra": "bottomless-wal",
         "ignore_configured_endpoint_urls": True,  # where the data goes is for our own option to say
     }
-    with _setting_up(config):
-        session = _session()
-        client = session.client(
-            "s3",
-            endpoint_url=config.endpoint if own else None,
-            region_name=session.region_name or "us-east-1",
-            config=botocore.config.Config(**settings),
-        )
+    session = _session()
+    client = session.client(
+        "s3",
+        endpoint_url=config.endpoint if own else None,
+        region_name=session.region_name or "us-east-1",
+        config=botocore.config.Config(**settings),
+    )
     # It makes every upload wait for a round trip more, in case the server does not want it. Small ones lose half their speed.
     client.meta.events.unregister("before-call.s3", botocore.handlers.add_expect_header)
 

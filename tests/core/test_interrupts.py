@@ -212,6 +212,15 @@ def test_interrupt_during_the_upload_harms_no_commit(world: World) -> None:
 # --- the garbage collector ----------------------------------------------------------------------------------------------------------
 
 
+def _leave(world: World, here: Machine, ack: str) -> None:
+    """A RETURNING statement in the middle of its two rows, in a cycle: it commits when it is collected."""
+    other = bottomless_wal.connect(here.path(), **{**world.options, "ack": ack})
+    cursor = other.execute("INSERT INTO t VALUES (2), (3) RETURNING x")
+    next(cursor)
+    cycle: list[object] = [other, cursor]
+    cycle.append(cycle)
+
+
 def test_a_commit_that_the_collector_makes_in_a_thread_of_ours(world: World, no_collection: None) -> None:
     """A RETURNING statement commits when its cursor is collected: in the worker, which must not wait for itself."""
     here, con = _start(world, ack="log")
@@ -231,14 +240,7 @@ def test_a_commit_that_the_collector_makes_in_a_thread_of_ours(world: World, no_
     thread.start()
     until(lambda: world.bucket.head("app.db") == 2)
 
-    def leave() -> None:
-        other = bottomless_wal.connect(here.path(), **{**world.options, "ack": "log"})
-        cursor = other.execute("INSERT INTO t VALUES (2), (3) RETURNING x")
-        next(cursor)
-        cycle: list[object] = [other, cursor]
-        cycle.append(cycle)
-
-    leave()
+    _leave(world, here, "log")
     made.set()
     thread.join(20)
     assert collected.is_set()
@@ -257,17 +259,10 @@ def test_a_commit_that_the_collector_makes_within_another_one(world: World, no_c
     replica = replica_of(con)
     collected: list[int] = []
 
-    def leave() -> None:
-        other = bottomless_wal.connect(here.path(), **{**world.options, "ack": ack})
-        cursor = other.execute("INSERT INTO t VALUES (2), (3) RETURNING x")
-        next(cursor)
-        cycle: list[object] = [other, cursor]
-        cycle.append(cycle)
-
     def collect() -> None:
         if threading.current_thread() is thread and not collected:
             collected.append(0)
-            leave()  # the commit it is in stands already: the write lock is free
+            _leave(world, here, ack)  # the commit it is in stands already: the write lock is free
             collected[0] = gc.collect()
 
     if place == "submitting":
