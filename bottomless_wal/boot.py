@@ -147,7 +147,7 @@ class Boot:
         header = self.index.load()
         if header is None or header.home != self.replicator.home or header.needs_scan or header.txid == 0 or self._distrusted:
             return None
-        if header.identity != Identity.of(self.local.path) or not (header.clean or header.boot == boot_id()):
+        if not header.identifies(self.local.path) or not (header.clean or header.boot == boot_id()):
             return None
         if self.index.state(header.db_size) != header.state:
             logger.warning("%s is damaged: it will be made anew", self.index.path)
@@ -276,7 +276,7 @@ class Boot:
         header = self.replicator.unknown()
         # Killed, or cut off from the store, before the entries are there: this header keeps the file's descent, and asks for them.
         header.txid, header.state, header.page_size, header.db_size = head
-        header.identity = Identity.of(self.local.path)
+        self.index.identify(header, self.local.path)
         if before is not None and before.home != header.home:
             before = None
         header.position = before.position if before is not None and before.txid <= head.txid else None
@@ -296,7 +296,7 @@ class Boot:
             self._learn(header, head, edges)
         header.needs_scan = True  # finds the position, and the difference if there is one
         header.change_counter = local.change_counter
-        header.identity = Identity.of(self.local.path)
+        self.index.identify(header, self.local.path)
         self.replicator.scan(header)
         return self._opened(header)
 
@@ -369,7 +369,7 @@ class Boot:
         header.view_size = UNKNOWN_SIZE
         header.position, header.needs_scan = None, False
         header.proved_ms = self._listed_ms
-        header.identity = Identity.of(path)
+        self.index.identify(header, path)
         header.change_counter = int.from_bytes(os.pread(into.fd, 4, 24), "big")
         if header.backlog is None and header.view_txid < header.txid and self.replicator.config.pages == "commit":
             header.backlog = Backlog(header.view_txid, header.txid, 1)

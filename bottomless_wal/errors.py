@@ -5,6 +5,7 @@
     ├── StoreError              the store refused, or could not be reached
     │   └── TransientError      ... in a way that may pass: these, and only these, are retried
     ├── ReplicationError        a commit stands locally and is not (wholly) stored: pending
+    │   └── FilesLostError      ... in files that are no longer at the database's path
     ├── FencedError             another writer has gone on: this replica has stopped for good
     ├── ConflictError           local file and remote history diverged, and the policy is `error`
     ├── CorruptionError         an object, or a local file, is not what its checksums say
@@ -25,6 +26,7 @@ __all__ = [
     "ConflictError",
     "CorruptionError",
     "FencedError",
+    "FilesLostError",
     "ReplicationError",
     "RestoreError",
     "StoreError",
@@ -64,6 +66,13 @@ class ReplicationError(BottomlessError):
     """The local commit stands but is not (wholly) stored.
 
     It stays pending: the next commit, `flush()` or the next open sends it. Do not repeat the statement.
+    """
+
+
+class FilesLostError(ReplicationError):
+    """The database's file or its WAL was deleted, replaced or truncated under connections that have it open.
+
+    What was committed since stands in files that no open of the path finds.
     """
 
 

@@ -3,8 +3,8 @@
 All numbers are big-endian:
 
     offset  size  field
-         0     8  magic "BWALIDX2"
-         8     4  flags: 1 needs scan, 2 closed cleanly, 4 the WAL is gone, 8 identity known
+         0     8  magic "BWALIDX3"
+         8     4  flags: 1 needs scan, 2 closed cleanly, 4 the WAL is gone, 8 identity known, 16 identity settled
         12     4  page size in bytes, 0 before the first commit
         16    16  home: hash of the endpoint, the bucket and the database's name in it
         32    16  writer id, for messages only
@@ -21,11 +21,14 @@ All numbers are big-endian:
        148    40  identity of the main file: device, inode, size, mtime_ns, ctime_ns
        188     8  sequence number of the last seal that this header takes into account
        196     4  number of intents
-       200    8n  intents: post hashes under which txid + 1 may have been put
+       200   16n  intents, one for each attempt to put txid + 1 whose outcome is unknown: post hash u64, attempt nonce u64
              4  CRC-32 of everything before
-     15872    84  the seal: sequence u64, flags u32 (1 covered, 2 from gone, 4 to gone, 8 from anywhere, 16 identity known),
-                  salts u32 u32, position 20, identity of the main file 40, CRC-32
+     15872    84  the seal: sequence u64, flags u32 (1 covered, 2 from gone, 4 to gone, 8 from anywhere, 16 identity known,
+                  32 identity settled), salts u32 u32, position 20, identity of the main file 40, CRC-32
      16384  24 a page  entries, page 1 first: u64 page hash, u64 txid of the last change, u64 check: the XOR of the two
+
+An identity is *settled* when it was recorded at a later tick of the file system's clock than the file's own timestamps. Only then does an
+equal identity prove that nothing was written since: timestamps may be coarse, and a write within the same tick leaves them as they are.
 
 A state hash is built on the hashes of the entries: a wrong one, once stored in a segment, could never be restored. Hence the checks.
 The seal has its own checksum, because it is written by whoever holds SQLite's write lock, and the header by whoever holds the index's.
@@ -41,22 +44,23 @@ from typing import Final, NamedTuple
 
 from .wal import Position
 
-__all__ = ["ENTRY_SIZE", "HEADER_SIZE", "MAX_INTENTS", "SEAL_OFFSET", "SEAL_SIZE", "Backlog", "Identity", "IndexHeader", "Seal"]
+__all__ = ["ENTRY_SIZE", "HEADER_SIZE", "MAX_INTENTS", "SEAL_OFFSET", "SEAL_SIZE", "Backlog", "Identity", "IndexHeader", "Intent", "Seal"]
 
-MAGIC: Final = b"BWALIDX2"
+MAGIC: Final = b"BWALIDX3"
 HEADER_SIZE: Final = 16384
 ENTRY_SIZE: Final = 24
 SEAL_OFFSET: Final = 15872
 _FIXED: Final = struct.Struct(">8sII16s16s16sQQIIQQQIIQ20sQQQqqQI")
 _SEAL: Final = struct.Struct(">QIII20sQQQqq")
-MAX_INTENTS: Final = (SEAL_OFFSET - _FIXED.size - 4) // 8
-_NEEDS_SCAN, _CLEAN, _GONE, _IDENTITY = 1, 2, 4, 8
+_INTENT: Final = struct.Struct(">QQ")
+MAX_INTENTS: Final = (SEAL_OFFSET - _FIXED.size - 4) // _INTENT.size
+_NEEDS_SCAN, _CLEAN, _GONE, _IDENTITY, _SETTLED = 1, 2, 4, 8, 16
 _NO_POSITION: Final = bytes(20)
 SEAL_SIZE: Final = _SEAL.size + 4
 
 
 class Identity(NamedTuple):
-    """What `stat` says of the main file; any change behind our back changes it."""
+    """What `stat` says of a file. A write changes it, unless it falls into the tick of the file system's clock that the file is of."""
 
     device: int
     inode: int
@@ -72,6 +76,20 @@ class Identity(NamedTuple):
         except FileNotFoundError:
             return None
         return cls(st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
+
+    def is_settled_by(self, witness: Identity | None) -> bool:
+        """Return whether `witness`, a file of the same file system, was written to at a later tick than this file.
+
+        Every later write to this file is then of a later tick, too, and changes its timestamps.
+        """
+        return witness is not None and witness.device == self.device and witness.ctime_ns > max(self.mtime_ns, self.ctime_ns)
+
+
+class Intent(NamedTuple):
+    """An attempt to store a commit: the state hash after it, and the random number by which the attempt is told from any other's."""
+
+    post_hash: int
+    attempt: int
 
 
 class Backlog(NamedTuple):
@@ -95,11 +113,12 @@ class Seal(NamedTuple):
     covered: bool
     anywhere: bool = False
     identity: Identity | None = None
+    is_settled: bool = False
 
     def encode(self) -> bytes:
         """The record's bytes."""
         flags = self.covered | (self.before is None) << 1 | (self.after is None) << 2 | self.anywhere << 3
-        flags |= (self.identity is not None) << 4
+        flags |= (self.identity is not None) << 4 | self.is_settled << 5
         after = self.after.pack() if self.after else _NO_POSITION
         body = _SEAL.pack(self.sequence, flags, *(self.before or (0, 0)), after, *(self.identity or (0, 0, 0, 0, 0)))
         return body + struct.pack(">I", zlib.crc32(body))
@@ -119,6 +138,7 @@ class Seal(NamedTuple):
             bool(flags & 1),
             bool(flags & 8),
             Identity(*identity) if flags & 16 else None,
+            bool(flags & 32),
         )
 
 
@@ -142,8 +162,13 @@ class IndexHeader:
     needs_scan: bool = False
     clean: bool = False
     identity: Identity | None = None
+    is_settled: bool = False
     seal_sequence: int = 0
-    intents: list[int] = field(default_factory=list)
+    intents: list[Intent] = field(default_factory=list)
+
+    def identifies(self, path: str) -> bool:
+        """Return whether the file at `path` is, proved by a settled identity, as it was when this header was written."""
+        return self.is_settled and self.identity is not None and self.identity == Identity.of(path)
 
     @property
     def view_complete(self) -> int:
@@ -160,15 +185,14 @@ class IndexHeader:
             self.needs_scan = True
             if seal.after is None and seal.before == here and None not in (self.identity, seal.identity):
                 # The WAL went with commits that are not stored: they are in this very file, as we left it.
-                self.position, self.identity = None, seal.identity
+                self.position, self.identity, self.is_settled = None, seal.identity, seal.is_settled
         elif seal.before == here:
-            self.position, self.identity = seal.after, seal.identity
+            self.position, self.identity, self.is_settled = seal.after, seal.identity, seal.is_settled
 
     def encode(self) -> bytes:
         """The header's bytes, at most HEADER_SIZE."""
-        flags = (
-            self.needs_scan * _NEEDS_SCAN | self.clean * _CLEAN | (self.position is None) * _GONE | (self.identity is not None) * _IDENTITY
-        )
+        flags = self.needs_scan * _NEEDS_SCAN | self.clean * _CLEAN | (self.position is None) * _GONE
+        flags |= (self.identity is not None) * _IDENTITY | self.is_settled * _SETTLED
         fixed = _FIXED.pack(
             MAGIC,
             flags,
@@ -189,7 +213,7 @@ class IndexHeader:
             self.seal_sequence,
             len(self.intents),
         )
-        body = fixed + struct.pack(f">{len(self.intents)}Q", *self.intents)
+        body = fixed + b"".join(_INTENT.pack(*intent) for intent in self.intents)
         return body + struct.pack(">I", zlib.crc32(body))
 
     @classmethod
@@ -219,7 +243,7 @@ class IndexHeader:
             seal_sequence,
             intents,
         ) = _FIXED.unpack_from(data)
-        end = _FIXED.size + 8 * intents
+        end = _FIXED.size + _INTENT.size * intents
         if intents > MAX_INTENTS or len(data) < end + 4:
             return None
         if zlib.crc32(data[:end]) != struct.unpack_from(">I", data, end)[0]:
@@ -241,6 +265,7 @@ class IndexHeader:
             needs_scan=bool(flags & _NEEDS_SCAN),
             clean=bool(flags & _CLEAN),
             identity=Identity(*identity) if flags & _IDENTITY else None,
+            is_settled=bool(flags & _SETTLED),
             seal_sequence=seal_sequence,
-            intents=list(struct.unpack_from(f">{intents}Q", data, _FIXED.size)),
+            intents=list(map(Intent._make, _INTENT.iter_unpack(data[_FIXED.size : end]))),
         )

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import struct
 import threading
 import time
@@ -25,12 +26,12 @@ from typing import Final, NamedTuple
 
 import apsw
 
-from .errors import CorruptionError, ReplicationError
+from .errors import CorruptionError, FilesLostError, ReplicationError
 from .segment import lock_page
 from .wal import FRAME_HEADER_SIZE, FrameHeader, WalHeader, frame_offset
 from .wal_file import FrameMap, WalFile
 
-__all__ = ["LocalDatabase", "Shape", "SnapshotLost", "Tip", "wal_vanished"]
+__all__ = ["LocalDatabase", "Shape", "SnapshotLost", "Tip", "main_file_lost", "wal_vanished"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +65,17 @@ class Shape(NamedTuple):
     change_counter: int
 
 
-def wal_vanished(path: str) -> ReplicationError:
+def main_file_lost(path: str, how: str) -> FilesLostError:
+    """Return the error for a main file that was `how` ("deleted or replaced", "truncated") while connections have it open."""
+    return FilesLostError(
+        f"{path} was {how} while connections have it open: what they committed since the last acknowledged commit is not stored",
+        hint="Close every connection to it, in all processes, and open the path again: that restores the state in the bucket.",
+    )
+
+
+def wal_vanished(path: str) -> FilesLostError:
     """The error for a WAL that was deleted or replaced while connections have it open."""
-    return ReplicationError(
+    return FilesLostError(
         f"the WAL of {path} was deleted or replaced while it was in use: commits stand in a file without a name",
         hint="Close every connection to the database, in all processes, and open it again. What stood in that WAL alone is in the bucket "
         "as far as it was acknowledged.",
@@ -82,6 +91,7 @@ class LocalDatabase:
 
     def __init__(self, path: str, connect: Callable[[], apsw.Connection], *, sleep: Callable[[float], None] = time.sleep) -> None:
         self.path = path
+        self._file: tuple[int, int] | None = None  # (device, inode) of what the application's connections have open
         self._open = connect
         self._sleep = sleep
         self._monitor: apsw.Connection | None = None
@@ -93,6 +103,38 @@ class LocalDatabase:
         self._tip_wal = WalFile(path + "-wal")
         self.wal = WalFile(path + "-wal")
         self._map: FrameMap | None = None
+
+    # --- the files at their places -------------------------------------------------------------------------------------
+
+    def opened(self) -> None:
+        """Note which file the application has just opened; its connections keep it until the last of them is closed."""
+        found = os.stat(self.path)
+        self._file = (found.st_dev, found.st_ino)
+
+    def has_content(self, *, is_new: bool) -> bool:
+        """Return whether there is anything to replicate: False only for a new database (`is_new`) that nobody has written to yet.
+
+        Raises:
+            FilesLostError: there is no file at the path, another one, or one that was truncated to nothing.
+        """
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            raise main_file_lost(self.path, "deleted") from None
+        if self._file not in (None, (found.st_dev, found.st_ino)):
+            raise main_file_lost(self.path, "replaced")
+        if found.st_size:
+            return True
+        if is_new and self.wal.header() is None:
+            return False
+        raise main_file_lost(self.path, "truncated")
+
+    def is_in_place(self) -> bool:
+        """Return whether the file at the path is the one that the application has open, and holds something."""
+        try:
+            return self.has_content(is_new=True)
+        except FilesLostError:
+            return False
 
     # --- the tip -------------------------------------------------------------------------------------------------------
 

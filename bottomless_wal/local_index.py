@@ -9,6 +9,8 @@ Invariants:
   header of txid with intents: the stored segment is then adopted, which writes them again.
 * Whoever reads or writes holds the lock; but for the *seal*, which a WAL restart leaves behind while it holds SQLite's write lock,
   and that lock alone: it must never wait for an upload. Plain pread and pwrite: a truncated mapping would kill the process.
+* An identity of the main file is settled (see `index_format`) only if this file was touched, and seen to be of a later tick, before
+  the main file's timestamps were read.
 * Nothing here is needed for correctness, and so nothing is synced but at a clean close: after a power loss the boot id differs.
 """
 
@@ -19,17 +21,33 @@ import operator
 import os
 import secrets
 import sys
+import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, TypeVar
 
 from .file_lock import FileLock
-from .index_format import ENTRY_SIZE, HEADER_SIZE, MAX_INTENTS, SEAL_OFFSET, SEAL_SIZE, Backlog, Identity, IndexHeader, Seal
+from .index_format import ENTRY_SIZE, HEADER_SIZE, MAX_INTENTS, SEAL_OFFSET, SEAL_SIZE, Backlog, Identity, IndexHeader, Intent, Seal
 from .wal import Position
 
-__all__ = ["ENTRY_SIZE", "HEADER_SIZE", "MAX_INTENTS", "Backlog", "Identity", "IndexHeader", "IndexLost", "LocalIndex", "Seal", "boot_id"]
+__all__ = [
+    "ENTRY_SIZE",
+    "HEADER_SIZE",
+    "MAX_INTENTS",
+    "Backlog",
+    "Identity",
+    "IndexHeader",
+    "IndexLost",
+    "Intent",
+    "LocalIndex",
+    "Seal",
+    "boot_id",
+]
 
 _LONGEST_RUN: Final = 65536
+_TICK_LOOKS: Final = 2  # the second one tells, where the kernel keeps fine timestamps for files that were looked at
+_PATIENT_LOOKS: Final = 25
+_LOOK_SECONDS: Final = 0.001  # a kernel's tick is 1 to 10 ms
 
 R = TypeVar("R")
 
@@ -105,6 +123,10 @@ class LocalIndex(FileLock):
             if os.pwrite(self._fd, data, HEADER_SIZE + (pgnos[start] - 1) * ENTRY_SIZE) != len(data):
                 raise OSError(f"short write to {self.path}")
 
+    def identify(self, header: IndexHeader, main: str) -> None:
+        """Record in `header`, which is left to be saved, what the main file at `main` is now."""
+        header.identity, header.is_settled = _identify(self.path, self._fd, main, _TICK_LOOKS)
+
     def clear(self) -> None:
         """Forgets everything: the next look at the database is a scan."""
         os.ftruncate(self._fd, 0)
@@ -123,11 +145,16 @@ class LocalIndex(FileLock):
         return _with_file(path, os.O_RDONLY, _header)
 
     @staticmethod
-    def leave_seal(path: str, identity: Identity | None, judge: Callable[[IndexHeader], tuple[Position | None, bool] | None]) -> None:
+    def leave_seal(
+        path: str, main: str, judge: Callable[[IndexHeader, Identity | None], tuple[Position | None, bool] | None], *, is_last: bool
+    ) -> None:
         """Writes the next seal of the index at `path`, if there is one. For the holder of SQLite's write lock, who alone does so.
 
-        `judge` is given the header as it stands and answers (position after it, covered), or None to leave everything as it is.
-        A header that cannot be read is answered by a seal that asks for a scan.
+        `judge` is given the header as it stands, and the identity of the file at `main`, and answers (position after it, covered), or
+        None to leave everything as it is. A header that cannot be read is answered by a seal that asks for a scan.
+
+        `is_last`: the WAL goes, and from here on the identity alone tells whether the file was written to. It is worth waiting, for some
+        milliseconds, until the identity is settled: the lock that is held keeps writers out.
         """
 
         def write(fd: int) -> None:
@@ -139,11 +166,12 @@ class LocalIndex(FileLock):
             sequence = max(sequence, header.seal_sequence + 1)
             unabsorbed = None if header.position is None else (header.position.salt1, header.position.salt2)
             header.absorb(last)
-            verdict = judge(header)
+            identity, is_settled = _identify(path, fd, main, _PATIENT_LOOKS if is_last else _TICK_LOOKS)
+            verdict = judge(header, identity)
             if verdict is None:
                 return
             after, covered = verdict
-            record = Seal(sequence, unabsorbed, after, covered and not header.needs_scan, identity=identity)
+            record = Seal(sequence, unabsorbed, after, covered and not header.needs_scan, identity=identity, is_settled=is_settled)
             os.pwrite(fd, record.encode(), SEAL_OFFSET)
 
         _with_file(path, os.O_RDWR, write)
@@ -170,6 +198,21 @@ def _header(fd: int) -> IndexHeader | None:
     if header is not None:
         header.absorb(seal)
     return header
+
+
+def _identify(path: str, fd: int, main: str, looks: int) -> tuple[Identity | None, bool]:
+    """(identity of the file at `main`, whether it is settled); `fd` is the index at `path`."""
+    identity = None
+    for look in range(looks):
+        if look >= _TICK_LOOKS:
+            time.sleep(_LOOK_SECONDS)
+        os.utime(fd)
+        # In this order: what is written after the second look is of the witness's tick, or of a later one.
+        witness = Identity.of(path)
+        identity = Identity.of(main)
+        if identity is None or identity.is_settled_by(witness):
+            return identity, identity is not None
+    return identity, False
 
 
 def _with_file(path: str, flags: int, function: Callable[[int], R]) -> R | None:

@@ -3,8 +3,9 @@
     HEAD      its state hash is the head's
     EARLIER   a segment lists its state hash, or its place in the WAL: a power loss, an old image of the machine
     DESCENDS  it came from the head by local commits: the local index stood at the head, on the same inode, page 1's change counter has
-              not gone back, and a WAL that survives goes on where the index left it; or the WAL begins with the very frames
-              that the head's commit ended with, or is the next one after that, upon a main file that is the head
+              not gone back, and the WAL goes on where the index left it, or there was none and the file is, by its recorded
+              identity, the one that was left; or the WAL begins with the very frames that the head's commit ended with, or lies,
+              as the next one after that, upon a main file that is the head
     UNKNOWN   anything else
 
 They are asked in this order, so that an old backup copied over the file is EARLIER, and never passes for a descendant. But a WAL that
@@ -19,13 +20,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Final
 
 from . import parallel
 from .edges import Edge, leading_to, newest, outermost
 from .errors import CorruptionError
 from .history import Head, History
 from .local_database import LocalDatabase, Shape
-from .local_index import Identity, IndexHeader, LocalIndex, boot_id
+from .local_index import Identity, IndexHeader, LocalIndex
 from .segment import LISTED_ROWS, Header, page_hash
 from .standing import position_of
 from .wal import Position
@@ -33,6 +35,8 @@ from .wal import Position
 __all__ = ["LocalState", "Relation", "local_state", "relate"]
 
 logger = logging.getLogger(__name__)
+
+_MOST_RESTARTS: Final = 1 << 16  # of the WAL by programs that leave no seal; a random salt passes once in 65,536 times
 
 
 class Relation(Enum):
@@ -132,7 +136,7 @@ def _was_left_so(found: LocalState, head: Head, header: IndexHeader, local: Loca
     if (header.txid, header.state) != (head.txid, head.state):
         return False
     gone = header.needs_scan and header.position is None and found.position is None
-    return gone and header.identity is not None and header.identity == Identity.of(local.path)
+    return gone and header.identifies(local.path)
 
 
 def _is_earlier(found: LocalState, head: Head, edges: Sequence[Edge], history: History, width: int) -> bool:
@@ -169,7 +173,11 @@ def _listed(edges: Sequence[Edge], history: History, width: int) -> Iterator[Hea
 
 
 def _descends(found: LocalState, head: Head, header: IndexHeader, local: LocalDatabase) -> bool:
-    """Did the index stand at the head, and did this very file go on from there?"""
+    """Return whether the index stood at the head, and this very file provably went on from there.
+
+    What proves it is the WAL that goes on, or the recorded identity. Without either an old backup, copied over the file, looks the same
+    as a file that another program has written to: the change counter seldom moves in WAL mode.
+    """
     now = Identity.of(local.path)
     if header.identity is None or now is None or (header.txid, header.state) != (head.txid, head.state):
         return False
@@ -178,34 +186,38 @@ def _descends(found: LocalState, head: Head, header: IndexHeader, local: LocalDa
     if found.change_counter < header.change_counter:
         return False
     known, position = header.position, found.position
-    if known is not None and position is None and now == header.identity and not header.needs_scan:
-        return False  # nobody has copied the WAL into the file: it was deleted, and with it what makes this the head
-    if known is None or position is None:
-        # After a power loss it may be an older file that somebody has written to since; only the one that was left here is known.
-        return header.clean or header.boot == boot_id() or now == header.identity
-    restarts = (position.salt1 - known.salt1) & 0xFFFFFFFF  # salt 1 increments at each restart
+    if known is None:
+        # The WAL had gone. One that is there now lies upon the file as it was left, or upon the head.
+        return header.identifies(local.path) or (position is not None and _is_head_without_wal(head, local))
+    if position is None:
+        return False  # the WAL, which held what the position tells, is gone without a seal
+    restarts = (position.salt1 - known.salt1) & 0xFFFFFFFF  # salt 1 increments at each restart, and is random in a new WAL
     if restarts:
-        return restarts < 1 << 31
+        return restarts <= _MOST_RESTARTS
     return _begins_with(known, local)
 
 
 def _continues(head: Head, ended: Position | None, local: LocalDatabase) -> bool:
-    """Does the local WAL begin with the very frames that the head's commit ended with, or lie upon the head as the next WAL?"""
+    """Does the local WAL begin with the very frames that the head's commit ended with, or lie upon the head as the next WAL?
+
+    The latter it does when the first commit to a restarted WAL was not stored, and the local index was lost, or older on the disk, with
+    the power.
+    """
     if ended is None:
         return False
-    return (ended.frame > 0 and _begins_with(ended, local)) or _lies_upon(head, ended, local)
+    if ended.frame > 0 and _begins_with(ended, local):
+        return True
+    wal = local.wal.header()
+    return wal is not None and (wal.salt1 - ended.salt1) & 0xFFFFFFFF == 1 and _is_head_without_wal(head, local)
 
 
-def _lies_upon(head: Head, position: Position, local: LocalDatabase) -> bool:
-    """Is the WAL the one after that of `position`, and the main file, of which it has changed nothing yet, the head itself?
-
-    So it is when the first commit to a restarted WAL was not stored, and the local index was lost, or older on the disk, with the power.
-    """
+def _is_head_without_wal(head: Head, local: LocalDatabase) -> bool:
+    """Return whether the main file alone, of which the WAL has changed nothing yet, is the head."""
     with local.pinned():
         tip = local.tip()
-        if tip.header is None or (tip.header.salt1 - position.salt1) & 0xFFFFFFFF != 1:
+        if tip.header is None or tip.backfilled or tip.header.page_size != head.page_size:
             return False
-        if tip.backfilled or tip.header.page_size != head.page_size or os.path.getsize(local.path) < head.db_size * head.page_size:
+        if os.path.getsize(local.path) < head.db_size * head.page_size:
             return False
         state = 0
         for pgno, page in local.pages(tip._replace(frames=0), Shape(head.page_size, head.db_size, 0)):

@@ -24,9 +24,9 @@ from . import layout
 from .checkpointer import RESTART_FRAMES, Checkpointer
 from .config import Config
 from .crashpoints import reach
-from .errors import BottomlessError, ConfigError, FencedError, ReplicationError
+from .errors import BottomlessError, ConfigError, FencedError, FilesLostError, ReplicationError
 from .history import History
-from .local_database import LocalDatabase
+from .local_database import LocalDatabase, Tip
 from .local_index import Identity, IndexHeader, LocalIndex
 from .parallel import is_own_thread
 from .replicator import Replicator
@@ -125,6 +125,7 @@ class Replica:
                     header = self._boot(progress).run(reset=reset)
                     reach("after open")
                     yield
+                    self.local.opened()
                 self.booted = True
                 self.worker.nudge(header)
             except OSError as error:
@@ -165,8 +166,10 @@ class Replica:
         if self._local:
             if not worker.dirty:
                 worker.submit(must_run=True)
-            if worker.fatal is not None:
-                raise type(worker.fatal)(worker.fatal.message, hint=worker.fatal.hint)
+            # What an outage leaves is sent later; what stands in lost files never is.
+            failure = worker.fatal or worker.files_lost
+            if failure is not None:
+                raise type(failure)(failure.message, hint=failure.hint)
             return
         ticket = worker.submit()
         if is_own_thread() or self.local.asking():
@@ -217,13 +220,18 @@ class Replica:
 
     def status(self) -> Status:
         """See `Status`."""
-        tip = self.local.tip()
+        failure = self.worker.last_error
+        tip: Tip | None = None
+        try:
+            tip = self.local.tip()
+        except ReplicationError as error:
+            failure = failure or error
         header = LocalIndex.peek(self.index.path)
         if header is None:
             raise ConfigError(f"{self.index.path} is missing or damaged", hint="The next commit rebuilds it.")
         pending: int | None = None
         position = header.position
-        if not header.needs_scan:
+        if tip is not None and not header.needs_scan:
             if position is None or tip.header is None:
                 pending = tip.frames
             elif (position.salt1, position.salt2) == (tip.header.salt1, tip.header.salt2):
@@ -238,7 +246,7 @@ class Replica:
             pending_frames=pending,
             view_txid=header.view_complete,
             lag=self.worker.lag(),
-            last_error=self.worker.last_error,
+            last_error=failure,
             requests=stats.requests,
             sent=stats.sent,
             bytes_sent=stats.bytes_sent,
@@ -249,36 +257,48 @@ class Replica:
 
     # --- closing -------------------------------------------------------------------------------------------------------
 
-    def drain(self) -> None:
-        """Sends what is pending and ends the worker. Never raises: what could not be sent is logged and stays pending."""
+    def drain(self) -> FilesLostError | None:
+        """Send what is pending and end the worker. What could not be sent is logged and stays pending.
+
+        Returns the error of files that are no longer at the path: what stands in them is never sent.
+        """
         self.worker.stop(drain=True)
         error = self.worker.last_error
         if isinstance(error, FencedError):
             logger.error("%s is closed: %s", self.path, error.message)
         elif error is not None:
             logger.error("%s is closed with commits that are not stored: %s", self.path, error.message)
+        return self.worker.files_lost
 
     def close(self) -> None:
-        """After the application's last close: drain, let SQLite check-point and delete the WAL, mark the index clean."""
+        """After the application's last close: drain, let SQLite check-point and delete the WAL, mark the index clean.
+
+        Raises:
+            FilesLostError: after all is closed, if commits will never be stored.
+        """
         with self.lifecycle:
             if not self.booted:
                 self.upkeep.stop()  # begun by what a boot had stored before it failed
                 self.store.close()
                 return
             self.booted = False
-            self.drain()
+            was_pending = self.worker.pending
+            lost = self.drain()
             self.upkeep.stop()
             self.checkpointer.stop()
             if self.opens:
                 self._leave_nothing_to_do()
             reach("before close")
-            self.local.close(checkpoint=True)
+            # A WAL copied into a file that was cut to nothing would look like a database; that of another file is not ours to delete.
+            self.local.close(checkpoint=self.local.is_in_place())
             reach("after close")
             if self.worker.last_error is None:
                 self._mark_clean()
             self.index.close()
             self.replicator.view.lock.remove()
             self.store.close()
+        if lost is not None and was_pending and self._local:  # else each commit has said so
+            raise FilesLostError(lost.message, hint=lost.hint)
 
     def _leave_nothing_to_do(self) -> None:
         """At exit, while the application's connections are still open: whatever closes them later finds an empty WAL, and leaves
@@ -299,8 +319,8 @@ class Replica:
                 header = self.index.load()
                 if header is None:
                     return
-                if not header.needs_scan:
-                    header.identity = Identity.of(self.path)
+                # What was recorded when the WAL went, under SQLite's lock; a file that is another by now was written to since.
+                if not header.needs_scan and header.identity == Identity.of(self.path) is not None:
                     header.clean = True
                     self.index.save(header)
                     self.index.sync()

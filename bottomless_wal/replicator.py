@@ -4,20 +4,21 @@ A batch goes through these states; whoever is killed between two of them leaves 
 
     look      settle an attempt whose outcome is unknown; compare the index's position with the wal-index
     read      the new frames, the last of each page; or, when the position proves nothing, a scan of the whole snapshot
-    intend    the post hash is appended to the index's intents         killed after: the next batch looks at the log first
+    intend    post hash and a random attempt number join the intents   killed after: the next batch looks at the log first
     put       one create-only segment                                  killed after: the stored segment is ours by its intent: adopted
     record    page hashes, then the index's header                     killed between: as before
     view      page objects (`pageview`), then the view txid            killed within: the backlog is put by the next batch
 
-Two rules carry the rest. *A position proves itself* (`standing`), or everything is scanned. *Own attempts are told by content*: a
-taken key is ours if and only if its pre hash is ours and its post hash is among our intents; anything else is a rival.
+Two rules carry the rest. *A position proves itself* (`standing`), or everything is scanned. *Own attempts are told by attempt number and
+content*: a taken key is ours if and only if its pre hash is ours, and its attempt number and post hash are one of our intents; anything
+else is a rival. The number is drawn anew for each attempt with new content. So a second machine that makes the same change at the same
+moment is a rival, and a copied directory shares with its original only the attempts made before the copy: those of one and the same commit.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import secrets
 import time
 from array import array
@@ -31,9 +32,9 @@ from .edges import Edge
 from .errors import CorruptionError, FencedError, ReplicationError
 from .history import FENCE_HORIZON_SECONDS, History
 from .local_database import LocalDatabase, SnapshotLost, Tip
-from .local_index import MAX_INTENTS, Identity, IndexHeader, IndexLost, LocalIndex, boot_id
+from .local_index import MAX_INTENTS, Identity, IndexHeader, IndexLost, Intent, LocalIndex, boot_id
 from .pageview import UNKNOWN_SIZE, PageView
-from .segment import Body, Commit, Header, Segment
+from .segment import WRITER_ID_SIZE, Body, Commit, Header, Segment
 from .staging import Change, stage_frames, stage_scan
 from .standing import Standing, position_of, standing
 from .wal import Position
@@ -96,6 +97,7 @@ class Replicator:
 
         Raises:
             FencedError: another writer has gone on; this and all later batches fail.
+            FilesLostError: the file at the path is not the one that is open, or it was truncated.
             ReplicationError: the log is stored, but page objects are not; or the local files kept changing.
             StoreError, CorruptionError: the log is not stored; everything stays pending.
         """
@@ -103,7 +105,7 @@ class Replicator:
             raise self._fenced
         header = self.header()
         for _ in range(100):
-            if not _has_content(self.local.path):
+            if not self.local.has_content(is_new=header.txid == 0):
                 return header
             try:
                 if header.intents and (found := self.history.segment(header.txid, header.txid + 1)) is not None:
@@ -197,7 +199,7 @@ class Replicator:
             header.needs_scan = False
             header.position = position_of(self.local, tip)
             header.change_counter = shape.change_counter
-            header.identity = Identity.of(self.local.path)
+            self.index.identify(header, self.local.path)
             self.index.save(header)
             self.on_logged(header.position)
             self._catch_up(header)
@@ -217,10 +219,10 @@ class Replicator:
         reach("before intent")
         if header.txid == 0:
             # Should the answer be lost and the WAL be gone by the next open, this tells that the file has gone on from what was stored.
-            header.identity, header.change_counter, header.needs_scan = Identity.of(self.local.path), change.change_counter, True
-        if change.post_hash in header.intents:
-            header.intents.remove(change.post_hash)
-        header.intents = [*header.intents[-(MAX_INTENTS - 1) :], change.post_hash]
+            self.index.identify(header, self.local.path)
+            header.change_counter, header.needs_scan = change.change_counter, True
+        if not header.intents or header.intents[-1].post_hash != change.post_hash:  # else it is the same attempt, once more
+            header.intents = [*header.intents[-(MAX_INTENTS - 1) :], Intent(change.post_hash, secrets.randbits(64))]
         self.index.save(header)
         reach("before put")
         post = target if target is not None else header.txid + 1
@@ -237,7 +239,7 @@ class Replicator:
             reset=change.reset,
             view_txid=header.view_complete,
             time_ms=now_ms,
-            writer=header.writer,
+            writer=header.writer[:WRITER_ID_SIZE] + header.intents[-1].attempt.to_bytes(8),
             commits=(Commit(post, change.post_hash, now_ms),),
             positions=change.positions,
             body=change.staged.body,
@@ -261,7 +263,7 @@ class Replicator:
         header.position = change.position
         if scanned:
             header.needs_scan = False
-            header.identity = Identity.of(self.local.path)
+            self.index.identify(header, self.local.path)
         self._record(header, edge, change.pgnos, change.hashes, date_ms, change.change_counter)
         self.on_logged(header.position)
         if background:
@@ -307,7 +309,7 @@ class Replicator:
     @staticmethod
     def _is_own(header: IndexHeader, edge: Header) -> bool:
         # (The edge with which a log begins anew, from page objects alone, leads from nothing to the state that the header tells.)
-        return edge.pre_hash == (header.state if edge.pre else 0) and edge.post_hash in header.intents
+        return edge.pre_hash == (header.state if edge.pre else 0) and Intent(edge.post_hash, edge.attempt) in header.intents
 
     def _stored(self, header: IndexHeader, pre: int, post: int) -> Segment:
         found = self.history.segment(pre, post)
@@ -323,8 +325,8 @@ class Replicator:
         edge = found.header
         if not self._is_own(header, edge):
             self._fence(
-                f"{found.name} was written by another writer ({edge.writer.hex()}): {self.local.path} is at txid {header.txid}, "
-                f"and the history has gone on without it"
+                f"{found.name} was written by another writer ({edge.writer[:WRITER_ID_SIZE].hex()}): {self.local.path} is at txid "
+                f"{header.txid}, and the history has gone on without it"
             )
         logger.info("%s: %s is our own, from an attempt whose answer was lost", self.local.path, found.name)
         self._prove(edge)  # when it was stored nobody knows: perhaps where the history had been pruned
@@ -439,6 +441,8 @@ class Replicator:
         identity = Identity.of(self.local.path)
         if identity == header.identity:
             self._backfilled, self._suspect = tip[:3], None
+            if not header.is_settled:
+                self.index.identify(header, self.local.path)
             return
         if header.identity is not None and self._backfilled == tip[:3]:
             if self._suspect is None or self._suspect[0] != identity:
@@ -448,16 +452,19 @@ class Replicator:
                 return
             logger.warning("%s was changed by other means than SQLite: scanning", self.local.path)
             header.needs_scan = True
+        if _was_cut(header, identity):
+            # A checkpoint cuts the file only where the database has shrunk. Else pages were cut off that no frame may hold.
+            logger.warning("%s is shorter than it was at txid %d: scanning", self.local.path, header.txid)
+            header.needs_scan = True
         self._backfilled, self._suspect = tip[:3], None
-        header.identity = identity
+        self.index.identify(header, self.local.path)
         self.index.save(header)
         if header.needs_scan:
             raise SnapshotLost("the main file was changed behind SQLite's back")
 
 
-def _has_content(path: str) -> bool:
-    """A database without a page is the empty state, txid 0."""
-    try:
-        return os.stat(path).st_size > 0
-    except FileNotFoundError:
+def _was_cut(header: IndexHeader, identity: Identity | None) -> bool:
+    """Return whether the main file is shorter than it was, and than the database that the index knows."""
+    if header.identity is None or identity is None:
         return False
+    return identity.size < min(header.identity.size, header.db_size * header.page_size)

@@ -14,7 +14,7 @@ All integers are big-endian and unsigned. A segment object is
      48  4  size of the database after, pages            52  4  pages in this edge
      56  8  view_txid: up to where the page view was complete
      64  8  the server's time, ms since 1970
-     72 16  the writer's id (for messages only)
+     72 16  the writer: its id (8, for messages only), and the random number of the attempt that stored the segment (8)
      88  4  length of the tables, compressed             92  4  length of the tables, uncompressed
      96  8  length of the blocks (0 with flag body)
     104 16  reserved: 0
@@ -70,6 +70,7 @@ __all__ = [
     "LISTED_ROWS",
     "MAX_ROWS",
     "SEGMENT_LIMIT",
+    "WRITER_ID_SIZE",
     "Body",
     "Commit",
     "Header",
@@ -94,6 +95,7 @@ __all__ = [
 ]
 
 HEAD_SIZE: Final = 128
+WRITER_ID_SIZE: Final = 8  # bytes
 INLINE_LIMIT: Final = 16 << 20  # blocks above this belong into a body
 SEGMENT_LIMIT: Final = 32 << 20  # no segment object is larger
 MAX_ROWS: Final = 1 << 18  # commits in one segment, and positions: about 40 MB as Python objects
@@ -153,6 +155,11 @@ class Header:
     commits: tuple[Commit, ...]
     positions: tuple[Position, ...] = ()
     body: Body | None = None
+
+    @property
+    def attempt(self) -> int:
+        """Return the number by which a writer knows its own attempt from a rival's that made the same change at the same time."""
+        return int.from_bytes(self.writer[WRITER_ID_SIZE:])
 
     @property
     def whole(self) -> bool:

@@ -40,7 +40,8 @@ def standing(local: LocalDatabase, header: IndexHeader, tip: Tip) -> Standing:
         return Standing.UNCLEAR
     if wal is None:
         if position is None:
-            # Without a WAL the main file is all there is, and what it was is all that proves it.
+            # Without a WAL the main file is all there is, and what it was is all that proves it. (Settled or not: since the open looked,
+            # a connection of ours has it open, and nobody writes past the WAL.)
             return Standing.COVERED if Identity.of(local.path) == header.identity is not None else Standing.LOST
         return Standing.UNCLEAR if position.frame == 0 else Standing.LOST
     if position is None:
@@ -77,9 +78,8 @@ def seal(index_path: str, path: str, new: WalHeader | None) -> None:
     may have covered more, and the next one then scans for nothing.
     """
     wal = WalFile(path + "-wal")
-    identity = Identity.of(path)
 
-    def judge(header: IndexHeader) -> tuple[Position | None, bool] | None:
+    def judge(header: IndexHeader, identity: Identity | None) -> tuple[Position | None, bool] | None:
         old = wal.header()
         if new is not None and old is not None and (new.salt1, new.salt2) == (old.salt1, old.salt2):
             return None  # the same WAL once more: its first transaction was rolled back
@@ -96,7 +96,7 @@ def seal(index_path: str, path: str, new: WalHeader | None) -> None:
 
     reach("before seal")
     try:
-        LocalIndex.leave_seal(index_path, identity, judge)
+        LocalIndex.leave_seal(index_path, path, judge, is_last=new is None)
     finally:
         wal.close()
     reach("after seal")

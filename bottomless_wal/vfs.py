@@ -30,7 +30,7 @@ import apsw
 from .checkpointer import AUTOCHECKPOINT_FRAMES
 from .config import Config
 from .errors import ConfigError, ReplicationError
-from .local_database import wal_vanished
+from .local_database import main_file_lost, wal_vanished
 from .registry import registry
 from .replica import Replica
 from .wal import WalHeader
@@ -114,8 +114,8 @@ class _MainFile(apsw.VFSFile):
             now = _now()
             # With ack=local nobody is told that anything is stored, and a look costs as much as a small commit.
             if self._converting or now - self._looked >= replica.look_seconds:
-                self._looked = now
                 self._look(replica)
+                self._looked = now  # last: after an error the next commit looks again
             else:
                 replica.committed()
         except BaseException as error:
@@ -131,10 +131,7 @@ class _MainFile(apsw.VFSFile):
     def _look(self, replica: Replica) -> None:
         """A commit, once it is seen that the files are where they should be."""
         if self._has_moved():
-            raise ReplicationError(
-                f"{replica.path} was deleted or replaced while this connection had it open: its commit stands in a file without a name",
-                hint="Close every connection to it. Opening the path again restores the state in the bucket.",
-            )
+            raise main_file_lost(replica.path, "deleted or replaced")
         if self._in_wal_mode(replica):
             if not replica.wal_in_place():
                 raise wal_vanished(replica.path)

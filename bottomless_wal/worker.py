@@ -20,7 +20,7 @@ from typing import Final
 import apsw
 
 from .config import Config
-from .errors import BottomlessError, ConflictError, FencedError, ReplicationError, StoreError
+from .errors import BottomlessError, ConflictError, FencedError, FilesLostError, ReplicationError, StoreError
 from .filler import Filler, view_is_missing
 from .local_database import LocalDatabase
 from .local_index import IndexHeader, IndexLost, LocalIndex
@@ -196,6 +196,17 @@ class Worker:
     def fatal(self) -> BottomlessError | None:
         """Why this replica has stopped for good; None while it has not."""
         return self._fatal
+
+    @property
+    def files_lost(self) -> FilesLostError | None:
+        """Return the error of the last batch if what was committed stands in files that are no longer at the path."""
+        error = self._error
+        return error if isinstance(error, FilesLostError) else None
+
+    @property
+    def pending(self) -> bool:
+        """Return whether a commit that was submitted here is not in the log."""
+        return self._oldest is not None
 
     def lag(self) -> float:
         """Seconds since the oldest commit that is not in the log yet; 0 when there is none."""

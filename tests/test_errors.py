@@ -8,7 +8,7 @@ import apsw
 import pytest
 
 from bottomless_wal import errors
-from bottomless_wal.errors import BottomlessError, StoreError, TransientError
+from bottomless_wal.errors import BottomlessError, FilesLostError, ReplicationError, StoreError, TransientError
 
 KINDS = [getattr(errors, name) for name in errors.__all__]
 
@@ -16,7 +16,8 @@ KINDS = [getattr(errors, name) for name in errors.__all__]
 def test_the_tree() -> None:
     assert all(issubclass(kind, BottomlessError) for kind in KINDS)
     assert issubclass(TransientError, StoreError)
-    others = [kind for kind in KINDS if kind not in (BottomlessError, TransientError)]
+    assert issubclass(FilesLostError, ReplicationError)
+    others = [kind for kind in KINDS if kind not in (BottomlessError, TransientError, FilesLostError)]
     assert all(kind.__bases__ == (BottomlessError,) for kind in others)
 
 

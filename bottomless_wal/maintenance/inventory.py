@@ -15,7 +15,7 @@ from .. import layout
 from ..edges import Edge, newest
 from ..errors import BottomlessError
 from ..history import Head
-from ..local_index import HEADER_SIZE, Identity, IndexHeader
+from ..local_index import HEADER_SIZE, IndexHeader
 from ..replica import INDEX_SUFFIX
 from ..replicator import home_of
 from ..store import Entry, open_store
@@ -140,13 +140,12 @@ def _pending(path: str, local: IndexHeader) -> bool | None:
     """Does anything follow what the index knows to be stored? None: it cannot be told from outside."""
     if local.needs_scan or local.identity is None:
         return None
-    identity = Identity.of(path)
     position = local.position
     wal = WalFile(path + "-wal")
     try:
         header = wal.header()
         if header is None:
-            return False if position is None and identity == local.identity else None
+            return False if position is None and local.identifies(path) else None
         if position is None or (position.salt1, position.salt2) != (header.salt1, header.salt2):
             return None
         if wal.position(header, position.frame) != position:

@@ -29,7 +29,7 @@ from ..compaction import Vanished
 from ..crashpoints import reach
 from ..edges import Edge
 from ..errors import ConfigError, ConflictError, RestoreError
-from ..local_index import Backlog, Identity, IndexHeader, LocalIndex, boot_id
+from ..local_index import Backlog, IndexHeader, LocalIndex, boot_id
 from ..pageview import UNKNOWN_SIZE
 from ..rebuild import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch, translated
 from ..registry import registry
@@ -283,7 +283,7 @@ def _put_in_place(destination: str, into: Scratch, old: LocalIndex, header: Inde
     if header is None:
         os.unlink(old.path)
         return
-    header.identity = Identity.of(destination)
+    into.index.identify(header, destination)
     header.change_counter = int.from_bytes(os.pread(into.fd, 4, 24), "big")
     into.index.save(header)
     into.index.sync()

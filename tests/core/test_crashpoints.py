@@ -188,10 +188,9 @@ def test_killed_while_it_adopts_a_whole_database_that_has_gone_on(world: World, 
     here = world.machine()
     known = _existing(here)
     _dies_opening(world, here, "after put")
-    # What was committed before the attempt is stored, what comes now is not; and no WAL is left to tell that it follows.
-    stranger = here.stock()
-    stranger.execute("INSERT INTO t VALUES ('since', 0)")
-    stranger.close()
+    # What was committed before the attempt is stored, what comes now is not; only the file as it was then, below a new WAL, tells that
+    # it follows.
+    here.stock_killed("INSERT INTO t VALUES ('since', 0)")
     _dies_opening(world, here, point)
     _whole(world, here, known | {"since"})
     world.comes_back(here)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 
+import apsw
 import pytest
 from worlds import Machine, World, child, refusal, rows
 
@@ -62,6 +63,8 @@ DIVERGED = pytest.mark.parametrize(
         ("directory", "another database"),
         ("directory", "overtaken"),
         ("directory", "overtaken while it wrote"),
+        ("directory", "written to by another program"),
+        ("directory", "an old backup"),
         ("moto", "overtaken"),
     ],
     indirect=["two_worlds"],
@@ -208,9 +211,7 @@ def _pending(world: World) -> Machine:
 @EVERYWHERE
 def test_a_descendant_of_the_head_here(two_worlds: World, actions: list[str], policy: str) -> None:
     here = _history(two_worlds)
-    stranger = here.stock()
-    stranger.execute("INSERT INTO t VALUES (9); PRAGMA user_version=9")
-    stranger.close()
+    here.stock_killed("INSERT INTO t VALUES (9); PRAGMA user_version=9")
     actions.clear()
     con = here.connect(initial_replication=policy)
     assert actions == ["CATCH_UP"]
@@ -232,6 +233,24 @@ def test_pending_commits_here(two_worlds: World, policy: str) -> None:
     two_worlds.comes_back(here)
 
 
+def _backup_between_batches(world: World) -> Machine:
+    """The file is a state that no segment lists, copied back over the file after its last close."""
+    here = world.machine()
+    con = here.connect(ack="local", interval=60)
+    con.execute("CREATE TABLE t(x)")
+    bottomless_wal.flush(con)
+    con.execute("INSERT INTO t VALUES (1)")
+    con.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+    backup = here.content()
+    con.execute("INSERT INTO t VALUES (2)")
+    con.execute("INSERT INTO t VALUES (3)")
+    con.close()
+    assert len(backup) == len(here.content())
+    with open(here.path(), "r+b") as file:  # as cp does it: the same inode
+        file.write(backup)
+    return here
+
+
 def _diverged(world: World, how: str) -> Machine:
     if how == "another database":
         machine = world.machine()
@@ -240,7 +259,14 @@ def _diverged(world: World, how: str) -> Machine:
         stock.execute("CREATE TABLE other(x); INSERT INTO other VALUES (1)")
         stock.close()
         return machine
+    if how == "an old backup":
+        return _backup_between_batches(world)
     here = _history(world)
+    if how == "written to by another program":
+        stranger = here.stock()
+        stranger.execute("INSERT INTO t VALUES (9); PRAGMA user_version=9")
+        stranger.close()
+        return here
     there = world.machine()
     shutil.copy(here.path(), there.path())
     child(f"connect({there.path()!r}).execute('INSERT INTO t VALUES (100)')", options=world.options)

@@ -11,7 +11,7 @@ import pytest
 from worlds import Machine, World, child, refusal, rows
 
 import bottomless_wal
-from bottomless_wal import ReplicationError
+from bottomless_wal import ConflictError, ReplicationError
 from bottomless_wal.local_database import LocalDatabase
 
 CHECKPOINTS = {
@@ -184,17 +184,43 @@ con.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_{kind.upper()})
     world.comes_back(here)
 
 
+def _conflict(world: World, here: Machine) -> None:
+    """The open refuses, and changes neither side."""
+    before, file = world.bucket.content(), here.content()
+    with pytest.raises(ConflictError):
+        here.connect()
+    assert (world.bucket.content(), here.content()) == (before, file)
+
+
 def test_a_stranger_writes_while_nobody_has_it_open(world: World, scans: list[str]) -> None:
+    """Without a WAL its work looks like an old backup, copied over the file: the policy decides."""
     here, con = _opened(world)
     con.close()
     stranger = here.stock()
     stranger.execute("INSERT INTO t VALUES (1); PRAGMA user_version=5")
     stranger.close()
+    _conflict(world, here)
     scans.clear()
-    con = here.connect()
+    con = here.connect(initial_replication="skip")
+    con.execute("INSERT INTO t VALUES (2)")
     assert world.bucket.log_image("app.db") == con.serialize("main")
     assert scans, "only a scan can find what was done behind our back"
-    con.execute("INSERT INTO t VALUES (2)")
+    con.close()
+    world.comes_back(here)
+
+
+def test_a_stranger_reads_while_nobody_has_it_open(world: World, scans: list[str]) -> None:
+    """To look is no change: nothing is asked, nothing is scanned."""
+    here, con = _opened(world)
+    con.execute("INSERT INTO t VALUES (1)")
+    con.close()
+    stranger = here.stock()
+    assert rows(stranger) == 1
+    stranger.close()
+    scans.clear()
+    con = here.connect()
+    assert rows(con) == 1
+    assert scans == []
     con.close()
     world.comes_back(here)
 
@@ -225,7 +251,8 @@ def test_a_stranger_goes_back_to_a_rollback_journal(world: World) -> None:
     assert stranger.execute("PRAGMA journal_mode=delete").get == "delete"
     stranger.execute("INSERT INTO t VALUES (1)")
     stranger.close()
-    con = here.connect()
+    _conflict(world, here)
+    con = here.connect(initial_replication="force")
     assert con.execute("PRAGMA journal_mode").get == "wal"
     bottomless_wal.flush(con)
     world.stored(con)
@@ -241,8 +268,10 @@ def test_a_stranger_changes_the_page_size(world: World) -> None:
     stranger = here.stock()
     stranger.execute("PRAGMA journal_mode=delete; PRAGMA page_size=1024; VACUUM; PRAGMA journal_mode=wal").fetchall()
     stranger.close()
-    con = here.connect()
+    _conflict(world, here)
+    con = here.connect(initial_replication="skip")
     assert rows(con, "PRAGMA page_size") == 1024
+    con.execute("INSERT INTO t VALUES (1)")
     bottomless_wal.flush(con)
     world.stored(con)
     assert world.bucket.segment("app.db", world.bucket.head("app.db") - 1, world.bucket.head("app.db")).reset
@@ -305,7 +334,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         options=world.options,
         check=False,
     )
-    for module in ("boot", "local_index", "placing", "replicator"):
+    for module in ("boot", "local_index", "replicator"):
         monkeypatch.setattr(f"bottomless_wal.{module}.boot_id", lambda: b"another boot id!")
     con = here.connect()
     assert scans
@@ -381,7 +410,9 @@ def test_pending_commits_survive_a_close_a_restart_and_a_new_wal(world: World) -
     stranger = here.stock()
     stranger.execute("INSERT INTO t VALUES (9)")
     stranger.close()
-    con = here.connect()
-    assert rows(con) == 4
+    _conflict(world, here)
+    con = here.connect(initial_replication="skip")
+    con.execute("DELETE FROM t WHERE x = 9")
+    assert rows(con) == 3
     assert world.bucket.log_image("app.db") == con.serialize("main")
     con.close()

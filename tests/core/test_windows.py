@@ -211,7 +211,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     os.truncate(here.path("app.db-wal"), 32)
     os.unlink(here.path("app.db-shm"))
     if rebooted:
-        for module in ("boot", "local_index", "placing", "replicator"):
+        for module in ("boot", "local_index", "replicator"):
             monkeypatch.setattr(f"bottomless_wal.{module}.boot_id", lambda: b"another boot id!")
     con = here.connect()
     assert rows(con, "SELECT group_concat(x) FROM t") == "base,1,2,3"
@@ -315,9 +315,7 @@ def test_what_was_done_while_it_was_closed_is_sent_though_the_answer_was_lost(wo
     """The difference that an open sends is adopted when its answer was lost."""
     here, con = _opened(world)
     con.close()
-    stranger = here.stock()
-    stranger.execute("INSERT INTO t VALUES (1)")
-    stranger.close()
+    here.stock_killed("INSERT INTO t VALUES (1)")
     answer_lost()
     con = here.connect()
     assert world.bucket.edges("app.db") == [(0, 1), (1, 2)]

@@ -51,6 +51,12 @@ class Machine:
         self.world.connections.append(con)
         return con
 
+    def stock_killed(self, statements: str, file: str = "app.db") -> None:
+        """Another program runs `statements` with the stock VFS and is killed: its WAL is left."""
+        script = "con = apsw.Connection(argv[0]); con.execute(argv[1]).fetchall(); os.kill(os.getpid(), signal.SIGKILL)"
+        child(script, self.path(file), statements, options={}, check=False)
+        assert os.path.getsize(self.path(file) + "-wal"), "it left no WAL"
+
     def content(self, file: str = "app.db") -> bytes:
         return (self.directory / file).read_bytes()
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bottomless_wal.index_format import HEADER_SIZE, MAX_INTENTS, SEAL_OFFSET, SEAL_SIZE, Backlog, Identity, IndexHeader, Seal
+from bottomless_wal.index_format import HEADER_SIZE, MAX_INTENTS, SEAL_OFFSET, SEAL_SIZE, Backlog, Identity, IndexHeader, Intent, Seal
 from bottomless_wal.wal import Position
 
 VECTORS = Path(__file__).parent.parent / "index_vectors"
@@ -36,8 +36,9 @@ headers = st.builds(
     needs_scan=st.booleans(),
     clean=st.booleans(),
     identity=st.none() | st.builds(Identity, u64, u64, u64, times, times),
+    is_settled=st.booleans(),
     seal_sequence=u64,
-    intents=st.lists(u64, max_size=20),
+    intents=st.lists(st.builds(Intent, u64, u64), max_size=20),
 )
 seals = st.builds(
     Seal,
@@ -47,6 +48,7 @@ seals = st.builds(
     covered=st.booleans(),
     anywhere=st.booleans(),
     identity=st.none() | st.builds(Identity, u64, u64, u64, times, times),
+    is_settled=st.booleans(),
 )
 
 
@@ -64,7 +66,7 @@ def test_a_seal_comes_back_as_it_was(seal: Seal) -> None:
 
 
 def test_the_longest_header_ends_before_the_seal_and_that_before_the_entries() -> None:
-    header = IndexHeader(bytes(16), bytes(16), bytes(16), intents=list(range(MAX_INTENTS)))
+    header = IndexHeader(bytes(16), bytes(16), bytes(16), intents=[Intent(n, n) for n in range(MAX_INTENTS)])
     assert len(header.encode()) <= SEAL_OFFSET
     assert SEAL_OFFSET + SEAL_SIZE <= HEADER_SIZE
     assert IndexHeader.decode(header.encode()) == header
@@ -132,15 +134,17 @@ def test_the_view_is_complete_only_up_to_its_backlog() -> None:
 
 def test_golden_vectors() -> None:
     meaning = json.loads((VECTORS / "index.json").read_text())
-    assert IndexHeader.decode((VECTORS / "header.index").read_bytes()) is None, "an older layout: scanned anew, as if there were none"
-    header = IndexHeader.decode((VECTORS / "header-2.index").read_bytes())
+    for older in ("header.index", "header-2.index"):
+        assert IndexHeader.decode((VECTORS / older).read_bytes()) is None, "an older layout: scanned anew, as if there were none"
+    header = IndexHeader.decode((VECTORS / "header-3.index").read_bytes())
     assert header is not None
     assert header.position == Position(*meaning["position"])
     assert header.backlog == Backlog(*meaning["backlog"])
     assert header.identity == Identity(*meaning["identity"])
     assert [header.home.hex(), header.writer.hex(), header.boot.hex()] == meaning["names"]
     assert {name: getattr(header, name) for name in meaning["numbers"]} == meaning["numbers"]
-    assert header.encode() == (VECTORS / "header-2.index").read_bytes()
+    assert header.intents == [Intent(*row) for row in meaning["intents"]]
+    assert header.encode() == (VECTORS / "header-3.index").read_bytes()
     seal = Seal.decode((VECTORS / "seal.index").read_bytes())
     told = meaning["seal"]
     assert seal is not None
@@ -148,6 +152,8 @@ def test_golden_vectors() -> None:
         told["sequence"], tuple(told["before"]), Position(*told["after"]), covered=True, identity=Identity(*told["identity"])
     )
     assert seal.encode() == (VECTORS / "seal.index").read_bytes()
+    settled = seal._replace(is_settled=True)
+    assert settled.encode() == (VECTORS / "seal-2.index").read_bytes()
 
 
 def test_a_position_that_is_carried_across_takes_the_main_files_identity_with_it() -> None:
@@ -162,3 +168,39 @@ def test_a_wal_that_goes_with_what_is_not_stored_leaves_the_files_identity_and_a
     header = IndexHeader(bytes(16), bytes(16), bytes(16), position=HERE, seal_sequence=5, identity=before)
     header.absorb(Seal(6, (1, 2), None, covered=False, identity=after))
     assert (header.position, header.identity, header.needs_scan) == (None, after, True)
+
+
+def _identity(mtime_ns: int, ctime_ns: int, device: int = 1) -> Identity:
+    return Identity(device, 2, 4096, mtime_ns, ctime_ns)
+
+
+@pytest.mark.parametrize(
+    ("identity", "witness", "expected"),
+    [
+        (_identity(5, 5), _identity(6, 6), True),
+        (_identity(5, 5), _identity(5, 5), False),  # the same tick: a write may follow that changes nothing of this
+        (_identity(5, 6), _identity(6, 6), False),
+        (_identity(6, 5), _identity(6, 6), False),
+        (_identity(9, 5), _identity(9, 8), False),  # a modification time that was set to the future
+        (_identity(5, 5), _identity(6, 6, device=7), False),  # another file system, another clock
+        (_identity(5, 5), None, False),
+    ],
+)
+def test_an_identity_is_settled_by_a_later_tick(identity: Identity, witness: Identity | None, expected: bool) -> None:
+    assert identity.is_settled_by(witness) is expected
+
+
+def test_only_a_settled_identity_identifies(tmp_path: Path) -> None:
+    file = tmp_path / "app.db"
+    file.write_bytes(b"content")
+    header = IndexHeader(bytes(16), bytes(16), bytes(16), identity=Identity.of(str(file)), is_settled=True)
+    assert header.identifies(str(file))
+    header.is_settled = False
+    assert not header.identifies(str(file))
+    header.is_settled = True
+    file.write_bytes(b"another content")
+    assert not header.identifies(str(file))
+    file.unlink()
+    assert not header.identifies(str(file))
+    header.identity = None
+    assert not header.identifies(str(file))

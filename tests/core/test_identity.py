@@ -1,0 +1,159 @@
+"""What an equal identity of the main file proves: that nobody wrote to it since, unless the file system's clock is too coarse to tell."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import apsw
+import pytest
+from worlds import Machine, World, rows
+
+import bottomless_wal
+from bottomless_wal import ConflictError
+from bottomless_wal.index_format import Identity
+from bottomless_wal.local_database import LocalDatabase
+from bottomless_wal.local_index import LocalIndex
+
+
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All timestamps of the file system are of one and the same tick."""
+    real = Identity.of.__func__  # type: ignore[attr-defined]
+
+    def of(cls: type[Identity], path: str) -> Identity | None:
+        found = real(cls, path)
+        return found and found._replace(mtime_ns=1, ctime_ns=1)
+
+    monkeypatch.setattr(Identity, "of", classmethod(of))
+
+
+@pytest.fixture
+def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The databases that were looked through."""
+    seen: list[str] = []
+    real = LocalDatabase.pages
+
+    def pages(self: LocalDatabase, *arguments: Any) -> Any:
+        seen.append(self.path)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(LocalDatabase, "pages", pages)
+    return seen
+
+
+def _closed(world: World, **options: Any) -> Machine:
+    here = world.machine()
+    con = here.connect(**options)
+    con.execute("CREATE TABLE t(id INTEGER PRIMARY KEY, k, v)")
+    con.execute("CREATE INDEX i ON t(k)")
+    con.executemany("INSERT INTO t VALUES (?, ?, 'x')", [(n, f"k{n:03}") for n in range(20)])
+    con.close()
+    return here
+
+
+def _stranger(here: Machine, statement: str) -> None:
+    stranger = here.stock()
+    stranger.execute(statement)
+    stranger.close()
+
+
+@pytest.mark.usefixtures("coarse")
+@pytest.mark.parametrize("statement", ["UPDATE t SET k = 'zzzz' WHERE id = 1", "UPDATE t SET v = 'y' WHERE id = 2"])
+def test_a_write_within_the_tick_of_our_close_is_noticed(world: World, statement: str) -> None:
+    """The timestamps, and the size, are what they were: only a scan can tell, and what it tells is not proved to follow."""
+    here = _closed(world)
+    before = world.bucket.content()
+    _stranger(here, statement)
+    with pytest.raises(ConflictError):
+        here.connect()
+    assert world.bucket.content() == before
+    con = here.connect(initial_replication="skip")
+    con.execute("UPDATE t SET v = 'y' WHERE id = 3")
+    world.stored(con, view=False)
+    assert rows(con, "PRAGMA integrity_check") == "ok"
+    bottomless_wal.flush(con)
+    con.close()
+    world.comes_back(here)
+
+
+@pytest.mark.usefixtures("coarse")
+def test_with_a_coarse_clock_an_untouched_file_is_looked_through_and_goes_on(world: World, scans: list[str]) -> None:
+    here = _closed(world)
+    head = world.bucket.head("app.db")
+    scans.clear()
+    con = here.connect()
+    assert scans
+    con.execute("UPDATE t SET v = 'y' WHERE id = 2")
+    assert world.bucket.head("app.db") == head + 1
+    con.close()
+    world.comes_back(here)
+
+
+def test_with_a_fine_clock_it_is_not(world: World, scans: list[str]) -> None:
+    here = _closed(world)
+    header = LocalIndex.peek(here.path("app.db-bottomless"))
+    assert header is not None
+    assert header.clean
+    assert header.is_settled, "the last close waits for the clock to go on"
+    scans.clear()
+    con = here.connect()
+    assert not scans
+    con.close()
+    world.comes_back(here)
+
+
+def test_a_write_between_the_last_close_and_its_note_is_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The identity is of the moment when SQLite deleted the WAL, under its lock; not of a moment later, when anybody may have written."""
+    here = world.machine()
+    con = here.connect()
+    con.execute("CREATE TABLE t(x)")
+    real = LocalDatabase.close
+
+    def close(self: LocalDatabase, **how: Any) -> None:
+        real(self, **how)
+        if how.get("checkpoint"):
+            monkeypatch.setattr(LocalDatabase, "close", real)
+            _stranger(here, "INSERT INTO t VALUES ('behind its back')")
+
+    monkeypatch.setattr(LocalDatabase, "close", close)
+    con.close()
+    before = world.bucket.content()
+    with pytest.raises(ConflictError):
+        here.connect()
+    assert world.bucket.content() == before
+
+
+@pytest.mark.parametrize("how", ["cp", "mv"])
+@pytest.mark.parametrize("kind", ["of a state between two batches", "by VACUUM INTO", "by the backup API"])
+def test_an_old_backup_in_the_place_of_the_closed_file_is_never_taken_for_its_descendant(world: World, kind: str, how: str) -> None:
+    here = world.machine()
+    con = here.connect(ack="local", interval=3600)
+    con.execute("CREATE TABLE t(x)")
+    bottomless_wal.flush(con)
+    con.execute("INSERT INTO t VALUES ('old')")
+    backup = here.path("backup.db")
+    con.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+    if kind == "of a state between two batches":
+        with open(backup, "wb") as file:
+            file.write(here.content())
+    elif kind == "by VACUUM INTO":
+        con.execute("VACUUM INTO ?", (f"file:{backup}?vfs=unix",))
+    else:
+        target = apsw.Connection(backup)
+        with target.backup("main", con, "main") as copy:
+            copy.step()
+        target.close()
+    con.executemany("INSERT INTO t VALUES (?)", [(n,) for n in range(7)])
+    con.close()
+    before = world.bucket.content()
+    if how == "mv":
+        os.rename(backup, here.path())
+    else:
+        with open(here.path(), "r+b") as file:
+            file.write(here.content("backup.db"))
+            file.truncate()
+    for _ in range(2):
+        with pytest.raises(ConflictError):
+            here.connect()
+        assert world.bucket.content() == before
