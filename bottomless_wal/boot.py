@@ -383,6 +383,6 @@ class Boot:
             f"in {self.history.store.describe()} (head: txid {head.txid}, state {head.state:016x}, {head.db_size} pages). "
             "Nothing was changed",
             hint="To go on from the remote history: move the local file away, or `bottomless-wal restore --force`. To make the local "
-            "file the truth: `bottomless-wal reset --from-local`, or open it with initial_replication=force (a reset at once) or skip "
-            "(at the next commit).",
+            "file the truth, because another program has written to it meanwhile: `bottomless-wal reset --from-local`, or open it with "
+            "initial_replication=force (a reset at once) or skip (at the next commit).",
         )

@@ -356,3 +356,63 @@ def test_three_that_contend_under_load_make_one_chain_of_what_was_acknowledged(w
         con = machine.connect()  # whoever has lost last has re-based itself: an earlier state of the one history
         assert sorted(name for (name,) in con.execute("SELECT name FROM t")) == sorted(names)
         con.close()
+
+
+# --- the same change at the same time --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_kind", ["directory", "moto"])
+@pytest.mark.parametrize("second", ["restored", "a copied directory"])
+def test_two_machines_that_make_the_same_change_are_two_writers(
+    request: pytest.FixtureRequest, own_environment: None, tmp_path: Path, world_kind: str, second: str
+) -> None:
+    """Equal commits have equal hashes: one of them is stored, and the other machine is told, not acknowledged."""
+    endpoint = endpoint_of(world_kind, request)
+    world = World(endpoint, tmp_path, {"endpoint": endpoint.url, "bucket": endpoint.bucket, "create_bucket": True, "pages": "off"})
+    here = world.machine()
+    one = _writer(world, here)
+    assert one.do("con.execute('CREATE TABLE c(n); INSERT INTO c VALUES (0)')") == "ok", one.said
+    if second == "restored":
+        there = world.machine()
+    else:
+        one.end()
+        there = _clone(world, here)
+        one = _writer(world, here)
+    two = _writer(world, there)
+    increment = "con.execute('UPDATE c SET n = n + 1')"
+    acknowledged = [child.do(increment) for child in (one, two, one, two, two, one)]
+    assert acknowledged[0] == "ok", one.said
+    assert [answer == "ok" for answer in acknowledged] == [True, False, True, False, False, True], "the fence holds at the first commit"
+    assert all("FencedError" in answer for answer in acknowledged if answer != "ok"), acknowledged
+    one.end()
+    two.end()
+    con = world.machine().connect()
+    assert rows(con, "SELECT n FROM c") == 3
+    con.close()
+
+
+def test_two_machines_that_begin_with_the_same_first_commit_are_two_writers(world: World) -> None:
+    one, two = (_writer(world, world.machine(), pages="off") for _ in range(2))
+    first = "con.execute('CREATE TABLE IF NOT EXISTS t(x)')"
+    assert one.do(first) == "ok", one.said
+    assert "FencedError" in two.do(first)
+    one.end()
+    two.end()
+
+
+def test_an_attempt_that_a_copied_directory_has_too_is_one_commit_of_both(world: World) -> None:
+    """The copy was made while the answer to an attempt was lost: what it adopts is the commit that it holds itself. Then one goes on."""
+    here = world.machine()
+    one = _history(world, here)
+    _stops(one, "before put", INSERT.format("pending"))
+    there = _clone(world, here)
+    os.kill(one.pid, signal.SIGCONT)
+    until(lambda: world.bucket.head("app.db") == 3)
+    two = _writer(world, there)
+    assert _inserts(two, "the copy") == "ok", two.said
+    assert one.told() == "ok", one.said
+    assert one.do("import bottomless_wal.crashpoints as points; points.disarm()") == "ok", one.said
+    assert "FencedError" in _inserts(one, "the original")
+    one.end()
+    two.end()
+    assert _names(world) == ["first", "pending", "the copy"]
