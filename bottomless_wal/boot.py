@@ -37,6 +37,7 @@ __all__ = ["Boot"]
 logger = logging.getLogger(__name__)
 
 _LOOKS: Final = 10
+_LISTED: Final = 1000  # objects, which one request lists, and in which the whole of a short log is seen
 
 
 class Boot:
@@ -52,7 +53,14 @@ class Boot:
         self.action: Action | None = None
         self.identity: Identity | None = None
         self._listed_ms = 0  # when the head was seen to be the head
+        self.listed: Sequence[Edge] | None = None
+        """All segments of the log, as this open has found them; None while they are not listed, or too many to be listed at a resume."""
         self._distrusted = False  # the index: it was found damaged
+
+    @property
+    def goes_on(self) -> bool:
+        """Return whether the log goes on from a head whose way nobody has looked at: not restored, and not stored, by this open."""
+        return self.action in (Action.RESUME, Action.CATCH_UP, Action.KEEP_LOCAL)
 
     def run(self, *, reset: bool = False) -> IndexHeader:
         """Looks, decides and acts (`_run`), and looks again when other processes changed the WAL meanwhile."""
@@ -91,7 +99,7 @@ class Boot:
                 self.action = Action.RESUME
                 return self._resume(known)
         edges = self.history.edges()
-        self._listed_ms = edges.listed_ms
+        self.listed, self._listed_ms = edges, edges.listed_ms
         head_state = self.history.head(edges)
         if head_state is None:
             # A missing bucket must not pass for an empty one.
@@ -118,6 +126,7 @@ class Boot:
         if self.action is Action.RESTORE_PAGES:
             return self._restore_pages()
         if self.action is Action.INITIAL:
+            self._say_what_is_gone()
             return self._initial()
         if head_state is None:
             raise AssertionError("every other action needs a history")
@@ -140,6 +149,17 @@ class Boot:
             return self._keep_local(head_state, edges)
         raise self._conflict(local, head_state)
 
+    def _say_what_is_gone(self) -> None:
+        """The bucket holds no history where the index knows one: somebody has deleted it, or an expiry rule has."""
+        before = self.index.load()
+        if before is not None and before.home == self.replicator.home and before.txid:
+            logger.error(
+                "the log of %s, which was at txid %d, is gone from %s: it begins anew with the local file",
+                self.local.path,
+                before.txid,
+                self.history.store.describe(),
+            )
+
     # --- what is known without a scan ----------------------------------------------------------------------------------
 
     def _known_header(self) -> IndexHeader | None:
@@ -161,7 +181,11 @@ class Boot:
 
     def _still_head(self, header: IndexHeader) -> bool:
         """Is the index's state the head? Two small requests: the head's own commit edge is never deleted."""
-        edges = self.history.edges(since=header.txid - 1)
+        edges, is_complete = self.history.some_edges(limit=_LISTED)
+        if is_complete:
+            self.listed = edges
+        else:
+            edges = list(self.history.edges(since=header.txid - 1))
         if any(edge.post > header.txid for edge in edges) or not edges:
             return False
         head = self.history.head(edges)

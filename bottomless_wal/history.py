@@ -151,6 +151,13 @@ class History:
                 bodies[body[:2]] = max(entry.size, bodies.get(body[:2], 0))
         return [edge._replace(body=bodies.get(edge[:2], 0)) for edge in found]
 
+    def some_edges(self, *, since: int = 0, limit: int) -> tuple[list[Edge], bool]:
+        """Return the edges among the first `limit` objects of the log with pre >= `since`, and whether these are all."""
+        listing = self.store.list(layout.log_prefix(self.name), after=layout.log_after(self.name, since))
+        rows = list(itertools.islice(listing, limit))
+        named = ((layout.parse_segment_key(self.name, row.key), row) for row in rows)
+        return [Edge(*ends, row.size, row.modified) for ends, row in named if ends is not None], len(rows) < limit
+
     @_twice
     def segment(self, pre: int, post: int) -> Segment | None:
         """The edge `pre -> post`, verified, its pages aside; None when it is not there.

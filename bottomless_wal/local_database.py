@@ -248,7 +248,7 @@ class LocalDatabase:
         """
         for look in range(_QUIET_LOOKS):
             with contextlib.ExitStack() as stack:
-                quiet = stack.enter_context(self._no_writers()) if look >= _QUIET_LOOKS // 2 else None
+                quiet = stack.enter_context(self.no_writers()) if look >= _QUIET_LOOKS // 2 else None
                 before = self.tip()
                 with self.pinned():
                     # Only what is committed counts: a checkpoint may go on beside.
@@ -262,8 +262,8 @@ class LocalDatabase:
         )
 
     @contextlib.contextmanager
-    def _no_writers(self) -> Iterator[apsw.Connection | None]:
-        """Holds SQLite's write lock, if it is to be had in time (None if not)."""
+    def no_writers(self) -> Iterator[apsw.Connection | None]:
+        """Hold SQLite's write lock, if it is to be had in time (None if not)."""
         connection = self._connect()
         try:
             connection.set_busy_timeout(2000)

@@ -24,7 +24,7 @@ from . import layout
 from .checkpointer import RESTART_FRAMES, Checkpointer
 from .config import Config
 from .crashpoints import reach
-from .errors import BottomlessError, ConfigError, FencedError, FilesLostError, ReplicationError
+from .errors import BottomlessError, ConfigError, FencedError, FilesLostError, ReplicationError, RestoreError
 from .history import History
 from .local_database import LocalDatabase, Tip
 from .local_index import Identity, IndexHeader, LocalIndex
@@ -52,7 +52,8 @@ class Status:
     """Where the replication of one database stands, in this process.
 
     `pending_frames` counts committed WAL frames that are not in the log; None when only a scan could tell. `lag` is the age, in seconds, of
-    the oldest such commit that was made here. `requests` and the bytes (`sent` by kind of request) are counted since the database was
+    the oldest such commit that was made here. `log_error` is a gap that was found in the log and is not mended yet; `log_repairs` counts
+    the snapshots that mended one. `requests` and the bytes (`sent` by kind of request) are counted since the database was
     opened here, `seconds` ago.
     """
 
@@ -65,6 +66,8 @@ class Status:
     view_txid: int
     lag: float
     last_error: BottomlessError | None
+    log_error: RestoreError | None
+    log_repairs: int
     requests: Mapping[str, int]
     sent: Mapping[str, int]
     bytes_sent: int
@@ -77,7 +80,8 @@ class Replica:
     """The database at `path` (resolved). `connect` opens a connection of our own through the VFS."""
 
     def __init__(self, path: str, config: Config, connect: Callable[[str], apsw.Connection]) -> None:
-        from .upkeep import Upkeep  # as in `_boot`
+        from .log_check import LogCheck  # as in `_boot`
+        from .upkeep import Upkeep
 
         self.path = path
         self.config = config
@@ -100,7 +104,8 @@ class Replica:
         self.index = LocalIndex(path + INDEX_SUFFIX, beside=path)
         self.replicator = Replicator(config, self.local, self.index, self.history)
         self.checkpointer = Checkpointer(path, lambda: connect(path), local=self._local)
-        self.upkeep = Upkeep(config, self.history)
+        self.log_check = LogCheck(self.replicator, lambda: LocalDatabase(path, lambda: connect(path)))
+        self.upkeep = Upkeep(config, self.history, self.log_check)
         self.replicator.on_head = self.upkeep.told
         self.worker = Worker(config, self.replicator, self.index, self.local, self._reboot)
 
@@ -122,12 +127,16 @@ class Replica:
             existed = os.path.exists(self.index.path)
             try:
                 with self.replicator.view.locked_to_commit(), self.index.locked():
-                    header = self._boot(progress).run(reset=reset)
+                    boot = self._boot(progress)
+                    header = boot.run(reset=reset)
+                    if boot.goes_on:
+                        self.log_check.at_open(boot.listed, header.txid)
                     reach("after open")
                     yield
                     self.local.opened()
                 self.booted = True
                 self.worker.nudge(header)
+                self.upkeep.opened()
             except OSError as error:
                 raise ConfigError(
                     f"cannot write beside {self.path}: {error}",
@@ -247,6 +256,8 @@ class Replica:
             view_txid=header.view_complete,
             lag=self.worker.lag(),
             last_error=failure,
+            log_error=self.log_check.error,
+            log_repairs=self.log_check.repairs,
             requests=stats.requests,
             sent=stats.sent,
             bytes_sent=stats.bytes_sent,

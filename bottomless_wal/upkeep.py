@@ -4,6 +4,9 @@
 
     a turn:  list what is new ──► merge what is complete ──► snapshot, if it is due ──► prune, after a snapshot, at most every hour
 
+Once a day, whatever `compaction` says, a turn begins with a thorough look whether the log leads to its head (`log_check`); and at once, if
+the open found no way there: then the close waits for the mending.
+
 Of all processes that write, the one that stored the 64th commit takes the turn. A snapshot is due when the commits since the last one
 outweigh it, or when that one is older than `snapshot_interval` by the server's clock. So snapshots at most double what is written; and a
 page of a commit is written once more at each level that it is merged at.
@@ -27,6 +30,7 @@ from .config import Config
 from .edges import Edge, plan
 from .errors import BottomlessError
 from .history import History
+from .log_check import Finding, LogCheck
 from .parallel import mark_own_thread
 from .retention import prune
 
@@ -40,6 +44,7 @@ _RETRY_FIRST: Final = 300.0  # seconds after a snapshot has failed
 _LISTINGS: Final = 3
 _PATIENCE: Final = 2.0
 _GRACE: Final = 1.0  # seconds that a close leaves a turn to come to its end
+_CHECK_EVERY: Final = 86400.0  # seconds
 _PRUNE_EVERY: Final = 3600.0  # seconds: less than what nobody may delete anyway
 _STRETCH: Final = 0.001  # seconds of the processor at a stretch
 _LAGS: Final = ((1024, 3.0), (8192, 1.0))  # (this far behind at most, for each stretch so many of rest); further behind it does not rest
@@ -56,12 +61,14 @@ class Upkeep:
         self,
         config: Config,
         history: History,
+        check: LogCheck | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] | None = None,
     ) -> None:
         self._config = config
         self._history = history
+        self._check = check
         self._clock = clock
         self._pause = pause or self._rest
         self._worked = 0.0  # this thread's processor time, until it rested last
@@ -78,6 +85,8 @@ class Upkeep:
         self._jitter = random.uniform(0.9, 1.0)
         self._due = clock() + min(_FIRST_LOOK, config.snapshot_interval) * self._jitter
         self._prune_at = clock()
+        self._check_at = clock() + _CHECK_EVERY * self._jitter
+        self._is_check_due = False
         self._failures = 0
         self._again_at = 0.0
         self._passed_over: set[tuple[int, int]] = set()
@@ -87,25 +96,41 @@ class Upkeep:
         self._bytes = 0
         self._listed = False
 
+    def opened(self) -> None:
+        """The database is open. Where the open did not find a way to the head, look at once."""
+        if self._check is not None and self._check.finding is not Finding.SOUND:
+            with self._cond:
+                self._is_check_due = True
+                self._begin()
+
     def told(self, txid: int) -> None:
         """The head is `txid` now, and this process has stored it."""
-        if not self._config.compaction:
+        is_check_due = self._check is not None and self._clock() >= self._check_at
+        if not self._config.compaction and not is_check_due:
             return
         with self._cond:
             self._head = txid
-            self._complete = self._complete or txid % LEVELS[0] == 0
-            if self._thread is None and not self._closing:
-                self._thread = threading.Thread(target=self._run, name=f"bottomless upkeep {self._history.name}", daemon=True)
-                self._thread.start()
-                self._running = True
-            elif self._complete or self._clock() >= self._due:
-                self._cond.notify_all()
+            self._complete = self._config.compaction and (self._complete or txid % LEVELS[0] == 0)
+            self._is_check_due = self._is_check_due or is_check_due
+            if self._thread is None or self._complete or self._is_check_due or self._clock() >= self._due:
+                self._begin()
+
+    def _begin(self) -> None:
+        """Start the thread, or wake it. Call it with the condition held."""
+        if self._thread is None and not self._closing:
+            self._thread = threading.Thread(target=self._run, name=f"bottomless upkeep {self._history.name}", daemon=True)
+            self._thread.start()
+            self._running = True
+        else:
+            self._cond.notify_all()
 
     def stop(self) -> None:
         """Ends the thread. A turn that is under way may come to its end, if that is soon; for a request that hangs nobody waits."""
         with self._cond:
             self._closing = True  # no more rest
             self._cond.notify_all()
+            while self._running and self._is_check_due and self._has_gap():
+                self._cond.wait(1.0)
             self._cond.wait_for(lambda: not self._turning and not self._complete, _GRACE)
             self._stopping = True
             self._cond.notify_all()
@@ -135,15 +160,19 @@ class Upkeep:
             self._cond.notify_all()
             while not self._stopping:
                 now = self._clock()
-                if self._closing and not self._complete:
+                if self._closing and not self._complete and not self._is_check_due:
                     return False
-                if self._complete or (now >= self._due and self._head > self._turned):
+                if self._complete or self._is_check_due or (now >= self._due and self._head > self._turned):
                     self._complete, self._turning = False, True
                     return True
                 self._cond.wait()  # for the next commit: what is due while nobody writes can wait, too
             return False
 
     def _turn(self) -> None:
+        if self._is_check_due and self._check is not None:
+            self._look_at_the_log(self._check)
+        if not self._config.compaction:
+            return
         with self._cond:
             head = self._head
             self._turned = head
@@ -155,6 +184,21 @@ class Upkeep:
             except Vanished as vanished:
                 logger.info("%s: %s", self._history.name, vanished)
                 self._listed = False
+
+    def _has_gap(self) -> bool:
+        return self._check is not None and self._check.finding is Finding.GAP
+
+    def _look_at_the_log(self, check: LogCheck) -> None:
+        """Look, and mend. What fails is done after a commit some minutes later, or at the next open."""
+        self._check_at = self._clock() + _RETRY_FIRST
+        try:
+            check.run(self._breathe)
+            self._check_at = self._clock() + _CHECK_EVERY * self._jitter
+            self._listed = False  # the mending may have stored a snapshot
+        finally:
+            with self._cond:
+                self._is_check_due = False
+                self._cond.notify_all()
 
     def _merge(self, head: int) -> None:
         self._look(head)
