@@ -197,15 +197,22 @@ def status(options: dict[str, str], database: str, json: bool) -> None:
 @main.command()
 @DATABASE
 @click.option("--deep", is_flag=True, help="Decode every page of every segment.")
+@click.option("--integrity", is_flag=True, help="Restore the head to a temporary file and run SQLite's integrity_check.")
 @click.option("--repair-view", is_flag=True, help="Put stale and missing page objects anew, delete superfluous ones.")
 @click.option("--local", is_flag=True, help="Compare the local file DB with the head, page by page.")
 @json_option
 @click.pass_obj
-def verify(options: dict[str, str], database: str, deep: bool, repair_view: bool, local: bool, json: bool) -> None:
+def verify(options: dict[str, str], database: str, deep: bool, integrity: bool, repair_view: bool, local: bool, json: bool) -> None:
     """Verify what the bucket holds of a database: the log, the page objects, and with --local the file."""
     with progress_bar("verifying", unit="objects") as progress:
         report = maintenance.verify(
-            database, deep=deep, repair_view=repair_view, local=database if local else None, progress=progress, **options
+            database,
+            deep=deep,
+            integrity=integrity,
+            repair_view=repair_view,
+            local=database if local else None,
+            progress=progress,
+            **options,
         )
     if json:
         click.echo(as_json({"ok": report.ok, **{name: getattr(report, name) for name in report.__slots__}}))

@@ -20,6 +20,7 @@ import os
 import re
 import secrets
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -36,7 +37,7 @@ from .local_index import LocalIndex
 from .page_object import PAGE_OBJECT_LIMIT, PageTrailer, decode_page_object
 from .segment import Header, Page, Segment, lock_page, page_hash
 
-__all__ = ["Progress", "Rebuilt", "Scratch", "rebuild", "rebuild_from_pages", "scratch"]
+__all__ = ["Progress", "Rebuilt", "Scratch", "integrity_fault", "rebuild", "rebuild_from_pages", "scratch"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ Progress = Callable[[int, int], None]
 _ATTEMPTS: Final = 12
 _LOOKS: Final = 2  # listings more, before it is believed that nothing leads there
 _READ_AHEAD: Final = 48 << 20
+_MOST_FAULTS: Final = 3  # that a message tells
 _NEWBORN_SECONDS: Final = 10.0  # between a file's creation and its lock
 
 
@@ -254,7 +256,9 @@ def rebuild_from_pages(history: History, into: Scratch, *, width: int = 8, progr
     os.fsync(into.fd)
     if newest is None or bare:
         logger.warning("%s: page objects without trailers: no state hash to verify; running integrity_check", history.name)
-        _integrity_check(into.path)
+        fault = integrity_fault(into.path)
+        if fault is not None:
+            raise RestoreError(f"the page objects are not a sound database: {fault}", hint="Restore an older copy of the bucket.")
     txid = newest.txid if newest is not None and not bare else 1
     into.index.record(pgnos, [hashes[pgno] for pgno in pgnos], txid)
     return Rebuilt(txid, state, page_size, db_size, view_txid=txid)
@@ -373,13 +377,13 @@ def _no_way(history: History, target: int, edges: Sequence[Edge], first: _Misfit
     )
 
 
-def _integrity_check(path: str) -> None:
-    connection = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READONLY)
+def integrity_fault(path: str) -> str | None:
+    """Return what SQLite's `integrity_check` says against the database file at `path`, which nobody has open; None if it is sound."""
     try:
-        answer = connection.execute("PRAGMA integrity_check").get
+        # immutable: no WAL and no shared memory are made beside it.
+        uri = f"file:{urllib.parse.quote(path)}?immutable=1"
+        with contextlib.closing(apsw.Connection(uri, flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)) as connection:
+            answers = [str(row[0]) for row in connection.execute(f"PRAGMA integrity_check({_MOST_FAULTS})")]
     except apsw.Error as error:
-        raise RestoreError(f"the page objects are no SQLite database: {error}", hint="Check the database's name.") from error
-    finally:
-        connection.close()
-    if answer != "ok":
-        raise RestoreError(f"the page objects are no sound database: {answer}", hint="Restore an older copy of the bucket.")
+        return str(error)
+    return None if answers == ["ok"] else "; ".join(answers)

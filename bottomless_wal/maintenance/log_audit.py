@@ -31,7 +31,7 @@ _FRESH_SECONDS: Final = 5.0
 class Problem:
     """Something that is not as it should be. `object` is the key of the object (the first of them), or the path of the local file.
 
-    `kind`: gap, corrupt, contradiction, body, no-log; stale, missing, superfluous, damaged (page objects); local.
+    `kind`: gap, corrupt, contradiction, body, no-log; stale, missing, superfluous, damaged (page objects); integrity; local.
     """
 
     kind: str

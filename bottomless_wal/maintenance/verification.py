@@ -2,6 +2,7 @@
 
     log       every segment's head and tables decode; all segments agree on the state hash of each txid; sound ones lead from 0 to the
               head, and the page hashes along that way give each state hash on it. deep: every page of every segment and body decodes
+    integrity the head, restored to a temporary file, passes SQLite's integrity_check
     view      each page object is sound and holds the page of the head; none is missing, none too many (`view_audit`)
     local     the pages of a local file have the hashes of the head
 
@@ -25,7 +26,7 @@ from ..errors import CorruptionError, RestoreError
 from ..history import Head
 from ..local_database import LocalDatabase, SnapshotLost
 from ..local_index import LocalIndex
-from ..rebuild import Progress, rebuild_from_pages, scratch
+from ..rebuild import Progress, integrity_fault, rebuild, rebuild_from_pages, scratch
 from ..segment import page_hash
 from .log_audit import LogAudit, Problem
 from .page_hashes import PageHashes
@@ -71,6 +72,7 @@ def verify(
     database: str | os.PathLike[str],
     *,
     deep: bool = False,
+    integrity: bool = False,
     repair_view: bool = False,
     local: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -78,8 +80,10 @@ def verify(
 ) -> Report:
     """Verifies what is stored for `database`, a path or a name in the bucket (see `listing`).
 
-    `deep` decodes every page. `repair_view` puts stale and missing page objects anew from the log and deletes superfluous ones. `local`: a
-    file to compare with the head. `progress` is called with (objects looked at, objects known of). `options` are those of `connect`.
+    `deep` decodes every page. `integrity` restores the head to a temporary file and runs SQLite's integrity_check on it: hashes say that a
+    database is the one that was committed, and not that SQLite finds it sound. `repair_view` puts stale and missing page objects anew from
+    the log and deletes superfluous ones. `local`: a file to compare with the head. `progress` is called with (objects looked at, objects
+    known of). `options` are those of `connect`.
 
     Raises:
         RestoreError: nothing is stored under that name. StoreError: the bucket is missing or cannot be reached. ConfigError.
@@ -93,6 +97,8 @@ def verify(
         report.problems, report.notes = log.problems, log.notes
         if log.told is not None:
             _, report.state_hash, report.page_size, report.pages = log.told
+        if head is not None and integrity:
+            _verify_integrity(target, report, head)
         if head is not None:
             head = _verify_view(target, report, log, head, repair=repair_view, progress=progress)
             if local is not None:
@@ -115,6 +121,24 @@ def _page_hashes() -> Iterator[PageHashes]:
                 yield PageHashes(index)
         finally:
             index.close()
+
+
+def _verify_integrity(target: Target, report: Report, head: Head) -> None:
+    with tempfile.TemporaryDirectory(prefix="bottomless-verify-") as directory:
+        path = os.path.join(directory, "database")
+        index = LocalIndex(path + "-index", beside=path)
+        try:
+            with index.locked(), scratch(path, index) as into:
+                rebuild(target.history, into, head.txid, target.history.edges(), width=target.config.concurrency)
+                fault = integrity_fault(into.path)
+        except RestoreError as error:
+            fault = error.message
+        finally:
+            index.close()
+    if fault is None:
+        report.notes.append(f"SQLite's integrity_check finds txid {head.txid} sound")
+    else:
+        report.problems.append(Problem("integrity", layout.log_prefix(target.name), f"txid {head.txid}: {fault}"))
 
 
 # --- the page view -----------------------------------------------------------------------------------------------------

@@ -311,3 +311,24 @@ def test_nothing_is_stored(shop: Shop) -> None:
     shop.trade()
     with pytest.raises(RestoreError, match=r"nothing is stored as 'nothing\.db'"):
         bottomless_wal.verify(shop.path.with_name("nothing.db"), **shop.options)
+
+
+def test_a_head_that_is_stored_well_and_is_not_a_sound_database(any_shop: Shop) -> None:
+    """Its hashes are those that were committed: only SQLite itself tells that an index misses a row."""
+    any_shop.trade()
+    sound = verify(any_shop, integrity=True)
+    assert sound.ok
+    assert any("integrity_check" in note for note in sound.notes)
+    connection = any_shop.open()
+    connection.execute("CREATE TABLE i(x); CREATE INDEX ix ON i(x); INSERT INTO i VALUES (1), (2), (3)")
+    connection.execute("PRAGMA writable_schema=ON")
+    root = connection.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'ix'").get
+    empty = connection.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'i'").get
+    assert root != empty
+    connection.execute("DELETE FROM sqlite_schema WHERE name = 'ix'")
+    connection.execute("PRAGMA writable_schema=RESET")  # a page that nothing leads to
+    connection.close()
+    assert verify(any_shop, deep=True).ok
+    report = verify(any_shop, deep=True, integrity=True)
+    assert not report.ok
+    assert [kind for kind, _ in found(report)] == ["integrity"]
