@@ -15,6 +15,7 @@ The model of a machine is the bytes of its database as they stand locally, and t
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import tempfile
 from pathlib import Path
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition
 from model_books import FAILURES, FIGURES, Books, step
 from model_process import KINDS, Died, Remote, odd, transact
-from model_state import NAME, RETENTION, Process, named
+from model_state import NAME, RETENTION, Process, Site, named
 
 import bottomless_wal
 from bottomless_wal.crashpoints import POINTS
@@ -34,6 +35,11 @@ from bottomless_wal.errors import RestoreError
 __all__ = ["FAILURES", "FIGURES", "Model"]
 
 CHECKPOINTS = ("PASSIVE", "FULL", "RESTART", "TRUNCATE", "NOOP")
+
+
+def _each(con: apsw.Connection, ops: list[list[Any]]) -> None:
+    for op in ops:
+        transact(con, [op], "begin", "commit")
 
 
 class Model(Books):
@@ -53,14 +59,15 @@ class Model(Books):
         ack=st.sampled_from(["pages", "pages", "log", "local"]),
         pages=st.sampled_from(["commit", "commit", "checkpoint", "off"]),
         compaction=st.booleans(),
+        coarse=st.booleans(),
     )
-    def start_a_process(self, pick: int, ack: str, pages: str, compaction: bool = False) -> None:
+    def start_a_process(self, pick: int, ack: str, pages: str, compaction: bool = False, coarse: bool = False) -> None:
         sites = [site for site in self.sites if len(site.processes) < 2]
         site = sites[pick % len(sites)]
         if not site.processes:
             site.options = {"ack": "log" if ack == "pages" and pages != "commit" else ack, "pages": pages, "compaction": compaction}
             site.options |= {"retention": RETENTION, "keep_snapshots": 2}
-        options = {"endpoint": self.place.url, "bucket": self.place.bucket, "retry_timeout": 1.0, **site.options}
+        options = {"endpoint": self.place.url, "bucket": self.place.bucket, "retry_timeout": 1.0, **site.options, "coarse": coarse}
         process = Process(site, Remote(self.nursery, site.path, options, site.boot, self.log))
         site.processes.append(process)
         self.open(process, 0)
@@ -74,12 +81,13 @@ class Model(Books):
             self.open(process, free[0])
 
     @precondition(lambda self: self.quiet() and self.writers())
-    @step(pick=pick)
-    def close_a_connection(self, pick: int) -> None:
+    @step(pick=pick, how=st.sampled_from(["close", "close", "collect"]))
+    def close_a_connection(self, pick: int, how: str = "close") -> None:
+        """By hand, or by the collector."""
         process, slot = self.writers()[pick % len(self.writers())]
         could_fail = process.remote.failing
         held = process.held
-        answer = self.ask(process, "close", slot=slot)
+        answer = self.ask(process, how, slot=slot)
         if answer is None:
             return
         assert not answer[0], answer
@@ -134,6 +142,32 @@ class Model(Books):
     def odd_commit(self, pick: int, kind: str, seed: int) -> None:
         process, slot = self.writers()[pick % len(self.writers())]
         self.write(process, "odd", lambda con: odd(con, kind, seed), slot=slot, kind=kind, seed=seed)
+
+    @precondition(lambda self: self.pairs() and not any(process.remote.failing or process.armed for process in self.processes()))
+    @step(pick=pick, op=operation, delay=st.sampled_from([0.0001, 0.0005, 0.002, 0.005]))
+    def a_signal_handler_commits(self, pick: int, op: list[Any], delay: float) -> None:
+        """In the thread that is within a transaction, or within its commit, of another connection."""
+        process, slot, other = self.pairs()[pick % len(self.pairs())]
+        site, toggle = process.site, ["toggle", 0, 0]
+        one_by_one = [[toggle], [op], [toggle, op], [op, toggle]]
+        contents = {self.expected(site.image, lambda con, ops=ops: _each(con, ops)) for ops in one_by_one}
+        FIGURES["signal handlers"] += 1
+        answer = self.ask(process, "signalled", slot=slot, other=other, ops=[op], delay=delay)
+        assert answer is not None
+        error, text, image = answer
+        process.held = False
+        image = image if image is not None else self.peek(site)
+        assert self.content(image) in contents | {self.content(site.image)}, f"{error} {text}: another content: {self.story()}"
+        self.calm, self.idle = self.calm + 1, 0
+        self.observe_two(site, image, contents)
+        if error in ("FencedError", "ConflictError"):
+            self.excuse(process, error, text, False)
+        elif error:
+            # The handler came while this very thread looked at the WAL, or held SQLite's lock: it is told, and nobody waits.
+            FIGURES[f"signal handlers: {error}"] += 1
+            assert error in ("BusyError", "ReplicationError"), f"{error}: {text}"
+        elif site.options["ack"] != "local":
+            self.stored(site)
 
     @precondition(lambda self: self.busy() and self.writers())
     @step(pick=pick, kind=st.sampled_from(["0", "2", "incremental", "incremental"]))
@@ -251,6 +285,108 @@ class Model(Books):
                 path.unlink()
             site.image, site.pending, site.synced, site.loose = None, [], 0, False
 
+    @precondition(lambda self: self.quiet() and any(site.processes and site.image for site in self.sites))
+    @step(pick=pick)
+    def the_file_is_truncated(self, pick: int) -> None:
+        """To nothing, under those who have it open: nobody says any more that anything is stored, and the next open restores the head."""
+        sites = [site for site in self.sites if site.processes and site.image]
+        site = sites[pick % len(sites)]
+        self.follow(site)
+        FIGURES["truncated"] += 1
+        self.calm = 0
+        os.truncate(site.path, 0)
+        head = self.line.head
+        for process in list(site.processes):
+            for slot in process.slots:
+                answer = process.remote.ask("flush", slot=slot)
+                assert answer[0] in ("FilesLostError", "FencedError", "ConflictError"), f"{answer[:2]}: {self.story()}"
+                break
+            process.remote.kill()
+            site.processes.remove(process)
+        new = self.line.follow()
+        assert not new or site.synced < head, f"stored from a truncated file: {new}: {self.story()}"
+        site.image, site.pending, site.synced, site.loose = None, [], 0, False
+
+    @precondition(lambda self: any(site.image and not site.processes and not self.has_wal(site) for site in self.sites))
+    @step(pick=pick)
+    def save_a_backup(self, pick: int) -> None:
+        """A copy of the main file, nothing else, as people make it."""
+        sites = [site for site in self.sites if site.image and not site.processes and not self.has_wal(site)]
+        site = sites[pick % len(sites)]
+        site.backup = Path(tempfile.mkdtemp(dir=self.root)) / NAME
+        shutil.copy(site.path, site.backup)
+
+    @precondition(lambda self: any(site.image and site.processes for site in self.sites))
+    @step(pick=pick)
+    def save_a_backup_of_an_open_file(self, pick: int) -> None:
+        """By VACUUM INTO of the state at this moment, which no segment may list."""
+        sites = [site for site in self.sites if site.image and site.processes]
+        site = sites[pick % len(sites)]
+        site.backup = Path(tempfile.mkdtemp(dir=self.root)) / NAME
+        site.backup.write_bytes(site.image or b"")
+
+    @precondition(lambda self: self.quiet() and any(site.backup and site.image for site in self.sites))
+    @step(pick=pick, how=st.sampled_from(["cp", "mv"]))
+    def put_a_backup_in_place(self, pick: int, how: str) -> None:
+        """Over the file at rest, its WAL removed; the index stays."""
+        sites = [site for site in self.sites if site.backup and site.image]
+        site = sites[pick % len(sites)]
+        assert site.backup is not None
+        self.end_all(site)
+        self.follow()
+        FIGURES["backups"] += 1
+        self.calm = 0
+        data = site.backup.read_bytes()
+        for ending in ("-wal", "-shm"):
+            Path(f"{site.path}{ending}").unlink(missing_ok=True)
+        if how == "mv":
+            copy = site.directory / "copy"
+            copy.write_bytes(data)
+            copy.rename(site.path)
+        else:
+            with open(site.path, "r+b") as file:
+                file.write(data)
+                file.truncate()
+        site.image = self.peek(site)
+        name = named(site.image)
+        if name in self.line.names:
+            site.synced, site.pending = max(n for n, known in enumerate(self.line.names) if known == name), []
+        else:
+            site.synced, site.pending = -1, [name]
+        site.loose = True
+
+    @precondition(lambda self: self.quiet() and self.line.head > 2 and self.at_head_and_at_rest())
+    @step(pick=pick, share=st.integers(1, 4), seed=seed)
+    def objects_vanish(self, pick: int, share: int, seed: int) -> None:
+        """Segments below the head are deleted. Whoever opens the head next makes the log whole again by its close."""
+        sites = self.at_head_and_at_rest()
+        site = sites[pick % len(sites)]
+        self.follow()
+        head, rng = self.line.head, random.Random(seed)
+        victims = [key for key, (pre, post, _) in self.line.edges.items() if post <= head and pre != head - 1 and rng.random() * 4 < share]
+        self.line.vanished.update(victims)
+        for key in victims:
+            (self.line.root / key).unlink(missing_ok=True)
+        FIGURES["vanished"] += len(victims)
+        self.calm = 0
+        self.line.kept = head
+        self.line.follow()
+        options = {"endpoint": self.place.url, "bucket": self.place.bucket, "ack": "log", "pages": "off"}
+        site.options = {"ack": "log", "pages": "off"}
+        process = Process(site, Remote(self.nursery, site.path, options, site.boot, self.log))
+        site.processes.append(process)
+        self.open(process, 0)
+        if process not in site.processes or 0 not in process.slots:
+            return
+        answer = self.ask(process, "close", slot=0)
+        assert answer is not None
+        assert not answer[0], answer
+        del process.slots[0]
+        self.at_rest(process, False)
+        process.remote.kill()
+        site.processes.remove(process)
+        assert self.line.head in self.line.within_reach(), f"the log was not mended: {self.story()}"
+
     @precondition(lambda self: self.quiet() and any(site.image and site.synced == self.line.head for site in self.sites))
     @step(pick=pick, seed=seed, restart=st.booleans())
     def foreign_write(self, pick: int, seed: int, restart: bool) -> None:
@@ -263,8 +399,8 @@ class Model(Books):
         after = self.expected(site.image, lambda con: transact(con, [["insert", seed, 300]], "begin", "commit"))
         FIGURES["foreign"] += 1
         self.calm = 0
-        if site.boot != site.opened_in:
-            site.loose = True  # after a power loss a file that was written to since proves nothing
+        if not any(process.slots for process in site.processes):
+            site.loose = True  # it leaves no WAL: what it wrote looks like an old backup in the place of the file
         con = apsw.Connection(str(site.path))
         con.set_busy_timeout(5000)
         transact(con, [["insert", seed, 300]], "begin", "commit")
@@ -349,11 +485,11 @@ class Model(Books):
         else:
             site.synced, site.pending, site.loose = -1, [name], True
 
-    @precondition(lambda self: self.quiet() and any(site.pending and site.synced < self.line.head for site in self.sites))
+    @precondition(lambda self: self.quiet() and self.conflicting())
     @step(pick=pick, how=st.sampled_from(["force", "skip", "restore", "reset"]))
     def rebase(self, pick: int, how: str) -> None:
         """The ways out of a conflict."""
-        sites = [site for site in self.sites if site.pending and site.synced < self.line.head]
+        sites = self.conflicting()
         site = sites[pick % len(sites)]
         self.end_all(site)
         self.follow()
@@ -427,6 +563,36 @@ class Model(Books):
             FIGURES["upkeep killed"] += 1
         self.follow()
 
+    # --- which -----------------------------------------------------------------------------------------------------------
+
+    def conflicting(self) -> list[Site]:
+        """Machines whose file an open may refuse."""
+        return [site for site in self.sites if site.pending and (site.synced < self.line.head or site.loose)]
+
+    def at_head_and_at_rest(self) -> list[Site]:
+        """Machines that hold the head, and nothing else, closed."""
+        return [
+            site
+            for site in self.sites
+            if not site.processes and not site.pending and not site.loose and site.image and site.synced == self.line.head
+        ]
+
+    def pairs(self) -> list[tuple[Process, int, int]]:
+        """Two connections of one process, both outside a transaction, to a database that has tables."""
+        writers = self.writers()
+        return [
+            (process, slot, other)
+            for process, slot in writers
+            for process_of_other, other in writers
+            if process is process_of_other and slot != other and self.line.head
+        ]
+
+    @staticmethod
+    def has_wal(site: Site) -> bool:
+        """Is there a WAL beside the file?"""
+        wal = Path(f"{site.path}-wal")
+        return wal.exists() and wal.stat().st_size > 0
+
     # --- the end -------------------------------------------------------------------------------------------------------
 
     def teardown(self) -> None:
@@ -454,4 +620,5 @@ class Model(Books):
         (process,) = site.processes
         self.flush(self.writers().index((process, 0)))
         report = bottomless_wal.verify(NAME, deep=True, endpoint=self.place.url, bucket=self.place.bucket)
-        assert report.ok, report.problems
+        # (Of what somebody has deleted, the earlier states stay lost.)
+        assert not [problem for problem in report.problems if problem.kind != "gap" or not self.line.vanished], report.problems

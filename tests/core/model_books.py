@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +118,21 @@ class Books(RuleBasedStateMachine):
             site.pending.append(named(image))
         self.follow(site)
 
-    def follow(self, acting: Site | None = None) -> None:
-        """Every new state in the log was had by a machine that had all before it."""
+    def observe_two(self, site: Site, image: bytes | None, between: set[str]) -> None:
+        """The local state is `image` now, after one or two commits; the content between them is one of `between`."""
         new = self.line.follow()
+        for name, passed in zip(new, self.line.images[self.line.head - len(new) + 1 :], strict=True):
+            if name != named(image):
+                assert self.content(passed) in between, f"the log has a state that never was: {self.story()}"
+                site.pending.append(name)
+        if named(image) != named(site.image):
+            site.image = image
+            site.pending.append(named(image))
+        self.follow(site, new)
+
+    def follow(self, acting: Site | None = None, seen: Sequence[str] = ()) -> None:
+        """Every new state in the log was had by a machine that had all before it. `seen`: those that were looked at already."""
+        new = [*seen, *self.line.follow()]
         first = self.line.head - len(new) + 1
         for txid, name in enumerate(new, first):
             sites = sorted(self.sites, key=lambda site: site is not acting)
@@ -292,7 +304,10 @@ class Books(RuleBasedStateMachine):
             known = named(local) in self.line.names or named(local) in self.passed
             assert keeps or (follows and site.loose and known), f"local commits were thrown away: {self.story()}"
             site.image = image
-            self.stored(site)
+            if policy == "skip" and site.loose and self.line.names[-1] != named(image):
+                process.held = bool(site.pending)  # its descent was not proved
+            else:
+                self.stored(site)
         elif follows and not keeps and forgotten:
             site.image = image
             self.based(site)

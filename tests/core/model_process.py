@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -36,7 +37,6 @@ from bottomless_wal import (
     local_index,
     maintenance,
     pageview,
-    placing,
     replica,
     replicator,
     upkeep,
@@ -45,6 +45,7 @@ from bottomless_wal import (
 )  # fmt: skip
 from bottomless_wal.errors import BottomlessError, TransientError
 from bottomless_wal.maintenance import history_upkeep
+from bottomless_wal.registry import registry
 from bottomless_wal.store.directory import DirectoryStore
 
 logger = logging.getLogger("bottomless_wal.model")
@@ -267,7 +268,9 @@ class _Process:
         self.options = options
         self.slots: dict[int, apsw.Connection] = {}
         self.outage = _Outage()
-        for module in (local_index, boot, placing, replicator):
+        if self.options.pop("coarse", False):
+            _coarsen()
+        for module in (local_index, boot, replicator):
             vars(module)["boot_id"] = lambda: number.to_bytes(16, "big")
         real = replica.open_store
         vars(replica)["open_store"] = lambda config: _Store(real(config), self.outage)
@@ -311,6 +314,46 @@ class _Process:
         self.slots[slot].execute("COMMIT")
         return seen
 
+    def collect(self, slot: int) -> None:
+        """The connection is left to the collector; what its close hands over is waited for."""
+        cycle: list[Any] = [self.slots.pop(slot)]
+        cycle.append(cycle)
+        del cycle
+        gc.collect()
+        end = time.monotonic() + _PATIENCE / 2
+        while not self.slots and registry.all():
+            assert time.monotonic() < end, "the close that was handed over does not end"
+            time.sleep(0.001)
+
+    def signalled(self, slot: int, other: int, ops: list[list[Any]], delay: float) -> None:
+        """A transaction, and within it, or a little before or after, a signal whose handler commits by another connection."""
+        done: list[apsw.Error | None] = []
+
+        def commit(*_: Any) -> None:
+            con = self.slots[other]
+            con.set_busy_timeout(0)  # the very thread that holds the lock is below
+            try:
+                transact(con, [["toggle", 0, 0]], "begin", "commit")
+                done.append(None)
+            except apsw.Error as error:
+                done.append(error)
+            finally:
+                if con.in_transaction:
+                    con.execute("ROLLBACK")
+                con.set_busy_timeout(5000)
+
+        before = signal.signal(signal.SIGALRM, commit)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, delay)
+            self.transact(slot, ops, "begin", "commit")
+            while not done:
+                time.sleep(0.0005)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        if done[0] is not None:
+            raise done[0]
+
     def flush(self, slot: int) -> None:
         bottomless_wal.flush(self.slots[slot])
 
@@ -349,6 +392,17 @@ class _Process:
         finally:
             if con.in_transaction:  # an error of an outermost RELEASE
                 con.execute("ROLLBACK")
+
+
+def _coarsen() -> None:
+    """The file system's clock stands still: only what else changes of a file tells that it was written to."""
+    real = local_index.Identity.of.__func__  # type: ignore[attr-defined]
+
+    def of(cls: type[local_index.Identity], path: str) -> local_index.Identity | None:
+        found = real(cls, path)
+        return found and found._replace(mtime_ns=1, ctime_ns=1)
+
+    local_index.Identity.of = classmethod(of)  # type: ignore[method-assign,assignment]
 
 
 def _cause(error: BaseException) -> BaseException:
