@@ -119,18 +119,22 @@ class Replica:
                 return
             if self.config.create_bucket:
                 self.store.prepare()
-            existed = os.path.exists(self.index.path)
+            existed = os.path.lexists(self.index.path)
             try:
+                self.replicator.view.lock.require_free()
                 with self.replicator.view.locked_to_commit(), self.index.locked():
                     header = self._boot(progress).run(reset=reset)
                     reach("after open")
                     yield
+                    # SQLite may just have created the database.
+                    self.index.follow()
+                    self.replicator.view.lock.follow()
                 self.booted = True
                 self.worker.nudge(header)
             except OSError as error:
                 raise ConfigError(
                     f"cannot write beside {self.path}: {error}",
-                    hint="The directory must be writable. To read only, open the file with mode=ro.",
+                    hint=_hint(error),
                 ) from error
             finally:
                 if not self.booted:
@@ -296,6 +300,7 @@ class Replica:
     def _mark_clean(self) -> None:
         try:
             with self.index.locked():
+                self.index.follow()
                 header = self.index.load()
                 if header is None:
                     return
@@ -304,10 +309,16 @@ class Replica:
                     header.clean = True
                     self.index.save(header)
                     self.index.sync()
-        except OSError as error:
+        except (OSError, ConfigError) as error:
             logger.warning("%s: not marked as cleanly closed: %s", self.path, error)
 
     def abandon(self) -> None:
         """In the child of a fork: let go of the lock without releasing it for the parent, and close nothing."""
         self.index.abandon()
         self.replicator.view.lock.abandon()
+
+
+def _hint(error: OSError) -> str:
+    if isinstance(error, PermissionError) and error.filename and os.path.exists(error.filename):
+        return f"Give {error.filename} the owner, group and mode of the database, or let its owner open the database once."
+    return "The directory must be writable. To read only, open the file with mode=ro."
