@@ -134,9 +134,9 @@ def reset_from_local(path: str | os.PathLike[str], **options: object) -> Status:
         raise ConfigError(f"there is no database at {os.fspath(path)}", hint="A reset makes an existing local file the head.")
     if registry.get(local) is not None:
         raise ConflictError(f"{local} is open in this process", hint="Close every connection to it first.")
-    name = api.register()
+    vfs.install({})
     with vfs.arguments(options, reset=True):
-        connection = apsw.Connection(local, flags=apsw.SQLITE_OPEN_READWRITE, vfs=name)
+        connection = apsw.Connection(local, flags=apsw.SQLITE_OPEN_READWRITE, vfs=vfs.VFS_NAME)
     with contextlib.closing(connection):
         api.flush(connection)
         return api.status(connection)

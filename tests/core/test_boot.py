@@ -444,9 +444,9 @@ def test_the_restored_file_keeps_the_mode_of_the_one_it_replaces(world: World) -
 
 def _as_nobody(script: str, *arguments: str, world: World) -> subprocess.CompletedProcess[str]:
     """Root may write anywhere: so the script runs as somebody else (as itself, if the tests do not run as root)."""
-    # What is imported late may lie where only root can read.
-    late = "import uuid, bottomless_wal.store.directory\n"
-    return child(f"{late}os.getuid() == 0 and os.setuid(65534)\n" + script, *arguments, options=world.options)
+    # The package may lie where only root can read.
+    drop = "bottomless_wal.register(**options)\nos.getuid() == 0 and os.setuid(65534)\n"
+    return child(drop + script, *arguments, options=world.options)
 
 
 def test_a_directory_that_cannot_be_written(world: World) -> None:
