@@ -113,9 +113,9 @@ def succeed(fd: int, path: str) -> None:
     now = os.fstat(fd)
     if (now.st_uid, now.st_gid) != (wanted.st_uid, wanted.st_gid):
         logger.warning(
-            "%s is replaced by a file of owner %d and group %d: its owner %d and group %d could not be kept. "
-            "Run restores as the owner or as root, or give it back with chown.",
-            path, now.st_uid, now.st_gid, wanted.st_uid, wanted.st_gid,
+            "%s belonged to user %d and group %d, and its new file belongs to user %d and group %d: only root can keep another owner. "
+            "Give it back with chown, or run restores as its owner.",
+            path, wanted.st_uid, wanted.st_gid, now.st_uid, now.st_gid,
         )  # fmt: skip
 
 
