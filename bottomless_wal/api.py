@@ -11,6 +11,7 @@ import apsw
 
 from . import vfs
 from .errors import ConfigError
+from .loading import load
 from .registry import registry
 from .replica import Replica, Status
 
@@ -22,12 +23,14 @@ _BUSY_TIMEOUT_MS: Final = 5000
 def register(**defaults: object) -> str:
     """Registers the VFS and returns its name, `bottomless`. May be called again, from any thread; later defaults win.
 
-    `defaults` are options (see README, "Configuration") for every database that is opened through it.
+    `defaults` are options (see README, "Configuration") for every database that is opened through it. Everything that their endpoint needs
+    later is loaded now, for a process that gives up its privileges after this call.
 
     Raises:
         ConfigError: an unknown option or a bad value.
     """
     vfs.install(defaults)
+    load(vfs.defaults())
     return vfs.VFS_NAME
 
 
@@ -46,7 +49,7 @@ def connect(
         ConfigError: an unknown option or a bad value. ConflictError: local file and remote history diverged.
         StoreError: the bucket cannot be reached. RestoreError, CorruptionError: it holds no sound history.
     """
-    name = register()
+    vfs.install({})
     text = os.fspath(path)
     try:
         text.encode()
@@ -57,7 +60,7 @@ def connect(
     if text in ("", ":memory:") or text.startswith("file::memory:"):
         raise ConfigError(f"{text!r} is no file: there is nothing to replicate", hint="Give a path, or use apsw.Connection for it.")
     with vfs.arguments(options):
-        connection = apsw.Connection(text, flags=flags, vfs=name)
+        connection = apsw.Connection(text, flags=flags, vfs=vfs.VFS_NAME)
     try:
         connection.set_busy_timeout(_BUSY_TIMEOUT_MS)
         if not connection.readonly("main"):

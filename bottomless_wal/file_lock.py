@@ -13,15 +13,17 @@ import os
 import threading
 from collections.abc import Iterator
 
+from .companions import existing_companion, follow, occupied, open_companion
+
 __all__ = ["FileLock"]
 
 logger = logging.getLogger(__name__)
 
 
 class FileLock:
-    """The lock `path`. The file is created when first locked, with the permissions of the file `beside` it.
+    """The lock `path`. The file is created when first locked, with owner, group and mode of the file `beside` it (see `companions`).
 
-    Raises OSError as the system does.
+    Raises OSError as the system does, and ConfigError when a file of another program is at the path.
     """
 
     def __init__(self, path: str, *, beside: str) -> None:
@@ -47,6 +49,26 @@ class FileLock:
             finally:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
 
+    def require_free(self) -> None:
+        """Refuse a file of another program at the path, before the lock is needed. Create nothing.
+
+        Raises:
+            ConfigError: there is one.
+        """
+        try:
+            fd = existing_companion(self.path)
+        except (FileNotFoundError, PermissionError):
+            return  # `locked` waits for the mode of a file that is just being created
+        try:
+            self._require_own(fd)
+        finally:
+            os.close(fd)
+
+    def follow(self) -> None:
+        """Give the file, while it is open, owner, group and mode of the one beside it, which may have been created or changed since."""
+        if self._fd >= 0:
+            follow(self._fd, self._beside)
+
     def close(self) -> None:
         """Gives the descriptor back; a later `locked` opens the file again."""
         with self._mutex:
@@ -58,7 +80,7 @@ class FileLock:
             try:
                 if self._fd >= 0:
                     fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if self._still_there():
+                    if self._still_there() and self._is_own(self._fd):
                         os.unlink(self.path)
             except OSError as error:
                 logger.debug("%s stays: %s", self.path, error)
@@ -71,11 +93,22 @@ class FileLock:
         self._drop()
 
     def _open(self) -> int:
+        fd = open_companion(self.path, self._beside)
         try:
-            mode = os.stat(self._beside).st_mode & 0o777
-        except FileNotFoundError:
-            mode = 0o644
-        return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+            self._require_own(fd)
+            follow(fd, self._beside)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _require_own(self, fd: int) -> None:
+        if not self._is_own(fd):
+            raise occupied(self.path, "a file of another program")
+
+    def _is_own(self, fd: int) -> bool:
+        """Is this a file that this package created? A lock's own file is empty."""
+        return os.fstat(fd).st_size == 0
 
     def _still_there(self) -> bool:
         mine = os.fstat(self._fd)

@@ -16,10 +16,13 @@ Invariants:
 
 from __future__ import annotations
 
+import errno
 import functools
+import logging
 import operator
 import os
 import secrets
+import stat
 import sys
 import time
 from array import array
@@ -27,7 +30,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final, TypeVar
 
 from .file_lock import FileLock
-from .index_format import ENTRY_SIZE, HEADER_SIZE, MAX_INTENTS, SEAL_OFFSET, SEAL_SIZE, Backlog, Identity, IndexHeader, Intent, Seal
+from .index_format import (
+    ENTRY_SIZE,
+    HEADER_SIZE,
+    MAGIC,
+    MAX_INTENTS,
+    SEAL_OFFSET,
+    SEAL_SIZE,
+    Backlog,
+    Identity,
+    IndexHeader,
+    Intent,
+    Seal,
+)
 from .wal import Position
 
 __all__ = [
@@ -42,12 +57,17 @@ __all__ = [
     "LocalIndex",
     "Seal",
     "boot_id",
+    "is_index",
 ]
+
+logger = logging.getLogger(__name__)
 
 _LONGEST_RUN: Final = 65536
 _TICK_LOOKS: Final = 2  # the second one tells, where the kernel keeps fine timestamps for files that were looked at
 _PATIENT_LOOKS: Final = 25
 _LOOK_SECONDS: Final = 0.001  # a kernel's tick is 1 to 10 ms
+_MAGIC: Final = MAGIC[:-1]  # of every version
+_LOOK_SIZE: Final = HEADER_SIZE + 64 * ENTRY_SIZE
 
 R = TypeVar("R")
 
@@ -65,11 +85,30 @@ def boot_id() -> bytes:
         return secrets.token_bytes(16)
 
 
+def is_index(data: bytes) -> bool:
+    """Return whether a file that begins with `data` (its first 17 KiB) is an index, a damaged one too, and not a file of another program.
+
+    An index may be empty, or zeros after a power loss. Otherwise one of these is intact: the magic, the header's checksum with the magic
+    put right, the seal's checksum, or the check of a page's entry.
+    """
+    if not any(data[:HEADER_SIZE]) or data[: len(_MAGIC)] == _MAGIC[: len(data)]:
+        return True
+    if IndexHeader.decode(MAGIC + data[len(MAGIC) : HEADER_SIZE]) is not None:
+        return True
+    if Seal.decode(data[SEAL_OFFSET : SEAL_OFFSET + SEAL_SIZE]) is not None:
+        return True
+    rows = array("Q", data[HEADER_SIZE : HEADER_SIZE + (len(data) - HEADER_SIZE) // ENTRY_SIZE * ENTRY_SIZE])
+    return any(known and txid and known ^ txid == check for known, txid, check in zip(rows[0::3], rows[1::3], rows[2::3], strict=True))
+
+
 class LocalIndex(FileLock):
     """The file `<db>-bottomless`: lock, header and entries.
 
     `path` is the index's own path. Every method but `locked` expects the lock to be held. Raises OSError as the system does.
     """
+
+    def _is_own(self, fd: int) -> bool:
+        return is_index(os.pread(fd, _LOOK_SIZE, 0))
 
     def load(self) -> IndexHeader | None:
         """The header, with what the last seal says; None when the file is empty or damaged."""
@@ -145,6 +184,11 @@ class LocalIndex(FileLock):
         return _with_file(path, os.O_RDONLY, _header)
 
     @staticmethod
+    def peek_header(path: str) -> IndexHeader | None:
+        """As `peek`, without what the last seal says."""
+        return _with_file(path, os.O_RDONLY, lambda fd: _read(fd)[0])
+
+    @staticmethod
     def leave_seal(
         path: str, main: str, judge: Callable[[IndexHeader, Identity | None], tuple[Position | None, bool] | None], *, is_last: bool
     ) -> None:
@@ -174,7 +218,7 @@ class LocalIndex(FileLock):
             record = Seal(sequence, unabsorbed, after, covered and not header.needs_scan, identity=identity, is_settled=is_settled)
             os.pwrite(fd, record.encode(), SEAL_OFFSET)
 
-        _with_file(path, os.O_RDWR, write)
+        _with_own_file(path, write)
 
     @staticmethod
     def ask_for_scan(path: str) -> None:
@@ -185,7 +229,7 @@ class LocalIndex(FileLock):
             sequence = max(last.sequence if last is not None else 0, header.seal_sequence if header is not None else 0) + 1
             os.pwrite(fd, Seal(sequence, None, None, covered=False, anywhere=True).encode(), SEAL_OFFSET)
 
-        _with_file(path, os.O_RDWR, write)
+        _with_own_file(path, write)
 
 
 def _read(fd: int) -> tuple[IndexHeader | None, Seal | None]:
@@ -216,14 +260,32 @@ def _identify(path: str, fd: int, main: str, looks: int) -> tuple[Identity | Non
 
 
 def _with_file(path: str, flags: int, function: Callable[[int], R]) -> R | None:
+    """Call `function` with a descriptor of the file at `path`; None when no regular file is there."""
     try:
-        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return None
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            return None
+        raise
     try:
-        return function(fd)
+        return function(fd) if stat.S_ISREG(os.fstat(fd).st_mode) else None
     finally:
         os.close(fd)
+
+
+def _with_own_file(path: str, write: Callable[[int], None]) -> None:
+    """Call `write` with the index at `path`, unless it was replaced by a file of another program.
+
+    Such a file has no header that could be read, so that the next batch finds out anew where the local state stands.
+    """
+
+    def checked(fd: int) -> None:
+        if is_index(os.pread(fd, _LOOK_SIZE, 0)):
+            write(fd)
+        else:
+            logger.warning("%s is not an index any more: it is left as it is", path)
+
+    _with_file(path, os.O_RDWR, checked)
 
 
 def _big_endian(numbers: array[int]) -> array[int]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import apsw
 
+from .companions import succeed
 from .crashpoints import reach
 from .errors import ConflictError
 
@@ -65,24 +66,15 @@ def aside(path: str) -> None:
 
 
 def put_in_place(temporary: str, fd: int, path: str) -> None:
-    """Renames the complete and synced file `temporary` (open as `fd`) to `path`, with the permissions of the file it replaces, or
+    """Renames the complete and synced file `temporary` (open as `fd`) to `path`, with owner, group and mode of the file it replaces, or
     those SQLite gives a new one. Call it within `nobody_else`.
     """
-    try:
-        os.fchmod(fd, os.stat(path).st_mode & 0o777)
-    except FileNotFoundError:
-        os.fchmod(fd, 0o644 & ~_umask())
+    succeed(fd, path)
     aside(path)
     reach("before rename")
     os.rename(temporary, path)
     _sync_directory(path)
     reach("after rename")
-
-
-def _umask() -> int:
-    current = os.umask(0o077)
-    os.umask(current)
-    return current
 
 
 def _sync_directory(path: str) -> None:

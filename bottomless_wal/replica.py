@@ -124,8 +124,9 @@ class Replica:
                 return
             if self.config.create_bucket:
                 self.store.prepare()
-            existed = os.path.exists(self.index.path)
+            existed = os.path.lexists(self.index.path)
             try:
+                self.replicator.view.lock.require_free()
                 with self.replicator.view.locked_to_commit(), self.index.locked():
                     boot = self._boot(progress)
                     header = boot.run(reset=reset)
@@ -134,13 +135,16 @@ class Replica:
                     reach("after open")
                     yield
                     self.local.opened()
+                    # SQLite may just have created the database.
+                    self.index.follow()
+                    self.replicator.view.lock.follow()
                 self.booted = True
                 self.worker.nudge(header)
                 self.upkeep.opened()
             except OSError as error:
                 raise ConfigError(
                     f"cannot write beside {self.path}: {error}",
-                    hint="The directory must be writable. To read only, open the file with mode=ro.",
+                    hint=_hint(error),
                 ) from error
             finally:
                 if not self.booted:
@@ -327,6 +331,7 @@ class Replica:
     def _mark_clean(self) -> None:
         try:
             with self.index.locked():
+                self.index.follow()
                 header = self.index.load()
                 if header is None:
                     return
@@ -335,10 +340,16 @@ class Replica:
                     header.clean = True
                     self.index.save(header)
                     self.index.sync()
-        except OSError as error:
+        except (OSError, ConfigError) as error:
             logger.warning("%s: not marked as cleanly closed: %s", self.path, error)
 
     def abandon(self) -> None:
         """In the child of a fork: let go of the lock without releasing it for the parent, and close nothing."""
         self.index.abandon()
         self.replicator.view.lock.abandon()
+
+
+def _hint(error: OSError) -> str:
+    if isinstance(error, PermissionError) and error.filename and os.path.exists(error.filename):
+        return f"Give {error.filename} the owner, group and mode of the database, or let its owner open the database once."
+    return "The directory must be writable. To read only, open the file with mode=ro."

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import apsw
 import apsw.shell
 
-from . import api
+from . import api, vfs
 from .console import complain
 from .registry import registry
 
@@ -23,7 +23,7 @@ def run(file: str | None, sql: Sequence[str], options: Mapping[str, object]) -> 
     Raises:
         BottomlessError, apsw.Error: `file` cannot be opened.
     """
-    api.register(**options)
+    vfs.install(options)
     connection = api.connect(file) if file is not None else None
     shell = apsw.shell.Shell(db=connection)
     code = 0

@@ -31,6 +31,7 @@ from .checkpointer import AUTOCHECKPOINT_FRAMES
 from .config import Config
 from .errors import ConfigError, ReplicationError
 from .local_database import main_file_lost, wal_vanished
+from .paths import require_free_name, require_same_name
 from .registry import registry
 from .replica import Replica
 from .wal import WalHeader
@@ -247,7 +248,9 @@ class _Bottomless(apsw.VFS):
         super().xDelete(name, syncdir)
 
     def xFullPathname(self, name: str) -> str:
-        return os.path.realpath(name)
+        resolved = os.path.realpath(name)
+        _thread.given = (resolved, name)  # SQLite hands only the resolved name on, to the xOpen that follows in this thread
+        return resolved
 
     def xSleep(self, microseconds: int) -> int:
         # The inherited method sleeps while it holds the GIL. Whoever waits for the write lock is woken when it is his turn: SQLite's busy
@@ -282,6 +285,9 @@ class _Bottomless(apsw.VFS):
         config = Config.load(self.defaults, getattr(_thread, "arguments", {}), uri=parameters)
         if os.path.isdir(path):
             raise ConfigError(f"{path} is a directory", hint="Name the database's file.")
+        resolved, given = getattr(_thread, "given", (path, path))
+        require_same_name(given if resolved == path else path, path)
+        require_free_name(path)
         replica = registry.acquire(path, config, connect_own)
         try:
             with replica.opening(progress=getattr(_thread, "progress", None), reset=getattr(_thread, "reset", False)):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bottomless_wal import segment
 from bottomless_wal.errors import CorruptionError
-from bottomless_wal.local_index import HEADER_SIZE, IndexHeader
+from bottomless_wal.local_index import HEADER_SIZE, IndexHeader, Intent
 from bottomless_wal.page_object import decode_page_object, encode_page_object
 from bottomless_wal.wal import Position
 from bottomless_wal.zstd import FormatError
@@ -76,7 +76,7 @@ def absurd_index(rng: random.Random, data: bytes) -> bytes | None:
         elif field == "seal":
             header.seal_sequence = value
         else:
-            header.intents = [rng.choice(ABSURD), header.state]
+            header.intents = [Intent(rng.choice(ABSURD), rng.choice(ABSURD)), Intent(header.state, 0)]
     encoded = header.encode()
     return encoded + data[len(encoded) :]
 

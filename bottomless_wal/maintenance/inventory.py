@@ -15,7 +15,7 @@ from .. import layout
 from ..edges import Edge, newest
 from ..errors import BottomlessError
 from ..history import Head
-from ..local_index import HEADER_SIZE, IndexHeader
+from ..local_index import IndexHeader, LocalIndex
 from ..replica import INDEX_SUFFIX
 from ..replicator import home_of
 from ..store import Entry, open_store
@@ -129,11 +129,7 @@ def inspect(path: str | os.PathLike[str], **options: object) -> Inspection:
 
 def _index_of(path: str) -> IndexHeader | None:
     """The index's header, read without its lock: it is written in one piece, and has a checksum."""
-    try:
-        with open(path + INDEX_SUFFIX, "rb") as file:
-            return IndexHeader.decode(file.read(HEADER_SIZE))
-    except FileNotFoundError:
-        return None
+    return LocalIndex.peek_header(path + INDEX_SUFFIX)
 
 
 def _pending(path: str, local: IndexHeader) -> bool | None:

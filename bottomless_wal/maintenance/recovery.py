@@ -26,11 +26,13 @@ import apsw
 
 from .. import api, layout, vfs
 from ..compaction import Vanished
+from ..companions import succeed
 from ..crashpoints import reach
 from ..edges import Edge
 from ..errors import ConfigError, ConflictError, RestoreError
 from ..local_index import Backlog, IndexHeader, LocalIndex, boot_id
 from ..pageview import UNKNOWN_SIZE
+from ..paths import require_free_name
 from ..rebuild import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch, translated
 from ..registry import registry
 from ..replacement import aside, nobody_else
@@ -132,9 +134,9 @@ def reset_from_local(path: str | os.PathLike[str], **options: object) -> Status:
         raise ConfigError(f"there is no database at {os.fspath(path)}", hint="A reset makes an existing local file the head.")
     if registry.get(local) is not None:
         raise ConflictError(f"{local} is open in this process", hint="Close every connection to it first.")
-    name = api.register()
+    vfs.install({})
     with vfs.arguments(options, reset=True):
-        connection = apsw.Connection(local, flags=apsw.SQLITE_OPEN_READWRITE, vfs=name)
+        connection = apsw.Connection(local, flags=apsw.SQLITE_OPEN_READWRITE, vfs=vfs.VFS_NAME)
     with contextlib.closing(connection):
         api.flush(connection)
         return api.status(connection)
@@ -148,6 +150,7 @@ def _destination(target: Target, output: str | os.PathLike[str] | None) -> str:
     path = os.path.realpath(output)
     if os.path.isdir(path):
         raise ConfigError(f"{path} is a directory", hint="Name the file to restore to.")
+    require_free_name(path)
     return path
 
 
@@ -155,6 +158,8 @@ def _check(destination: str, *, force: bool) -> None:
     """Refuses to replace a file that is wanted, or in use. An empty file is no database."""
     if registry.get(destination) is not None:
         raise ConflictError(f"{destination} is open in this process", hint="Close every connection to it first.")
+    with translated(destination):
+        LocalIndex(destination + INDEX_SUFFIX, beside=destination).require_free()
     if os.path.exists(destination):
         if os.path.getsize(destination) and not force:
             raise ConflictError(f"{destination} exists", hint="Restore elsewhere (-o PATH), or replace it with --force (force=True).")
@@ -274,8 +279,7 @@ def _nobody_opens(destination: str) -> Iterator[LocalIndex]:
 def _put_in_place(destination: str, into: Scratch, old: LocalIndex, header: IndexHeader | None) -> None:
     """`header` None: whoever opens the file next has to find out by itself where it stands."""
     with _exclusive(destination):
-        mode = os.stat(destination if os.path.exists(destination) else into.index.path).st_mode
-        os.fchmod(into.fd, mode & 0o777)
+        succeed(into.fd, destination)
         with _unclaimed(old), _companions_gone(destination):
             reach("before rename")
             os.rename(into.path, destination)

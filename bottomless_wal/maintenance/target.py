@@ -11,6 +11,7 @@ from .. import layout, vfs
 from ..config import Config
 from ..errors import ConfigError
 from ..history import History
+from ..paths import require_same_name
 from ..store import Store, open_store
 
 __all__ = ["Target", "configured", "opened", "stored_name"]
@@ -60,6 +61,7 @@ def stored_name(database: str | os.PathLike[str], database_id: str) -> tuple[str
     path = os.path.realpath(text)
     if os.path.isdir(path):
         raise ConfigError(f"{path} is a directory", hint="Name the database's file.")
+    require_same_name(text, path)
     return layout.database_name(database_id, path), path
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ..config import Config
 from .base import Entry, Receipt, Stats, Store
 
-__all__ = ["Entry", "Receipt", "Stats", "Store", "open_store"]
+__all__ = ["Entry", "Receipt", "Stats", "Store", "load_store", "open_store"]
 
 
 def open_store(
@@ -32,3 +32,17 @@ def open_store(
     from .s3 import S3Store
 
     return S3Store(config, sleep=sleep, clock=clock)
+
+
+def load_store(config: Config) -> None:
+    """Import and read everything that the store of `config` needs, late imports of its libraries too. Sends nothing.
+
+    Raises:
+        ConfigError: an endpoint that cannot be one. StoreError: the client of S3 cannot be made.
+    """
+    from . import directory  # noqa: F401  (small, and needed by a process that has both kinds)
+
+    if not config.endpoint.startswith("file:"):
+        from . import s3, s3_client  # noqa: F401
+
+        s3_client.load(config)

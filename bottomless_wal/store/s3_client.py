@@ -22,7 +22,7 @@ import botocore.session
 from botocore.exceptions import BotoCoreError, ClientError
 
 from ..config import Config
-from ..errors import ConfigError, TransientError
+from ..errors import ConfigError, StoreError, TransientError
 from ..parallel import fork_aware
 from .base import ServerClock, Stats
 from .s3_direct import DIRECT, DirectClient
@@ -168,6 +168,11 @@ class Connection:
                     raise ConfigError(f"{self._config.endpoint!r} is no endpoint: {error}", hint=hint) from error
                 except BotoCoreError as error:
                     raise translated(error, "setting up boto3") from error
+                except (ImportError, OSError) as error:
+                    raise StoreError(
+                        f"cannot load boto3: {error}",
+                        hint="Call bottomless_wal.register(endpoint=...) before the process gives up its privileges.",
+                    ) from error
             return getattr(self, name)
 
 
@@ -193,8 +198,25 @@ def _session() -> boto3.session.Session:
     return made
 
 
-def _client(config: Config, remaining: Callable[[], float | None]) -> Any:
-    """A boto3 client, made to our measure."""
+def load(config: Config) -> None:
+    """Make a client of each kind, and forget it: what they import and read from files stays loaded.
+
+    Raises:
+        ConfigError: the endpoint is none. StoreError: see `s3_errors`.
+    """
+    # With credentials of its own, the client does not look for real ones, which may take requests to other services.
+    credentials = {"aws_access_key_id": "none", "aws_secret_access_key": "none"}
+    connection = Connection(config, Stats(), lambda: None)
+    try:
+        connection._made("_client", lambda config, remaining: _client(config, remaining, **credentials))
+        if connection._has_endpoint:
+            connection._made("_direct", DirectClient)
+    finally:
+        connection.close()
+
+
+def _client(config: Config, remaining: Callable[[], float | None], **more: Any) -> Any:
+    """A boto3 client, made to our measure. `more` are further arguments for it."""
     own = config.endpoint != "aws"
     settings: dict[str, Any] = {
         "signature_version": "s3v4",
@@ -217,6 +239,7 @@ def _client(config: Config, remaining: Callable[[], float | None]) -> Any:
         endpoint_url=config.endpoint if own else None,
         region_name=session.region_name or "us-east-1",
         config=botocore.config.Config(**settings),
+        **more,
     )
     # It makes every upload wait for a round trip more, in case the server does not want it. Small ones lose half their speed.
     client.meta.events.unregister("before-call.s3", botocore.handlers.add_expect_header)

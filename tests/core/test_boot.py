@@ -405,20 +405,20 @@ def test_a_name_that_is_too_long_is_refused(world: World) -> None:
 def test_a_symlink_is_the_database_that_it_points_to(world: World) -> None:
     here = world.machine()
     (here.directory / "real").mkdir()
-    os.symlink("real/target.db", here.path("link.db"))
-    con = here.connect("link.db")
+    os.symlink("real/app.db", here.path("app.db"))
+    con = here.connect("app.db")
     con.execute("CREATE TABLE t(x)")
-    again = here.connect("real/target.db")
+    again = here.connect("real/app.db")
     again.execute("INSERT INTO t VALUES (1)")
     assert rows(con) == 1
-    assert bottomless_wal.status(here.path("link.db")).name == "target.db"
+    assert bottomless_wal.status(here.path("app.db")).path == here.path("real/app.db")
     con.close()
     again.close()
-    assert os.path.islink(here.path("link.db"))
-    os.unlink(here.path("real/target.db"))
-    con = here.connect("link.db")
+    assert os.path.islink(here.path("app.db"))
+    os.unlink(here.path("real/app.db"))
+    con = here.connect("app.db")
     assert rows(con) == 1
-    assert os.path.islink(here.path("link.db"))
+    assert os.path.islink(here.path("app.db"))
 
 
 def test_relative_paths_and_a_changed_directory(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,9 +444,9 @@ def test_the_restored_file_keeps_the_mode_of_the_one_it_replaces(world: World) -
 
 def _as_nobody(script: str, *arguments: str, world: World) -> subprocess.CompletedProcess[str]:
     """Root may write anywhere: so the script runs as somebody else (as itself, if the tests do not run as root)."""
-    # What is imported late may lie where only root can read.
-    late = "import uuid, bottomless_wal.store.directory\n"
-    return child(f"{late}os.getuid() == 0 and os.setuid(65534)\n" + script, *arguments, options=world.options)
+    # The package may lie where only root can read.
+    drop = "bottomless_wal.register(**options)\nos.getuid() == 0 and os.setuid(65534)\n"
+    return child(drop + script, *arguments, options=world.options)
 
 
 def test_a_directory_that_cannot_be_written(world: World) -> None:

@@ -212,7 +212,7 @@ def test_by_the_name_that_ls_shows(shop: Shop, monkeypatch: pytest.MonkeyPatch) 
 
 def test_through_a_symbolic_link(shop: Shop) -> None:
     shop.trade()
-    link = shop.path.parent.parent / "link.db"
+    link = shop.path.parent.parent / shop.path.name
     link.symlink_to(shop.path)
     shop.path.unlink()
     bottomless_wal.restore(link, **shop.options)
