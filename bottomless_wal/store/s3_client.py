@@ -8,7 +8,9 @@ a server that checks signatures refuses what was changed on its way.
 
 from __future__ import annotations
 
+import base64
 import concurrent.futures.thread  # noqa: F401  (boto3 wants it, and it cannot be imported any more when the interpreter ends)
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -77,15 +79,20 @@ class Connection:
         Raises:
             StoreError: or TransientError, see `s3_errors`.
         """
+        parameters = dict(parameters or {})
+        if data is not None:
+            # A bucket with a default retention (Object Lock) refuses what has no checksum. All servers know this one. Some refuse
+            # x-amz-checksum-crc32, and others do not look at it.
+            parameters["ContentMD5"] = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
         direct = self._made("_direct", DirectClient) if method in DIRECT and self._has_endpoint else None
         client = self._connected() if direct is None else None
         self._stats.request(kind, sent=len(data or b""))
         try:
             if direct is not None:
-                fields = direct.call(method, data, parameters or {})
+                fields = direct.call(method, data, parameters)
             else:
                 more = {} if data is None else {"Body": data}
-                fields = getattr(client, method)(Bucket=self._config.bucket, **(parameters or {}), **more)
+                fields = getattr(client, method)(Bucket=self._config.bucket, **parameters, **more)
         except FAILURES as error:
             date = self._dated(headers_of(error))
             refusal = next((name for name in (code_of(error), str(status_of(error))) if name in expected), None)
