@@ -29,6 +29,7 @@ from ..parallel import fork_aware
 from .base import ServerClock, Stats
 from .s3_direct import DIRECT, DirectClient
 from .s3_errors import FAILURES, code_of, has_secret, headers_of, status_of, translated
+from .s3_http import BoundedSession
 
 if TYPE_CHECKING:
     import boto3
@@ -237,4 +238,6 @@ def _client(config: Config, remaining: Callable[[], float | None]) -> Any:
             context["s3_redirect"]["redirected"] = True
 
     client.meta.events.register("before-call.s3", bounded)
+    # No setting and no hook comes between the client and what it reads. (Where botocore names these otherwise, this fails.)
+    client._endpoint.http_session = BoundedSession(client._endpoint.http_session, remaining)
     return client

@@ -42,6 +42,7 @@ from botocore.response import StreamingBody
 from botocore.utils import get_environ_proxies, is_valid_endpoint_url, is_valid_ipv6_endpoint_url
 
 from ..config import Config
+from .s3_http import BoundedSession
 
 __all__ = ["DIRECT", "DirectClient"]
 
@@ -88,7 +89,7 @@ class DirectClient:
         verify: Any = self._session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE") or True
         timeouts: Any = (config.connect_timeout, config.read_timeout)
         sockets: list[Any] = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
-        self._http = URLLib3Session(
+        session = URLLib3Session(
             verify=verify,
             proxies=get_environ_proxies(config.endpoint),
             timeout=timeouts,
@@ -96,6 +97,7 @@ class DirectClient:
             max_pool_connections=config.concurrency + 8,
             socket_options=sockets,
         )
+        self._http = BoundedSession(session, remaining)
 
     def call(self, name: str, data: bytes | None, parameters: dict[str, Any]) -> dict[str, Any]:
         """What boto3's client answers to its method `name`, one of `DIRECT`, with `parameters` and the body `data`: of that, the
