@@ -40,9 +40,10 @@ class Request(NamedTuple):
 class Fault:
     """What to do to the next `times` requests of `method` (any, when empty) whose path contains `path`, and that `when` wants.
 
-    In this order: wait `delay` seconds; end the connection (`reset_before`); answer with `instead`; wait for `hold`; forward the request,
-    or the first `cut` bytes of its body, after which both connections end; end the connection without an answer (`reset_after`);
-    cut the answer's body to `truncate` bytes; change the answer with `edit`; send it byte by byte, `trickle` seconds for each.
+    In this order: wait `delay` seconds; end the connection (`reset_before`); answer with `instead`; wait for `hold`; forward the request
+    (without the header `strip`), or the first `cut` bytes of its body, after which both connections end; end the connection without an
+    answer (`reset_after`); cut the answer's body to `truncate` bytes; change the answer with `edit`; send it byte by byte, `trickle`
+    seconds for each.
     """
 
     method: str = ""
@@ -58,6 +59,7 @@ class Fault:
     hold: threading.Event | None = None
     cut: int | None = None
     trickle: float = 0.0
+    strip: str = ""
 
     def wants(self, request: Request) -> bool:
         if self.times <= 0 or self.method not in ("", request.method) or self.path not in request.path:
@@ -228,7 +230,7 @@ class FaultProxy:
         if fault.cut is not None:
             self._forward_some(request, fault.cut)
             return _reset(connection)
-        head, body = self._forward(request)
+        head, body = self._forward(request, fault.strip)
         with self._lock:
             self.carried_out += 1
         if fault.reset_after:
@@ -254,8 +256,8 @@ class FaultProxy:
         with socket.create_connection(self._target, timeout=60) as upstream:
             upstream.sendall(_message(request, request.body[:count]))
 
-    def _forward(self, request: Request) -> tuple[bytes, bytes]:
-        message = _message(request, request.body)
+    def _forward(self, request: Request, strip: str) -> tuple[bytes, bytes]:
+        message = _message(request, request.body, strip)
         with socket.create_connection(self._target, timeout=60) as upstream:
             upstream.sendall(message)
             got = bytearray()
@@ -266,8 +268,9 @@ class FaultProxy:
         return b"\r\n".join(kept), body
 
 
-def _message(request: Request, body: bytes) -> bytes:
-    lines = [line for line in request.raw_headers.split(b"\r\n") if not line.lower().startswith(b"connection:")]
+def _message(request: Request, body: bytes, strip: str = "") -> bytes:
+    gone = {b"connection", strip.lower().encode()}
+    lines = [line for line in request.raw_headers.split(b"\r\n") if line.partition(b":")[0].lower() not in gone]
     return b"\r\n".join([*lines, b"Connection: close", b"", body])
 
 

@@ -78,7 +78,9 @@ def _checks(config: Config, store: Store, clock: Callable[[], float], wall: Call
         yield written
         if not written.ok:
             return
-        yield _create_only(store)
+        created = _create_only(store)
+        yield created
+        yield from _versioning(store, ignored=created.state == "warning")
         yield from _times(store, key, clock, wall)
     finally:
         with contextlib.suppress(BottomlessError):
@@ -179,6 +181,33 @@ def _create_only(store: Store) -> Check:
         "this server ignores If-None-Match: each commit looks before it writes, one request more",
         "Make sure that only one machine writes a database, or use a server that knows create-only writes.",
     )
+
+
+def _versioning(store: Store, *, ignored: bool) -> Iterator[Check]:
+    """What versioning of the bucket changes; nothing where the store does not say whether it is on."""
+    try:
+        versioned = store.versioned()
+    except BottomlessError as error:
+        yield Check("versioning", "warning", error.message, error.hint)
+        return
+    if versioned is None:
+        return
+    if not versioned:
+        yield Check("versioning", "ok", "off")
+    elif ignored:
+        yield Check(
+            "versioning",
+            "warning",
+            "on, and create-only writes are ignored: some servers (Ceph) honour If-None-Match only while a bucket has no versioning",
+            "Use a bucket without versioning: there a second writer is refused.",
+        )
+    else:
+        yield Check(
+            "versioning",
+            "warning",
+            "on: what retention and the page view delete or overwrite stays as noncurrent versions, and frees nothing",
+            "Set a lifecycle rule for noncurrent versions and expired delete markers, and none for current objects.",
+        )
 
 
 def _times(store: Store, key: str, clock: Callable[[], float], wall: Callable[[], float]) -> Iterator[Check]:

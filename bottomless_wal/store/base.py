@@ -174,7 +174,10 @@ class Store(Protocol):
         """Removes objects; a key that is not there is no error."""
 
     def conditional(self) -> bool:
-        """Does the store refuse a `create` of a taken key by itself? Found out once, by trying."""
+        """Does the store refuse a `create` of a taken key by itself? Found out by trying, and tried again from time to time."""
+
+    def versioned(self) -> bool | None:
+        """Return whether the store keeps what is overwritten or deleted as older versions; None if it does not say."""
 
     def prepare(self) -> None:
         """Finds the bucket (one request), or makes it where `create_bucket` is set.

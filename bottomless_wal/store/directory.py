@@ -122,6 +122,9 @@ class DirectoryStore:
     def conditional(self) -> bool:
         return True
 
+    def versioned(self) -> bool | None:
+        return False
+
     def prepare(self) -> None:
         with self._doing("opening", "", "list"):
             if self._create_bucket:

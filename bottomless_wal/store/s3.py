@@ -3,8 +3,7 @@
 What is asked of the server is kept small, so that most will do: the plain requests of 2006, ListObjectsV2, path-style addresses,
 signature version 4, no ETag that matters, and `If-None-Match: *` on PutObject if it knows it.
 
-Where it does not (a probe finds out before the first `create`), each `create` looks before it puts. Two writers who look at
-the same moment may then both put: the window is documented, and a warning says so once.
+Whether it does is for `s3_create` to find out.
 """
 
 from __future__ import annotations
@@ -12,19 +11,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Final, TypeAlias
 
 from ..config import Config
 from ..errors import CorruptionError, StoreError, TransientError
-from ..parallel import each, fork_aware, let_go, ordered
+from ..parallel import each, let_go, ordered
 from .base import Entry, Receipt, Stats, check_key, parts
 from .retry import Retrier
 from .s3_client import Answer, Connection
+from .s3_create import Creator
 from .s3_errors import code_of, status_of
 
 __all__ = ["S3Store"]
@@ -37,7 +35,7 @@ _IDLE_PAGES: Final = 1000  # of a listing, in a row, that bring nothing new: som
 _BATCH: Final = 1000  # keys in one DeleteObjects, by the rules of S3
 _ABORT_SECONDS: Final = 5.0  # for tidying up after a failed upload
 _SKIP: Final = 128 << 10  # bytes read at once that nobody wants
-_TAKEN: Final = frozenset({"PreconditionFailed", "412"})
+_UNKNOWN_STATUS: Final = frozenset({400, 403, 404, 405, 501})  # of an answer of a server without versioning, or one that keeps it secret
 
 _Part: TypeAlias = dict[str, object]
 _Keys: TypeAlias = list[str]  # in the class, `list` is the method
@@ -58,14 +56,8 @@ class S3Store:
         self._bucket = config.bucket
         self._retrier = Retrier(self.describe(), config.retry_timeout, self.stats, sleep=sleep, clock=clock)
         self._connection = Connection(config, self.stats, self._retrier.remaining)
-        self._conditional: bool | None = None
-        self._refuses_condition = False
+        self._creator = Creator(self._connection, self._retrier, self.describe(), clock)
         self._bulk_delete = True
-        self.after_fork()
-        fork_aware(self)
-
-    def after_fork(self) -> None:
-        self._probing = threading.Lock()
 
     def describe(self) -> str:
         place = "Amazon S3" if self._config.endpoint == "aws" else self._config.endpoint
@@ -75,6 +67,7 @@ class S3Store:
 
     def get(self, key: str, *, limit: int) -> bytes | None:
         what = self._what("GET", check_key(key))
+        self._creator.settle(key)
 
         def attempt() -> bytes | None:
             answer = self._ask("get", what, "get_object", Key=key, expected={"NoSuchKey"})
@@ -97,6 +90,7 @@ class S3Store:
         if start < 0 or length < 0:
             raise ValueError("start and length must not be negative")
         what = self._what("GET", check_key(key))
+        self._creator.settle(key)
         # There is no range of no bytes: one is asked for, to learn whether the object is there.
         wanted = f"bytes={start}-{start + max(length, 1) - 1}"
 
@@ -167,18 +161,7 @@ class S3Store:
         return self._retrier.run(what, lambda: Receipt(True, self._connection.put("put", what, key, data).date))
 
     def create(self, key: str, data: bytes) -> Receipt:
-        what = self._what("PUT (create)", check_key(key))
-        conditional = self.conditional()
-
-        def attempt() -> Receipt:
-            if not conditional:
-                seen = self._ask("head", what, "head_object", Key=key, expected={"404"})
-                if not seen.refusal:
-                    return Receipt(False, seen.date)
-            answer = self._connection.put("create", what, key, data, expected=_TAKEN, **self._condition())
-            return Receipt(not answer.refusal, answer.date)
-
-        return self._retrier.run(what, attempt)
+        return self._creator.create(self._what("PUT (create)", check_key(key)), key, data)
 
     def upload(self, key: str, chunks: Iterable[bytes]) -> int:
         what = self._what("upload of", check_key(key))
@@ -291,43 +274,18 @@ class S3Store:
     # ---------------------------------------------------------------------------------------------- the bucket
 
     def conditional(self) -> bool:
-        if self._conditional is None:
-            with self._probing:
-                if self._conditional is None:
-                    self._conditional = self._probe()
-        return self._conditional
+        return self._creator.conditional()
 
-    def _probe(self) -> bool:
-        key = f".bottomless-probe-{uuid.uuid4().hex}"
-        what = self._what("PUT (probe)", key)
-
-        def attempt() -> bool:
-            # A 412 at the first of the two is an earlier attempt's doing, and as good a proof.
-            return any(self._connection.put("probe", what, key, b"", expected=_TAKEN, IfNoneMatch="*").refusal for _ in range(2))
-
+    def versioned(self) -> bool | None:
+        what = self._what("versioning of", "")
         try:
-            honoured = self._retrier.run(what, attempt)
+            status = self._retrier.run(what, lambda: self._ask("versioning", what, "get_bucket_versioning").fields.get("Status"))
         except StoreError as error:
-            if status_of(error.__cause__) not in (400, 501):
+            if status_of(error.__cause__) not in _UNKNOWN_STATUS:
                 raise
-            # Only where the same write without the condition is accepted is it the condition that the server refuses.
-            self._retrier.run(what, lambda: self._connection.put("probe", what, key, b""))
-            honoured, self._refuses_condition = False, True
-        try:
-            self._delete_one(key)
-        except StoreError as error:
-            logger.warning("the empty object %r stays in the bucket: %s", key, error.message)
-        if not honoured:
-            logger.warning(
-                "%s does not know create-only writes (If-None-Match on PutObject): this replica looks before each write instead; "
-                "two writers on different machines could pass each other unseen within that round trip (README, Limits)",
-                self.describe(),
-            )
-        return honoured
-
-    def _condition(self) -> dict[str, str]:
-        # Also where it is ignored: it costs nothing, and one day the server may be replaced by one that knows it.
-        return {} if self._refuses_condition else {"IfNoneMatch": "*"}
+            logger.info("%s: %s", what, error.message)
+            return None
+        return status == "Enabled"
 
     def prepare(self) -> None:
         try:

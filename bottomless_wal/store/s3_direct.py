@@ -6,10 +6,10 @@ processor time than all the rest of a commit, and it is Python's lock that it ta
 from, the signature (version 4, contents signed), connections, timeouts, proxies, certificates, and the reading of errors. Answers and
 exceptions are those of the client, so that nobody needs to know which of the two has sent a request.
 
-    put_object      PUT <bucket>/<key>       If-None-Match
-    get_object      GET <bucket>/<key>       Range
+    put_object      PUT <bucket>/<key>       If-None-Match, Content-MD5
+    get_object      GET <bucket>/<key>       Range; versionId
     head_object     HEAD <bucket>/<key>
-    delete_object   DELETE <bucket>/<key>
+    delete_object   DELETE <bucket>/<key>    versionId
     list_objects_v2 GET <bucket>?list-type=2 prefix, max-keys, start-after, continuation-token; keys come URL-encoded
     create_bucket   PUT <bucket>
 
@@ -42,6 +42,7 @@ from botocore.response import StreamingBody
 from botocore.utils import get_environ_proxies, is_valid_endpoint_url, is_valid_ipv6_endpoint_url
 
 from ..config import Config
+from .s3_http import BoundedSession
 
 __all__ = ["DIRECT", "DirectClient"]
 
@@ -55,7 +56,7 @@ DIRECT: Final = {
 }
 """The calls of boto3's client that `DirectClient` knows, and their HTTP methods."""
 
-_HEADERS: Final = {"Range": "Range", "IfNoneMatch": "If-None-Match"}
+_HEADERS: Final = {"Range": "Range", "IfNoneMatch": "If-None-Match", "ContentMD5": "Content-MD5"}
 _QUERY: Final = {"Prefix": "prefix", "MaxKeys": "max-keys", "StartAfter": "start-after", "ContinuationToken": "continuation-token"}
 _SIGNED: Final = botocore.config.Config(s3={"payload_signing_enabled": True})
 _AGENT: Final = f"bottomless-wal Botocore/{botocore.__version__}"
@@ -88,7 +89,7 @@ class DirectClient:
         verify: Any = self._session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE") or True
         timeouts: Any = (config.connect_timeout, config.read_timeout)
         sockets: list[Any] = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
-        self._http = URLLib3Session(
+        session = URLLib3Session(
             verify=verify,
             proxies=get_environ_proxies(config.endpoint),
             timeout=timeouts,
@@ -96,6 +97,7 @@ class DirectClient:
             max_pool_connections=config.concurrency + 8,
             socket_options=sockets,
         )
+        self._http = BoundedSession(session, remaining)
 
     def call(self, name: str, data: bytes | None, parameters: dict[str, Any]) -> dict[str, Any]:
         """What boto3's client answers to its method `name`, one of `DIRECT`, with `parameters` and the body `data`: of that, the
@@ -144,11 +146,13 @@ class DirectClient:
 
     def _url(self, parameters: dict[str, Any]) -> str:
         if "Key" in parameters:
-            return f"{self._base}/{quote(parameters['Key'], safe='/' + _UNRESERVED)}"
+            version = parameters.get("VersionId")
+            query = "" if version is None else f"?versionId={quote(version, safe=_UNRESERVED)}"
+            return f"{self._base}/{quote(parameters['Key'], safe='/' + _UNRESERVED)}{query}"
         if not parameters:
             return self._base
-        query = {"list-type": "2", "encoding-type": "url"} | {_QUERY[field]: str(value) for field, value in parameters.items()}
-        return self._base + "?" + "&".join(f"{field}={quote(value, safe=_UNRESERVED)}" for field, value in sorted(query.items()))
+        listing = {"list-type": "2", "encoding-type": "url"} | {_QUERY[field]: str(value) for field, value in parameters.items()}
+        return self._base + "?" + "&".join(f"{field}={quote(value, safe=_UNRESERVED)}" for field, value in sorted(listing.items()))
 
     def _frozen(self) -> Any:
         """The credentials as they are now: some of the sources renew them."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import boto3
 import pytest
 from endpoints import Endpoint, MakeConfig
+from faultproxy import ALWAYS, Fault, FaultProxy, answer
 from shops import Shop
 
 import bottomless_wal
@@ -29,6 +31,7 @@ def test_all_is_well(any_shop: Shop) -> None:
         "bucket": "ok",
         "objects": "ok",
         "create-only": "ok",
+        "versioning": "ok",
         "round trip": "ok",
         "clock": "ok",
     }
@@ -42,6 +45,37 @@ def test_all_is_well(any_shop: Shop) -> None:
     assert seen == expected
     assert all(check.ok for check in checks)
     assert any_shop.keys() == []  # nothing is left
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_versioning(moto_endpoint: Endpoint, make_config: MakeConfig, ignored: bool) -> None:
+    """A warning either way: of what pruning does not free, or of a server that ignores create-only writes because of it."""
+    with FaultProxy(moto_endpoint.url) as proxy:
+        _versioned_bucket(moto_endpoint)
+        if ignored:
+            proxy.script(Fault("PUT", strip="if-none-match", times=ALWAYS))
+        checks = bottomless_wal.diagnose(endpoint=proxy.url, bucket=moto_endpoint.bucket)
+    seen = states(checks)
+    assert (seen["create-only"], seen["versioning"]) == ("warning" if ignored else "ok", "warning")
+    (told,) = (check for check in checks if check.name == "versioning")
+    assert ("If-None-Match" if ignored else "noncurrent") in told.detail
+    assert ("without versioning" if ignored else "lifecycle rule for noncurrent versions") in told.hint
+
+
+def test_a_store_that_does_not_say_whether_it_keeps_versions(moto_endpoint: Endpoint, make_config: MakeConfig) -> None:
+    with FaultProxy(moto_endpoint.url) as proxy:
+        _versioned_bucket(moto_endpoint)
+        proxy.script(answer(501, "NotImplemented", path="?versioning"))
+        checks = bottomless_wal.diagnose(endpoint=proxy.url, bucket=moto_endpoint.bucket)
+    assert "versioning" not in states(checks)
+    assert checks[-1].name == "clock"
+
+
+def _versioned_bucket(place: Endpoint) -> None:
+    client = boto3.client("s3", endpoint_url=place.url, region_name="us-east-1")
+    client.create_bucket(Bucket=place.bucket)
+    client.put_bucket_versioning(Bucket=place.bucket, VersioningConfiguration={"Status": "Enabled"})
+    client.close()
 
 
 def failed(checks: list[Check], name: str) -> Check:
