@@ -16,7 +16,6 @@ taken key is ours if and only if its pre hash is ours and its post hash is among
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import secrets
 import time
@@ -32,6 +31,7 @@ from .errors import CorruptionError, FencedError, ReplicationError
 from .history import FENCE_HORIZON_SECONDS, History
 from .local_database import LocalDatabase, SnapshotLost, Tip
 from .local_index import MAX_INTENTS, Identity, IndexHeader, IndexLost, LocalIndex, boot_id
+from .logs import get_logger
 from .pageview import UNKNOWN_SIZE, PageView
 from .segment import Body, Commit, Header, Segment
 from .staging import Change, stage_frames, stage_scan
@@ -40,7 +40,7 @@ from .wal import Position
 
 __all__ = ["Replicator", "home_of"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _LOOKS: Final = 4
 _SUSPECT_SECONDS: Final = 2.0

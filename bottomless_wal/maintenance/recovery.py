@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
 import secrets
 import time
@@ -30,6 +29,7 @@ from ..crashpoints import reach
 from ..edges import Edge
 from ..errors import ConfigError, ConflictError, RestoreError
 from ..local_index import Backlog, Identity, IndexHeader, LocalIndex, boot_id
+from ..logs import get_logger
 from ..pageview import UNKNOWN_SIZE
 from ..rebuild import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch, translated
 from ..registry import registry
@@ -41,7 +41,7 @@ from .timeline import ranges, relisted, restorable, txid_at
 
 __all__ = ["Restored", "reset_from_local", "restore"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _RANGES: Final = 8  # that a message lists
 

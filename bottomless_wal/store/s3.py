@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import threading
 import time
 import uuid
@@ -21,6 +20,7 @@ from typing import Any, Final, TypeAlias
 
 from ..config import Config
 from ..errors import CorruptionError, StoreError, TransientError
+from ..logs import get_logger
 from ..parallel import each, fork_aware, let_go, ordered
 from .base import Entry, Receipt, Stats, check_key, parts
 from .retry import Retrier
@@ -29,7 +29,7 @@ from .s3_errors import code_of, status_of
 
 __all__ = ["S3Store"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _MOST_PARTS: Final = 10_000  # of one upload, by the rules of S3
 _PARTS_IN_FLIGHT: Final = 3

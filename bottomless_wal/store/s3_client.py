@@ -23,6 +23,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from ..config import Config
 from ..errors import ConfigError, TransientError
+from ..logs import defer
 from ..parallel import fork_aware
 from .base import ServerClock, Stats
 from .s3_direct import DIRECT, DirectClient
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "Connection"]
 
+_CHATTY: Final = ("boto3", "botocore", "s3transfer", "urllib3")
+"""The packages that log while they send for us."""
 _READING: Final = frozenset({"get", "head"})  # kinds of requests
 
 
@@ -168,6 +171,7 @@ class Connection:
                     raise ConfigError(f"{self._config.endpoint!r} is no endpoint: {error}", hint=hint) from error
                 except BotoCoreError as error:
                     raise translated(error, "setting up boto3") from error
+                defer(*_CHATTY)
             return getattr(self, name)
 
 
