@@ -9,7 +9,6 @@ fails leaves local file and bucket as they were; a file is replaced only by a ve
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -25,6 +24,7 @@ from .history import Head
 from .learning import learn, learn_locally
 from .local_database import SnapshotLost
 from .local_index import Backlog, Identity, IndexHeader, IndexLost, boot_id
+from .logs import get_logger
 from .pageview import UNKNOWN_SIZE
 from .placing import LocalState, Relation, local_state, relate
 from .rebuild import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch
@@ -34,7 +34,7 @@ from .standing import Standing, standing
 
 __all__ = ["Boot"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _LOOKS: Final = 10
 _LISTED: Final = 1000  # objects, which one request lists, and in which the whole of a short log is seen

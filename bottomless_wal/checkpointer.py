@@ -9,7 +9,6 @@ After a commit that failed to replicate no WAL hook runs: then the passive check
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -17,11 +16,12 @@ from typing import Final
 
 import apsw
 
-from .parallel import mark_own_thread
+from .logs import get_logger
+from .parallel import is_held_here, mark_own_thread
 
 __all__ = ["AUTOCHECKPOINT_FRAMES", "RESTART_FRAMES", "Checkpointer"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 AUTOCHECKPOINT_FRAMES: Final = 1000  # SQLite's default
 RESTART_FRAMES: Final = 4000
@@ -48,40 +48,47 @@ class Checkpointer:
         self._busy_ms = _BUSY_LOCAL_MS if local else _BUSY_MS
         self._connect = connect
         self._clock = clock
-        self._cond = threading.Condition()
+        self._lock = threading.RLock()  # `with` this, not the condition: Ctrl-C could end Condition.__enter__ with the lock held
+        self._cond = threading.Condition(self._lock)
         self._frames = 0
         self._not_before = 0.0
         self._stopping = False
         self._thread: threading.Thread | None = None
+        self._running = False
 
     def ask(self, frames: int) -> None:
         """The WAL has `frames` frames: see to it."""
-        if frames < AUTOCHECKPOINT_FRAMES:
+        if frames < AUTOCHECKPOINT_FRAMES or is_held_here(self._lock):  # the latter: the collector commits within this method
             return
-        with self._cond:
+        with self._lock:
             if self._stopping or self._clock() < self._not_before:
                 return
             self._frames = frames
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=f"bottomless checkpoints {self._path}", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name=f"bottomless checkpoints {self._path}", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    logger.debug("%s: no checkpoint: %s", self._path, error)  # the interpreter ends
+                    return
+                self._thread, self._running = thread, True
             self._cond.notify()
 
     def stop(self) -> None:
         """Ends the thread and closes its connection."""
-        with self._cond:
+        with self._lock:
             self._stopping = True
             self._cond.notify()
-            thread = self._thread
-        if thread is not None:
-            thread.join()
+            # Not by Thread.join(): one that Ctrl-C ends takes the thread for dead, though it goes on (CPython 3.11).
+            while self._running:
+                self._cond.wait(1.0)
 
     def _run(self) -> None:
         mark_own_thread()
         connection: apsw.Connection | None = None
         try:
             while True:
-                with self._cond:
+                with self._lock:
                     while not self._frames and not self._stopping:
                         self._cond.wait()
                     if self._stopping:
@@ -102,6 +109,9 @@ class Checkpointer:
                     connection = None
         finally:
             _close(connection)
+            with self._lock:
+                self._running = False
+                self._cond.notify_all()
 
     def _checkpoint(self, connection: apsw.Connection, frames: int) -> None:
         mode = apsw.SQLITE_CHECKPOINT_RESTART if frames >= RESTART_FRAMES else apsw.SQLITE_CHECKPOINT_PASSIVE

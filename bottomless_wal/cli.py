@@ -16,7 +16,7 @@ from typing import Any, Final
 import apsw
 import click
 
-from . import __version__, cli_history, maintenance
+from . import __version__, cli_history, logs, maintenance
 from .cli_common import DATABASE, FAILED, FOUND, INTERRUPTED, USAGE, json_option, moment
 from .config import ENV_PREFIX
 from .console import as_json, complain, configure_logging, console, human_bytes, moment_text, progress_bar
@@ -26,6 +26,8 @@ __all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
+_LOG_SECONDS: Final = 5.0
+
 _STATES: Final = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "failed": ("FAILED", "bold red")}
 
 
@@ -34,7 +36,10 @@ class _Faces(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            finally:
+                logs.drain(_LOG_SECONDS)  # what the command has logged stands above its error
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
         except KeyboardInterrupt:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -31,12 +30,13 @@ from .crashpoints import reach
 from .edges import Edge, plan
 from .errors import CorruptionError, RestoreError
 from .history import History
+from .logs import get_logger
 from .segment import LISTED_ROWS, Commit, Page, lock_page
 from .wal import Position
 
 __all__ = ["FAN_IN", "LEVELS", "Vanished", "compact", "merge", "missing", "snapshot"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LEVELS: Final = (64, 4096)
 FAN_IN: Final = 80

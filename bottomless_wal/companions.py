@@ -10,17 +10,17 @@ it to that group. A new file beside a missing database has the mode that SQLite 
 
 from __future__ import annotations
 
-import logging
 import os
 import stat
 import time
 from typing import Final
 
 from .errors import ConfigError
+from .logs import get_logger
 
 __all__ = ["existing_companion", "follow", "occupied", "open_companion", "succeed"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _NEW_MODE: Final = 0o644
 _FLAGS: Final = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO at the path must not block the open

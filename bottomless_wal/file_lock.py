@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import logging
 import os
 import threading
 from collections.abc import Iterator
 
 from .companions import existing_companion, follow, occupied, open_companion
+from .logs import get_logger
 
 __all__ = ["FileLock"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class FileLock:

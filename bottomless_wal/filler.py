@@ -12,7 +12,6 @@ While commits come, a turn waits `_PAUSE` after the one before, and longer when 
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from typing import Final
@@ -23,12 +22,13 @@ from .config import Config
 from .errors import BottomlessError, ReplicationError, StoreError
 from .local_database import LocalDatabase, SnapshotLost
 from .local_index import IndexHeader, IndexLost, LocalIndex
-from .parallel import mark_own_thread
+from .logs import get_logger
+from .parallel import is_held_here, mark_own_thread
 from .replicator import Replicator
 
 __all__ = ["Filler", "view_is_missing"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _LOOKS: Final = 100
 _PAGES: Final = 16  # of a turn
@@ -63,7 +63,8 @@ class Filler:
         self._told = told
         self._clock = clock
         self._pause = pause
-        self._cond = threading.Condition()
+        self._lock = threading.RLock()  # `with` this, not the condition: Ctrl-C could end Condition.__enter__ with the lock held
+        self._cond = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._running = False
         self._stopping = False
@@ -74,6 +75,10 @@ class Filler:
         self._turn_at = 0.0
         self._active_at = -_PAUSE
 
+    def is_held_here(self) -> bool:
+        """Is the running thread within a method of this object? The worker may wait for it."""
+        return is_held_here(self._lock)
+
     # --- told by the worker --------------------------------------------------------------------------------------------
 
     def active(self) -> None:
@@ -82,14 +87,14 @@ class Filler:
 
     def wanted(self) -> None:
         """There is something to put."""
-        with self._cond:
+        with self._lock:
             self._wanted = True
             self._asked += 1
             self._ensure_thread()
 
     def follow(self, behind: bool, goal: tuple[int, int] | None) -> None:
         """A batch is stored. With pages=checkpoint the view is behind on purpose, until a checkpoint has asked for it, or a flush."""
-        with self._cond:
+        with self._lock:
             self._held = False
             self._wanted = behind and (self._config.pages == "commit" or self._wanted or goal is not None)
             if goal is not None:
@@ -100,18 +105,18 @@ class Filler:
 
     def hold(self) -> None:
         """A batch has failed: no page object is put before one has gone well."""
-        with self._cond:
+        with self._lock:
             self._held = True
 
     def stop(self) -> None:
         """No further turn is begun."""
-        with self._cond:
+        with self._lock:
             self._stopping = True
             self._cond.notify_all()
 
     def join(self) -> None:
         """Waits until the thread has ended."""
-        with self._cond:
+        with self._lock:
             # Not by Thread.join(): one that Ctrl-C ends takes the thread for dead, though it goes on (CPython 3.11).
             while self._running and self._thread is not threading.current_thread():
                 self._cond.wait(1.0)
@@ -184,13 +189,13 @@ class Filler:
             while self._wait():
                 self._fill()
         finally:
-            with self._cond:
+            with self._lock:
                 self._running = False
                 self._cond.notify_all()
 
     def _wait(self) -> bool:
         """Until a turn is due; False when it is over."""
-        with self._cond:
+        with self._lock:
             while not self._stopping:
                 left: float | None = None
                 if self._wanted and not self._held:
@@ -203,7 +208,7 @@ class Filler:
             return False
 
     def _fill(self) -> None:
-        with self._cond:
+        with self._lock:
             goal, asked = self._goal, self._asked
         began = self._clock()
         try:
@@ -213,14 +218,14 @@ class Filler:
         except Exception as failure:
             expected = isinstance(failure, BottomlessError | SnapshotLost | IndexLost | OSError | apsw.Error)
             logger.warning("the page view of %s: %s", self._local.path, failure, exc_info=not expected)
-            with self._cond:
+            with self._lock:
                 self._held = True
                 if isinstance(failure, BottomlessError):
                     self._goal = None
             self._told(goal[0] if goal is not None else 0, failure)
             return
         reached = goal is not None and not more
-        with self._cond:
+        with self._lock:
             now = self._clock()
             self._turn_at = now + max(_PAUSE, (now - began) / _SHARE)
             if reached and self._goal == goal:

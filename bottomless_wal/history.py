@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import logging
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from . import layout, parallel, segment
 from .crashpoints import reach
 from .edges import Edge, Edges, leading_to
 from .errors import CorruptionError, RestoreError
+from .logs import get_logger
 from .segment import LISTED_ROWS, Body, Header, Mapper, Page, Segment
 from .store import Entry, Store
 
@@ -30,7 +30,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 FENCE_HORIZON_SECONDS: Final = 3600.0
 """After so long since a txid was last proved the head, a successful put alone proves nothing: pruning may have freed the key."""

@@ -5,7 +5,6 @@ Either way no more is believed than what gives the head's state hash. The header
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from itertools import islice
 from typing import Final
@@ -17,12 +16,13 @@ from .errors import CorruptionError, RestoreError
 from .history import Head, History
 from .local_database import LocalDatabase, SnapshotLost
 from .local_index import IndexHeader, LocalIndex
+from .logs import get_logger
 from .pageview import UNKNOWN_SIZE
 from .segment import page_hash
 
 __all__ = ["learn", "learn_locally"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _ATTEMPTS: Final = 8
 

@@ -7,16 +7,16 @@ process has dropped its privileges the files of these modules may be out of reac
 from __future__ import annotations
 
 import codecs
-import logging
 from typing import Final
 
 from .config import Config
 from .errors import BottomlessError
+from .logs import get_logger
 from .store import load_store
 
 __all__ = ["load"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _loaded: Final[set[str]] = set()
 """The kinds of endpoints (http, https, aws, file) whose store was loaded: it takes a few hundred milliseconds, once."""

@@ -16,7 +16,6 @@ Rules:
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import struct
 import threading
@@ -27,13 +26,14 @@ from typing import Final, NamedTuple
 import apsw
 
 from .errors import CorruptionError, FilesLostError, ReplicationError
+from .logs import get_logger
 from .segment import lock_page
 from .wal import FRAME_HEADER_SIZE, FrameHeader, WalHeader, frame_offset
 from .wal_file import FrameMap, WalFile
 
 __all__ = ["LocalDatabase", "Shape", "SnapshotLost", "Tip", "main_file_lost", "wal_vanished"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _thread = threading.local()
 
@@ -411,22 +411,36 @@ class LocalDatabase:
 
     def close(self, *, checkpoint: bool = False) -> None:
         """Closes connections and files. `checkpoint`: if ours is the last connection, it checkpoints and deletes the WAL, as SQLite
-        does."""
+        does.
+
+        Everything is let go of, whatever fails. As in SQLite, a WAL that cannot be checkpointed (a full disk) stays, and that is no error.
+        """
         self._map = None
-        self.wal.close()
-        if self._main is not None:
-            self._main.xClose()
-            self._main = None
+        main, self._main = self._main, None
         pin, self._pin = self._pin, None
         with self._monitor_lock:
-            self._tip_wal.close()
             monitor, self._monitor = self._monitor, None
-        for connection in (pin, monitor):
-            if connection is not None:
-                with contextlib.suppress(apsw.ConnectionClosedError):
-                    if checkpoint:
-                        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
-                    connection.close()
+            with contextlib.ExitStack() as stack:
+                # In reverse: the connections last. Whatever one of them raises, the others are closed.
+                for connection in (monitor, pin):
+                    if connection is not None:
+                        stack.callback(self._close_connection, connection, checkpoint=checkpoint)
+                if main is not None:
+                    stack.callback(main.xClose)
+                stack.callback(self._tip_wal.close)
+                stack.callback(self.wal.close)
+
+    def _close_connection(self, connection: apsw.Connection, *, checkpoint: bool) -> None:
+        try:
+            if checkpoint:
+                connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
+            connection.close()
+        except apsw.ConnectionClosedError:
+            pass  # an application that closes "all connections" of the process closes ours too
+        except apsw.Error as error:
+            logger.warning("%s: the WAL was not checkpointed at the close, and goes at the next open: %s", self.path, error)
+            with contextlib.suppress(apsw.Error):
+                connection.close(True)
 
 
 def _end(pin: apsw.Connection) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import logging
 import operator
 import os
 import secrets
@@ -43,6 +42,7 @@ from .index_format import (
     Intent,
     Seal,
 )
+from .logs import get_logger
 from .wal import Position
 
 __all__ = [
@@ -60,7 +60,7 @@ __all__ = [
     "is_index",
 ]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _LONGEST_RUN: Final = 65536
 _TICK_LOOKS: Final = 2  # the second one tells, where the kernel keeps fine timestamps for files that were looked at

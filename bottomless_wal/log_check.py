@@ -15,7 +15,6 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
-import logging
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum, auto
@@ -27,13 +26,14 @@ from .errors import CorruptionError, ReplicationError, RestoreError
 from .history import History
 from .local_database import LocalDatabase, SnapshotLost, Tip
 from .local_index import IndexHeader, IndexLost
+from .logs import get_logger
 from .replicator import Replicator
 from .segment import WRITER_ID_SIZE, Commit, Header, Page, page_hash
 from .standing import position_of
 
 __all__ = ["Finding", "LogCheck"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _LISTED: Final = 1000  # objects: one request
 _LOOKS: Final = 3

@@ -20,7 +20,6 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Final, NamedTuple
@@ -33,12 +32,13 @@ from .file_lock import FileLock
 from .history import History
 from .local_database import LocalDatabase, SnapshotLost, Tip
 from .local_index import Backlog, IndexHeader, LocalIndex
+from .logs import get_logger
 from .page_object import PageTrailer, encode_page_object
 from .segment import Page, page_hash
 
 __all__ = ["LOCK_SUFFIX", "UNKNOWN_SIZE", "PageView", "Turn"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 UNKNOWN_SIZE: Final = 0xFFFFFFFF
 """As `IndexHeader.view_size`: there may be objects past the end."""

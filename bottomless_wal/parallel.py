@@ -7,11 +7,15 @@ Three rules make it safe to call from anywhere, workers included:
 - after the first failure nothing new is started, and the call returns only when nothing it started is still running;
 - a job runs in a copy of its caller's context variables (so a store's `deadline` goes with it).
 
+The pool takes no lock. Python code runs while a thread holds one, so the garbage collector or a signal handler may commit there; and that
+commit would wait for a worker that needs the same lock.
+
 Idle workers stay for the next call: eight small uploads at each commit must not cost eight threads. A forked child starts afresh.
 """
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import os
 import threading
@@ -20,9 +24,22 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import count, islice
 from queue import SimpleQueue
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
-__all__ = ["ForkAware", "Pool", "each", "fork_aware", "is_own_thread", "let_go", "mark_own_thread", "ordered"]
+__all__ = [
+    "EXITED",
+    "ForkAware",
+    "Pool",
+    "as_own_thread",
+    "each",
+    "fork_aware",
+    "has_exited",
+    "is_held_here",
+    "is_own_thread",
+    "let_go",
+    "mark_own_thread",
+    "ordered",
+]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -55,10 +72,37 @@ def is_own_thread() -> bool:
     return getattr(_thread, "own", False)
 
 
+@contextlib.contextmanager
+def as_own_thread() -> Iterator[None]:
+    """Marks the running thread for a while: it does the worker's part itself, where no thread can be started."""
+    before = is_own_thread()
+    _thread.own = True
+    try:
+        yield
+    finally:
+        _thread.own = before
+
+
+def is_held_here(lock: threading.RLock) -> bool:
+    """Does the running thread hold `lock`? Then the garbage collector, or a signal handler, has interrupted it."""
+    owned: Any = lock
+    return bool(owned._is_owned())
+
+
+EXITED: Final[list[None]] = []
+"""Not empty once the exit's handlers have run. A list, because `EXITED.append` is a handler that Ctrl-C cannot interrupt."""
+
+
+def has_exited() -> bool:
+    """Have the exit's handlers run? Threads stop where they are from here on, and never give back the locks that they hold."""
+    return bool(EXITED)
+
+
 _fork_aware: weakref.WeakSet[ForkAware] = weakref.WeakSet()
 
 
 def _in_child() -> None:
+    EXITED.clear()
     for owner in list(_fork_aware):
         owner.after_fork()
 
@@ -76,11 +120,10 @@ class Pool:
         fork_aware(self)
 
     def after_fork(self) -> None:
-        self._lock = threading.Lock()
         self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        self._threads = 0
-        # Workers that wait for a job, less the jobs that wait for a worker.
-        self._spare = 0
+        # One entry for each thread that has been started, and for each that waits for a job. Appending and popping need no lock.
+        self._threads: deque[None] = deque()
+        self._idle: deque[None] = deque()
         self._closed = False
 
     def each(self, function: Callable[[T], object], items: Iterable[T], width: int | None = None) -> None:
@@ -127,10 +170,9 @@ class Pool:
 
     def close(self) -> None:
         """Lets the workers end when they have done what they have. Who calls the pool later does the work alone."""
-        with self._lock:
-            self._closed = True
-            for _ in range(self._threads):
-                self._jobs.put(None)
+        self._closed = True
+        for _ in range(len(self._threads)):
+            self._jobs.put(None)
 
     def _start(self, function: Callable[[T], R], item: T) -> _Job[T, R]:
         job = _Job(function, item)
@@ -139,31 +181,41 @@ class Pool:
 
     def _submit(self, work: Callable[[], object]) -> None:
         """Puts `work` before the workers. It may be that nobody comes: callers must be ready to do it themselves."""
-        with self._lock:
-            if self._closed:
+        if self._closed:
+            return
+        if not self._threads:
+            self._grow()
+            if not self._threads:
                 return
-            if self._spare <= 0 and self._threads < self.width:
-                name = f"{self._name}-{next(_numbers)}"
-                thread = threading.Thread(target=self._work, args=(self._jobs,), name=name, daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError:
-                    if not self._threads:
-                        return
-                else:
-                    self._threads += 1
-                    self._spare += 1
-            self._spare -= 1
-            self._jobs.put(work)
+        self._jobs.put(work)
+
+    def _grow(self) -> None:
+        """Starts one more worker, if the interpreter allows it. Two threads that come here at once may both start one."""
+        self._threads.append(None)
+        if len(self._threads) > self.width:
+            self._threads.pop()
+            return
+        name = f"{self._name}-{next(_numbers)}"
+        try:
+            threading.Thread(target=self._work, args=(self._jobs,), name=name, daemon=True).start()
+        except RuntimeError:
+            self._threads.pop()
 
     def _work(self, jobs: SimpleQueue[Callable[[], object] | None]) -> None:
         mark_own_thread()
-        while (job := jobs.get()) is not None:
+        idle = self._idle
+        while True:
+            idle.append(None)
+            job = jobs.get()
+            idle.pop()
+            if job is None:
+                return
+            # The workers start each other: whoever submits never waits for a thread to come up.
+            if jobs.qsize() > len(idle) and len(self._threads) < self.width and not self._closed:
+                self._grow()
             job()
             # Holding on to a finished job while idle would keep its pages in memory.
             del job
-            with self._lock:
-                self._spare += 1
 
 
 class _Batch(Generic[T]):

@@ -15,7 +15,6 @@ of a state whose bytes have been there before.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,13 +27,14 @@ from .errors import CorruptionError
 from .history import Head, History
 from .local_database import LocalDatabase, Shape
 from .local_index import Identity, IndexHeader, LocalIndex
+from .logs import get_logger
 from .segment import LISTED_ROWS, Header, page_hash
 from .standing import position_of
 from .wal import Position
 
 __all__ = ["LocalState", "Relation", "local_state", "relate"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _MOST_RESTARTS: Final = 1 << 16  # of the WAL by programs that leave no seal; a random salt passes once in 65,536 times
 

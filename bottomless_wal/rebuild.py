@@ -15,7 +15,6 @@ import contextlib
 import errno
 import fcntl
 import itertools
-import logging
 import os
 import re
 import secrets
@@ -34,12 +33,13 @@ from .edges import Edge, Suspects, plan
 from .errors import BottomlessError, CorruptionError, RestoreError
 from .history import History
 from .local_index import LocalIndex
+from .logs import get_logger
 from .page_object import PAGE_OBJECT_LIMIT, PageTrailer, decode_page_object
 from .segment import Header, Page, Segment, lock_page, page_hash
 
 __all__ = ["Progress", "Rebuilt", "Scratch", "integrity_fault", "rebuild", "rebuild_from_pages", "scratch"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read so far, bytes expected); the second number may still grow."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import secrets
 from collections.abc import Iterator
@@ -13,10 +12,11 @@ import apsw
 from .companions import succeed
 from .crashpoints import reach
 from .errors import ConflictError
+from .logs import get_logger
 
 __all__ = ["aside", "nobody_else", "open_elsewhere", "put_in_place"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def open_elsewhere(path: str) -> ConflictError:

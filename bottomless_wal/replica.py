@@ -10,10 +10,10 @@ Who opens and closes it, and what a fork and an exit do to it, is the `registry`
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -28,7 +28,8 @@ from .errors import BottomlessError, ConfigError, FencedError, FilesLostError, R
 from .history import History
 from .local_database import LocalDatabase, Tip
 from .local_index import Identity, IndexHeader, LocalIndex
-from .parallel import is_own_thread
+from .logs import get_logger
+from .parallel import has_exited, is_own_thread
 from .replicator import Replicator
 from .standing import seal
 from .store import open_store
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["INDEX_SUFFIX", "Replica", "Status"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 INDEX_SUFFIX: Final = "-bottomless"
 _LOOK_SECONDS: Final = 0.02
@@ -95,7 +96,13 @@ class Replica:
         self.wals: dict[int, tuple[int, int]] = {}
         """(inode, device) of the WAL that each connection of this process has open."""
         self.opens = 0
+        self.dropped: deque[None] = deque()
+        """One entry for each open that is over and not yet subtracted from `opens`: appending takes no lock."""
         self.closing = False
+        self.closed_by: int | None = None
+        """The thread that closes it."""
+        self._at_work = False  # is it being opened or closed?
+        self._closed = False
         self.lifecycle = threading.RLock()
         self.booted = False
         self.store = open_store(config)
@@ -119,36 +126,49 @@ class Replica:
             BottomlessError: as `Boot.run`; and ConfigError when nothing can be written beside the file.
         """
         with self.lifecycle:
+            if self._at_work:
+                raise ConfigError(
+                    f"{self.path} is being opened or closed by this very thread",
+                    hint="Open no database in a signal handler or a finalizer (__del__, weakref).",
+                )
+            if self._closed:
+                raise ConfigError(f"{self.path} cannot be opened: the interpreter is ending", hint="Open it before the exit.")
             if self.booted:
                 yield
                 return
-            if self.config.create_bucket:
-                self.store.prepare()
-            existed = os.path.lexists(self.index.path)
+            self._at_work = True
             try:
-                self.replicator.view.lock.require_free()
-                with self.replicator.view.locked_to_commit(), self.index.locked():
-                    boot = self._boot(progress)
-                    header = boot.run(reset=reset)
-                    if boot.goes_on:
-                        self.log_check.at_open(boot.listed, header.txid)
-                    reach("after open")
+                with self._first_open(progress, reset=reset):
                     yield
-                    self.local.opened()
-                    # SQLite may just have created the database.
-                    self.index.follow()
-                    self.replicator.view.lock.follow()
-                self.booted = True
-                self.worker.nudge(header)
-                self.upkeep.opened()
-            except OSError as error:
-                raise ConfigError(
-                    f"cannot write beside {self.path}: {error}",
-                    hint=_hint(error),
-                ) from error
             finally:
-                if not self.booted:
-                    self._forget(existed)
+                self._at_work = False
+
+    @contextlib.contextmanager
+    def _first_open(self, progress: Progress | None, *, reset: bool) -> Iterator[None]:
+        if self.config.create_bucket:
+            self.store.prepare()
+        existed = os.path.lexists(self.index.path)
+        try:
+            self.replicator.view.lock.require_free()
+            with self.replicator.view.locked_to_commit(), self.index.locked():
+                boot = self._boot(progress)
+                header = boot.run(reset=reset)
+                if boot.goes_on:
+                    self.log_check.at_open(boot.listed, header.txid)
+                reach("after open")
+                yield
+                self.local.opened()
+                # SQLite may just have created the database.
+                self.index.follow()
+                self.replicator.view.lock.follow()
+            self.booted = True
+            self.worker.nudge(header)
+            self.upkeep.opened()
+        except OSError as error:
+            raise ConfigError(f"cannot write beside {self.path}: {error}", hint=_hint(error)) from error
+        finally:
+            if not self.booted:
+                self._forget(existed)
 
     def _forget(self, existed: bool) -> None:
         self.local.close()
@@ -176,6 +196,8 @@ class Replica:
         """
         self.check_process()
         worker = self.worker
+        if has_exited():
+            raise worker.shut_down()
         if self._local:
             if not worker.dirty:
                 worker.submit(must_run=True)
@@ -185,7 +207,7 @@ class Replica:
                 raise type(failure)(failure.message, hint=failure.hint)
             return
         ticket = worker.submit()
-        if is_own_thread() or self.local.asking():
+        if is_own_thread() or self.local.asking() or worker.needs_this_thread():
             # The garbage collector has ended a statement that committed, in a thread that this wait might be waiting for, or in the middle
             # of what it would do; nobody would hear of an error.
             return
@@ -227,6 +249,8 @@ class Replica:
 
     def checkpointed(self, frames: int) -> None:
         """A passive checkpoint has run on a WAL of `frames` frames."""
+        if has_exited():
+            return
         self.worker.poke()
         if frames >= RESTART_FRAMES:
             self.checkpointer.ask(frames)
@@ -272,60 +296,77 @@ class Replica:
 
     # --- closing -------------------------------------------------------------------------------------------------------
 
-    def drain(self) -> FilesLostError | None:
-        """Send what is pending and end the worker. What could not be sent is logged and stays pending.
-
-        Returns the error of files that are no longer at the path: what stands in them is never sent.
-        """
+    def drain(self) -> None:
+        """Send what is pending and end the worker. What could not be sent is logged and stays pending."""
         self.worker.stop(drain=True)
         error = self.worker.last_error
         if isinstance(error, FencedError):
             logger.error("%s is closed: %s", self.path, error.message)
         elif error is not None:
             logger.error("%s is closed with commits that are not stored: %s", self.path, error.message)
-        return self.worker.files_lost
 
     def close(self) -> None:
         """After the application's last close: drain, let SQLite check-point and delete the WAL, mark the index clean.
 
+        Whatever fails is logged, and the rest is done all the same: SQLite's own close does not fail either when the disk is full, and
+        leaves the WAL to the next open. Ctrl-C ends it; a second call does what is left.
+
         Raises:
-            FilesLostError: after all is closed, if commits will never be stored.
+            FilesLostError: after all is closed, if commits of ack=local will never be stored. (With another `ack` each has said so.)
         """
         with self.lifecycle:
-            if not self.booted:
-                self.upkeep.stop()  # begun by what a boot had stored before it failed
-                self.store.close()
+            if self._at_work or self._closed:
                 return
-            self.booted = False
-            was_pending = self.worker.pending
-            lost = self.drain()
-            self.upkeep.stop()
-            self.checkpointer.stop()
-            if self.opens:
-                self._leave_nothing_to_do()
-            reach("before close")
-            # A WAL copied into a file that was cut to nothing would look like a database; that of another file is not ours to delete.
-            self.local.close(checkpoint=self.local.is_in_place())
-            reach("after close")
-            if self.worker.last_error is None:
-                self._mark_clean()
-            self.index.close()
-            self.replicator.view.lock.remove()
-            self.store.close()
-        if lost is not None and was_pending and self._local:  # else each commit has said so
+            self._at_work = True
+            was_pending = self._local and self.booted and self.worker.pending
+            try:
+                if self.booted:
+                    self._close_local()
+                else:
+                    self._try("the upkeep", self.upkeep.stop)  # begun by what a boot had stored before it failed
+                self._try("the store", self.store.close)
+                self.booted, self._closed = False, True
+            finally:
+                self._at_work = False
+        lost = self.worker.files_lost
+        if lost is not None and was_pending:
             raise FilesLostError(lost.message, hint=lost.hint)
+
+    def _close_local(self) -> None:
+        drained = self._try("the worker", self.drain)
+        self._try("the upkeep", self.upkeep.stop)
+        self._try("the checkpoints", self.checkpointer.stop)
+        stored = drained and self.worker.last_error is None
+        if stored and self.opens > len(self.dropped):
+            self._try("the checkpoint", self._leave_nothing_to_do)
+        reach("before close")
+        # A WAL copied into a file that was cut to nothing would look like a database; that of another file is not ours to delete.
+        self._try("the database", lambda: self.local.close(checkpoint=self.local.is_in_place()))
+        reach("after close")
+        if stored:
+            self._try("the index", self._mark_clean)
+        self._try("the index", self.index.close)
+        self._try("the page view", self.replicator.view.lock.remove)
+
+    def _try(self, what: str, step: Callable[[], None]) -> bool:
+        """Does one step of a close; False when it failed."""
+        try:
+            step()
+        except Exception as error:
+            expected = isinstance(error, BottomlessError | apsw.Error | OSError)
+            logger.warning("%s: closing %s failed: %s", self.path, what, error, exc_info=not expected)
+            return False
+        return True
 
     def _leave_nothing_to_do(self) -> None:
         """At exit, while the application's connections are still open: whatever closes them later finds an empty WAL, and leaves
         the main file as the index describes it."""
-        if self.worker.last_error is not None:
-            return
         try:
             with contextlib.closing(self._connect(self.path)) as connection:
                 connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
                 connection.execute("PRAGMA schema_version").fetchall()
                 connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
-        except apsw.Error as error:
+        except (apsw.BusyError, apsw.LockedError) as error:
             logger.debug("%s: no checkpoint at exit: %s", self.path, error)
 
     def _mark_clean(self) -> None:

@@ -18,7 +18,6 @@ moment is a rival, and a copied directory shares with its original only the atte
 from __future__ import annotations
 
 import hashlib
-import logging
 import secrets
 import time
 from array import array
@@ -33,6 +32,7 @@ from .errors import CorruptionError, FencedError, ReplicationError
 from .history import FENCE_HORIZON_SECONDS, History
 from .local_database import LocalDatabase, SnapshotLost, Tip
 from .local_index import MAX_INTENTS, Identity, IndexHeader, IndexLost, Intent, LocalIndex, boot_id
+from .logs import get_logger
 from .pageview import UNKNOWN_SIZE, PageView
 from .segment import WRITER_ID_SIZE, Body, Commit, Header, Segment
 from .staging import Change, stage_frames, stage_scan
@@ -41,7 +41,7 @@ from .wal import Position
 
 __all__ = ["Replicator", "home_of"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _LOOKS: Final = 4
 _SUSPECT_SECONDS: Final = 2.0

@@ -20,7 +20,6 @@ Invariants:
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -30,10 +29,11 @@ from .crashpoints import reach
 from .edges import Edge, Edges, reachable
 from .errors import CorruptionError
 from .history import FENCE_HORIZON_SECONDS, History
+from .logs import get_logger
 
 __all__ = ["Pruned", "oldest_promised", "prune", "superfluous"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _DAY: Final = 86400.0
 _ABANDONED: Final = 7 * _DAY

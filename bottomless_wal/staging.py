@@ -6,7 +6,6 @@ to the index here. Memory: a few bytes a page, and the pages themselves only whi
 
 from __future__ import annotations
 
-import logging
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from .errors import ConflictError
 from .history import History, Staged
 from .local_database import LocalDatabase, Shape, SnapshotLost, Tip
 from .local_index import IndexHeader, IndexLost, LocalIndex
+from .logs import get_logger
 from .segment import Page, lock_page, page_hash
 from .standing import position_of
 from .wal import FRAME_HEADER_SIZE, Position, WalHeader
@@ -25,7 +25,7 @@ from .wal_file import FrameMap
 
 __all__ = ["Change", "stage_frames", "stage_scan"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _PIECE_BYTES: Final = 64 << 20  # of frames in one commit, unless one transaction alone is larger
 _LOOKED_UP_BYTES: Final = 1 << 20  # of pages of a scan that are held while their hashes are looked up

@@ -8,18 +8,18 @@ covered all of the old WAL (`seal`). Everything else is scanned.
 
 from __future__ import annotations
 
-import logging
 from enum import Enum, auto
 
 from .crashpoints import reach
 from .local_database import LocalDatabase, SnapshotLost, Tip
 from .local_index import Identity, IndexHeader, LocalIndex
+from .logs import get_logger
 from .wal import Position, WalHeader
 from .wal_file import WalFile
 
 __all__ = ["Standing", "position_of", "seal", "standing"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Standing(Enum):

@@ -18,7 +18,6 @@ each millisecond of the processor it rests for three, so that commits hardly not
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import time
@@ -31,12 +30,13 @@ from .edges import Edge, plan
 from .errors import BottomlessError
 from .history import History
 from .log_check import Finding, LogCheck
+from .logs import get_logger
 from .parallel import mark_own_thread
 from .retention import prune
 
 __all__ = ["Upkeep"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _SMALLEST_SNAPSHOT: Final = 1 << 20  # bytes of commits below which a snapshot saves no restore anything
 _FIRST_LOOK: Final = 60.0  # seconds after a process has begun
@@ -72,7 +72,8 @@ class Upkeep:
         self._clock = clock
         self._pause = pause or self._rest
         self._worked = 0.0  # this thread's processor time, until it rested last
-        self._cond = threading.Condition()
+        self._lock = threading.RLock()  # `with` this, not the condition: Ctrl-C could end Condition.__enter__ with the lock held
+        self._cond = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._closing = False
         self._stopping = False
@@ -108,7 +109,7 @@ class Upkeep:
         is_check_due = self._check is not None and self._clock() >= self._check_at
         if not self._config.compaction and not is_check_due:
             return
-        with self._cond:
+        with self._lock:
             self._head = txid
             self._complete = self._config.compaction and (self._complete or txid % LEVELS[0] == 0)
             self._is_check_due = self._is_check_due or is_check_due
@@ -116,17 +117,21 @@ class Upkeep:
                 self._begin()
 
     def _begin(self) -> None:
-        """Start the thread, or wake it. Call it with the condition held."""
+        """Start the thread, or wake it. Call it with the lock held."""
         if self._thread is None and not self._closing:
-            self._thread = threading.Thread(target=self._run, name=f"bottomless upkeep {self._history.name}", daemon=True)
-            self._thread.start()
-            self._running = True
+            thread = threading.Thread(target=self._run, name=f"bottomless upkeep {self._history.name}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                logger.debug("no upkeep of %s: %s", self._history.name, error)  # the interpreter ends
+                return
+            self._thread, self._running = thread, True
         else:
             self._cond.notify_all()
 
     def stop(self) -> None:
         """Ends the thread. A turn that is under way may come to its end, if that is soon; for a request that hangs nobody waits."""
-        with self._cond:
+        with self._lock:
             self._closing = True  # no more rest
             self._cond.notify_all()
             while self._running and self._is_check_due and self._has_gap():
@@ -150,12 +155,12 @@ class Upkeep:
                     expected = isinstance(error, BottomlessError)
                     logger.warning("upkeep of %s: %s", self._history.name, error, exc_info=not expected)
         finally:
-            with self._cond:
+            with self._lock:
                 self._running = self._turning = False
                 self._cond.notify_all()
 
     def _wait(self) -> bool:
-        with self._cond:
+        with self._lock:
             self._turning = False
             self._cond.notify_all()
             while not self._stopping:
@@ -173,7 +178,7 @@ class Upkeep:
             self._look_at_the_log(self._check)
         if not self._config.compaction:
             return
-        with self._cond:
+        with self._lock:
             head = self._head
             self._turned = head
         for _ in range(_LISTINGS):
@@ -286,5 +291,5 @@ class Upkeep:
         self._worked = time.thread_time()
 
     def _rest(self, seconds: float) -> None:
-        with self._cond:
+        with self._lock:
             self._cond.wait_for(lambda: self._closing, seconds)

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
 import os
 import threading
 import time
+import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -31,6 +32,7 @@ from .checkpointer import AUTOCHECKPOINT_FRAMES
 from .config import Config
 from .errors import ConfigError, ReplicationError
 from .local_database import main_file_lost, wal_vanished
+from .logs import get_logger
 from .paths import require_free_name, require_same_name
 from .registry import registry
 from .replica import Replica
@@ -38,7 +40,7 @@ from .wal import WalHeader
 
 __all__ = ["VFS_NAME", "arguments", "connect_own", "defaults", "install"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 VFS_NAME: Final = "bottomless"
 
@@ -50,13 +52,16 @@ _write: Final = apsw.VFSFile.xWrite
 _getpid: Final = os.getpid
 _now: Final = time.monotonic
 
-_released = threading.Condition()
-"""A commit of this process has let go of the write lock."""
-_queued = 0  # threads that wait for that
+_queue: Final[deque[threading.Lock]] = deque()
+"""The threads that wait for a commit of this process to let go of the write lock: a lock each, held until it is their turn. Appending and
+popping need no lock of their own, which the collector, or the exit, could find held for ever."""
 _QUEUE_LOOK: Final = 10_000  # microseconds
 _NAP_OVER: Final = 0.005  # seconds between two sleeps that are not of one wait any more
 
 _thread = threading.local()
+
+# Connection pointer -> the connection, while it lives. SQLite gives a pointer to a later connection, whose entry replaces the old one.
+_opened: dict[int, weakref.ref[apsw.Connection]] = {}
 
 # Errors that wait for the WAL hook: connection pointer -> path of the schema's file -> error.
 _parked: dict[int, dict[str, BaseException]] = {}
@@ -105,12 +110,16 @@ class _MainFile(apsw.VFSFile):
         super().xClose()
         replica, self._replica = self._replica, None
         if replica is not None and replica.pid == os.getpid():
-            registry.release(replica)
+            opened = _opened.get(self._connection)
+            if opened is not None and opened() is None:
+                # The connection is deallocated, by the collector or in the middle of whatever dropped it: nothing may be waited for there.
+                registry.hand_over(replica)
+            else:
+                registry.release(replica)
 
     def _phase_two(self, replica: Replica) -> None:
-        if _queued:
-            with _released:
-                _released.notify()  # one of them: all together would use up their patience
+        if _queue:
+            _call_next()
         try:
             now = _now()
             # With ack=local nobody is told that anything is stored, and a look costs as much as a small commit.
@@ -257,20 +266,21 @@ class _Bottomless(apsw.VFS):
         # handler sleeps for up to 0.1 s, while the lock is free.
         # SQLite takes for slept what it has asked for: its patience would be over after some sixty calls, to whatever database they were.
         # So who was called too early makes up for it the next time, when nobody can call him.
-        global _queued
         began = _now()
         debt, until = getattr(_thread, "nap", (0.0, 0.0))
         if began - until > _NAP_OVER:
             debt = 0.0
         if debt > 0:
             time.sleep(debt)
-        with _released:
-            _queued += 1
-            try:
-                # In a queue, whoever looks of his own accord takes the turn of the one that was called.
-                _released.wait(max(microseconds, _QUEUE_LOOK if _queued > 1 else 0) / 1e6)
-            finally:
-                _queued -= 1
+        turn = threading.Lock()
+        turn.acquire()
+        _queue.append(turn)
+        try:
+            # In a queue, whoever looks of his own accord takes the turn of the one that was called.
+            turn.acquire(timeout=max(microseconds, _QUEUE_LOOK if len(_queue) > 1 else 0) / 1e6)
+        finally:
+            with contextlib.suppress(ValueError):  # it was called
+                _queue.remove(turn)
         ended = _now()
         _thread.nap = (max(0.0, debt + microseconds / 1e6 - (ended - began)), ended)
         return microseconds
@@ -297,7 +307,7 @@ class _Bottomless(apsw.VFS):
             raise
 
 
-_install_lock = threading.Lock()
+_install_lock = threading.RLock()  # a signal handler may open a database while its thread is in `install`
 _installed: _Bottomless | None = None
 
 
@@ -311,9 +321,9 @@ def install(defaults: Mapping[str, object]) -> None:
     Config.load(defaults, environ={})
     with _install_lock:
         if _installed is None:
-            _installed = _Bottomless(defaults)
+            _installed = _Bottomless({})
             apsw.connection_hooks.append(_on_connect)
-        else:
+        if defaults:
             _installed.defaults = {**_installed.defaults, **defaults}
 
 
@@ -350,6 +360,7 @@ def _on_connect(connection: apsw.Connection) -> None:
     if getattr(_thread, "own", False):
         connection.wal_autocheckpoint(0)
         return
+    _opened[connection.sqlite3_pointer()] = weakref.ref(connection)
     connection.set_wal_hook(_wal_hook)
 
 
@@ -371,10 +382,16 @@ def _wal_hook(connection: apsw.Connection, schema: str, frames: int) -> int:
     return apsw.SQLITE_OK
 
 
+def _call_next() -> None:
+    """Wakes one of those who wait for the write lock: all together would use up their patience."""
+    with contextlib.suppress(IndexError):
+        _queue.popleft().release()
+
+
 def _after_fork() -> None:
-    global _install_lock, _released, _queued
-    _install_lock = threading.Lock()
-    _released, _queued = threading.Condition(), 0
+    global _install_lock
+    _install_lock = threading.RLock()
+    _queue.clear()
     _parked.clear()
 
 

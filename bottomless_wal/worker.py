@@ -11,10 +11,10 @@ wait, never an upload.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
+from itertools import count
 from typing import Final
 
 import apsw
@@ -24,13 +24,14 @@ from .errors import BottomlessError, ConflictError, FencedError, FilesLostError,
 from .filler import Filler, view_is_missing
 from .local_database import LocalDatabase
 from .local_index import IndexHeader, IndexLost, LocalIndex
-from .parallel import mark_own_thread
+from .logs import get_logger
+from .parallel import as_own_thread, mark_own_thread
 from .replicator import Replicator
 from .wal import Position
 
 __all__ = ["Worker"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _GATHER_SHARE: Final = 0.5  # of a round trip, spent waiting for those that kept the last batch company, or came during it ...
 _GATHER_MOST: Final = 0.025
@@ -64,7 +65,9 @@ class Worker:
         self._local = local
         self._reboot = reboot
         self._clock = clock
-        self._lock = threading.RLock()  # the collector may end a statement that commits while its thread is in here
+        # The collector may end a statement that commits while its thread is in here: waiting gives the lock back however often it is held.
+        # `with` the lock, not a condition: Ctrl-C could end Condition.__enter__ with the lock held.
+        self._lock = threading.RLock()
         self._cond = threading.Condition(self._lock)  # who waits for the worker
         self._wake = threading.Condition(self._lock)  # the worker waits: apart, for each committer would wake all the others
         self._gathering = False
@@ -73,7 +76,9 @@ class Worker:
         self._running = False
         self.dirty = False
         """A commit was submitted, and no batch has begun since: what stands by now will go with that one."""
-        self._submitted = 0  # tickets given out
+        self._alone = False  # no thread can be started: who waits does the work
+        self._tickets = count(1)
+        self._submitted = 0  # the last ticket given out
         self._done = 0  # tickets up to here were covered
         self._failed = 0  # tickets up to here have failed ...
         self._error: BottomlessError | None = None  # ... with this
@@ -102,9 +107,9 @@ class Worker:
         Raises:
             ReplicationError: nobody will send what was submitted: at exit, when the replica was closed already.
         """
-        with self._cond:
+        with self._lock:
             self._replicator.held = False
-            self._submitted += 1
+            ticket = self._submitted = next(self._tickets)
             if self._oldest is None:
                 self._oldest = self._clock()
             self._ensure_thread()
@@ -112,9 +117,8 @@ class Worker:
             if self._idle or (self._config.ack != "local" and not self._gathering):
                 self._wake.notify()
             self.dirty = self._running  # last of all: Ctrl-C before leaves it to the next commit
-            ticket = self._submitted
-            if must_run and not self._running:
-                raise self._shut_down()
+            if must_run and not self._running and (self._stopping or not self._alone):
+                raise self.shut_down()
         self._filler.active()
         return ticket
 
@@ -125,7 +129,9 @@ class Worker:
             ReplicationError: it is not, and stays pending. FencedError, ConflictError: it will never be.
         """
         began = self._clock()
-        with self._cond:
+        if not self._stopping:
+            self._work_here(ticket)
+        with self._lock:
             self._urgent = max(self._urgent, ticket)
             try:
                 self._waiting += 1
@@ -135,13 +141,14 @@ class Worker:
                     if self._failed >= ticket or self._fatal is not None:
                         raise self._failure()
                     if self._thread is None or not self._thread.is_alive():
-                        raise self._shut_down()
+                        raise self.shut_down()
                     self._require_lock(began)
                     self._cond.wait(1.0)
             finally:
                 self._waiting -= 1
 
-    def _shut_down(self) -> ReplicationError:
+    def shut_down(self) -> ReplicationError:
+        """What a commit raises when nothing will send it."""
         return ReplicationError(
             f"the commit to {self._local.path} stands, but replication has been shut down", hint="The next open sends it."
         )
@@ -154,13 +161,17 @@ class Worker:
         """
         began = self._clock()
         end = None if timeout is None else began + timeout
-        with self._cond:
+        with self._lock:
             self._replicator.held = False
-            ticket = self._submitted = self._submitted + 1
+            ticket = self._submitted = next(self._tickets)
             self._urgent = ticket
             self._flush_wanted = ticket
             self._ensure_thread()
             self._wake.notify()
+            stopping = self._stopping
+        if not stopping:
+            self._work_here(ticket)
+        with self._lock:
             while self._flush_done < ticket:
                 if self._failed >= ticket or self._fatal is not None:
                     raise self._failure()
@@ -189,7 +200,7 @@ class Worker:
     @property
     def last_error(self) -> BottomlessError | None:
         """The error of the last batch; None when it went well."""
-        with self._cond:
+        with self._lock:
             return self._fatal or self._error
 
     @property
@@ -210,7 +221,7 @@ class Worker:
 
     def lag(self) -> float:
         """Seconds since the oldest commit that is not in the log yet; 0 when there is none."""
-        with self._cond:
+        with self._lock:
             return 0.0 if self._oldest is None else self._clock() - self._oldest
 
     def stop(self, *, drain: bool = False) -> None:
@@ -218,14 +229,16 @@ class Worker:
 
         Errors are logged and kept in `last_error`.
         """
-        with self._cond:
+        with self._lock:
+            ticket = 0
             if drain and self._fatal is None and not self._replicator.held:
-                self._submitted += 1
+                ticket = self._submitted = next(self._tickets)
                 self._ensure_thread()
             self._stopping = True
             self._wake.notify()
+        self._work_here(ticket)
         self._filler.stop()
-        with self._cond:
+        with self._lock:
             # Not by Thread.join(): one that Ctrl-C ends takes the thread for dead, though it goes on (CPython 3.11).
             while self._running and self._thread is not threading.current_thread():
                 self._cond.wait(1.0)
@@ -235,9 +248,24 @@ class Worker:
 
     def _ensure_thread(self) -> None:
         if self._thread is None and not self._stopping:
-            self._thread = threading.Thread(target=self._run, name=f"bottomless {self._local.path}", daemon=True)
-            self._thread.start()
-            self._running = True
+            thread = threading.Thread(target=self._run, name=f"bottomless {self._local.path}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                logger.debug("%s: batches are run by whoever waits for them: %s", self._local.path, error)  # the interpreter ends
+                self._alone = True
+                return
+            self._thread, self._running = thread, True
+
+    def _work_here(self, ticket: int) -> None:
+        """Runs the batch in this thread when the interpreter ends and no other can be started (Python 3.12 and later)."""
+        if self._alone and not self._running and ticket > max(self._done, self._failed):
+            with as_own_thread():
+                self._batch()
+
+    def needs_this_thread(self) -> bool:
+        """Does the worker wait for a lock that the running thread holds? Then nothing that is submitted here can be waited for."""
+        return self._filler.is_held_here()
 
     def _require_lock(self, since: float) -> None:
         """Raises ReplicationError when the worker has waited for another process for as long as a store would be waited for."""
@@ -261,7 +289,7 @@ class Worker:
         )
 
     def _publish(self, position: Position | None) -> None:
-        with self._cond:
+        with self._lock:
             self._logged = position
             self._cond.notify_all()
 
@@ -278,13 +306,13 @@ class Worker:
         mark_own_thread()
         try:
             while True:
-                with self._cond:
+                with self._lock:
                     if self._next_task() == "stop":
                         self._running = self.dirty = False  # who submits from here on hears that nobody will send it
                         return
                 self._batch()
         finally:
-            with self._cond:
+            with self._lock:
                 self._running = self.dirty = False
                 self._cond.notify_all()
 
@@ -324,7 +352,7 @@ class Worker:
         self._gathering = False
 
     def _batch(self) -> None:
-        with self._cond:
+        with self._lock:
             self.dirty = False  # before anything is looked at
             ticket, flushing, company = self._submitted, self._flush_wanted > self._flush_done, self._waiting
             stopping = self._stopping
@@ -342,7 +370,7 @@ class Worker:
                     logger.warning("%s: finding out anew where the local state stands", lost)
                     header = self._reboot()
                 behind = self._replicator.view.behind(header)
-            if behind and stopping and self._config.pages == "checkpoint":
+            if behind and ((stopping and self._config.pages == "checkpoint") or (flushing and self._alone)):
                 self._filler.fill_all()
                 behind = False
             elif behind and stopping and self._config.ack != "pages":
@@ -367,7 +395,7 @@ class Worker:
                 hint="They stay pending. Please report the log of this process.",
             )
             error.__cause__ = failure
-        with self._cond:
+        with self._lock:
             self._locking = None
             if self._config.ack == "local":
                 # Nobody waits for it, and whoever commits wants the processor, and Python's lock.
@@ -384,7 +412,7 @@ class Worker:
 
     def _filled(self, ticket: int, failure: Exception | None) -> None:
         """The filler: the page view is as complete as the flush `ticket` (0: none) wanted it; or it could not be filled."""
-        with self._cond:
+        with self._lock:
             if failure is None:
                 self._flush_done = max(self._flush_done, ticket)
             else:
@@ -404,7 +432,7 @@ class Worker:
     def _concluded(self, ticket: int, error: BottomlessError | None, began: float, company: int) -> None:
         now = self._clock()
         if error is None:
-            self._done = ticket
+            self._done = max(self._done, ticket)
             self._error = None
             self._retry_at, self._retry_wait = None, 0.0
             self._oldest = None if self._submitted == ticket else began

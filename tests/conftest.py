@@ -12,11 +12,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from endpoints import Endpoint, MakeConfig, endpoint_of
 from hypothesis import settings
 
+from bottomless_wal import logs
 from bottomless_wal.config import ENV_PREFIX, Config
 from bottomless_wal.s3server import RcloneServer, guarded
 
@@ -57,6 +59,23 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+class DrainedLog:
+    """pytest's `caplog`, seen once the log thread has written what was logged before."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        self._caplog = caplog
+
+    def __getattr__(self, name: str) -> Any:
+        assert logs.drain(30), "the log thread hangs"
+        return getattr(self._caplog, name)
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> DrainedLog:
+    """Lines of the package are written by a thread of their own, a moment later."""
+    return DrainedLog(caplog)
 
 
 @pytest.fixture(params=["rclone", "moto"])

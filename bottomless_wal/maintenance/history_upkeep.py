@@ -10,7 +10,6 @@ All of them are safe beside a writer, and beside each other: what vanishes meanw
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -22,13 +21,14 @@ from ..compaction import LEVELS, Vanished
 from ..edges import Edge, plan
 from ..errors import ConfigError
 from ..history import FENCE_HORIZON_SECONDS
+from ..logs import get_logger
 from ..rebuild import Progress
 from .target import Target, opened
 from .timeline import relisted
 
 __all__ = ["CompactionReport", "PruneReport", "SnapshotReport", "compact", "forget", "prune", "snapshot"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 R = TypeVar("R")
 

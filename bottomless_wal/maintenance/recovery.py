@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
 import secrets
 import time
@@ -31,6 +30,7 @@ from ..crashpoints import reach
 from ..edges import Edge
 from ..errors import ConfigError, ConflictError, RestoreError
 from ..local_index import Backlog, IndexHeader, LocalIndex, boot_id
+from ..logs import get_logger
 from ..pageview import UNKNOWN_SIZE
 from ..paths import require_free_name
 from ..rebuild import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch, translated
@@ -43,7 +43,7 @@ from .timeline import ranges, relisted, restorable, txid_at
 
 __all__ = ["Restored", "reset_from_local", "restore"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _RANGES: Final = 8  # that a message lists
 

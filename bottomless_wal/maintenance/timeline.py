@@ -11,7 +11,6 @@ which never does.
 from __future__ import annotations
 
 import bisect
-import logging
 import os
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -24,12 +23,13 @@ from ..compaction import Vanished
 from ..edges import Edge, reachable
 from ..errors import ConfigError, CorruptionError, RestoreError
 from ..history import History
+from ..logs import get_logger
 from ..segment import LISTED_ROWS, Commit, Header
 from .target import opened
 
 __all__ = ["State", "States", "ranges", "relisted", "restorable", "states", "timeline", "txid_at"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _MOST_LIES: Final = 8  # edges that do not list what they should, before a state's time counts as unknown
 _LISTINGS: Final = 5

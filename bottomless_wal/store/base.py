@@ -52,7 +52,11 @@ _ROUGH: Final = 2.0  # seconds that an answer may seem older than it is: it was 
 
 
 class Stats:
-    """Counts, since the store was opened, what went over the line: the attempts that were made, failed ones included."""
+    """Counts, since the store was opened, what went over the line: the attempts that were made, failed ones included.
+
+    Only the threads that send take the lock. A thread that reads copies the counters, each in one step: a commit that the garbage collector
+    makes in it must not find the worker waiting for a lock of this very thread.
+    """
 
     def __init__(self) -> None:
         self._requests: Counter[str] = Counter()
@@ -84,20 +88,17 @@ class Stats:
     @property
     def requests(self) -> dict[str, int]:
         """Requests made, by kind."""
-        with self._lock:
-            return dict(self._requests)
+        return dict(self._requests)
 
     @property
     def sent(self) -> dict[str, int]:
         """Bytes of content sent, by kind of request (headers are not counted)."""
-        with self._lock:
-            return {kind: size for kind, size in self._sent.items() if size}
+        return {kind: size for kind, size in dict(self._sent).items() if size}
 
     @property
     def bytes_sent(self) -> int:
         """All of them together."""
-        with self._lock:
-            return sum(self._sent.values())
+        return sum(dict(self._sent).values())
 
     @property
     def bytes_received(self) -> int:

@@ -8,7 +8,6 @@ left to it. Each retry is logged at INFO. An *outage* is one WARNING when it beg
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import Final, TypeVar
 import tenacity
 
 from ..errors import StoreError, TransientError
+from ..logs import get_logger
 from ..parallel import fork_aware
 from .base import Stats
 
@@ -25,7 +25,7 @@ __all__ = ["Retrier"]
 
 R = TypeVar("R")
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _FIRST_WAIT: Final = 0.2
 _LONGEST_WAIT: Final = 5.0

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -18,6 +17,7 @@ from typing import Any, Final, TypeAlias
 
 from ..config import Config
 from ..errors import CorruptionError, StoreError, TransientError
+from ..logs import get_logger
 from ..parallel import each, let_go, ordered
 from .base import Entry, Receipt, Stats, check_key, parts
 from .retry import Retrier
@@ -27,7 +27,7 @@ from .s3_errors import code_of, status_of
 
 __all__ = ["S3Store"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _MOST_PARTS: Final = 10_000  # of one upload, by the rules of S3
 _PARTS_IN_FLIGHT: Final = 3

@@ -25,6 +25,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from ..config import Config
 from ..errors import ConfigError, StoreError, TransientError
+from ..logs import defer
 from ..parallel import fork_aware
 from .base import ServerClock, Stats
 from .s3_direct import DIRECT, DirectClient
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "Connection"]
 
+_CHATTY: Final = ("boto3", "botocore", "s3transfer", "urllib3")
+"""The packages that log while they send for us."""
 _READING: Final = frozenset({"get", "head"})  # kinds of requests
 
 
@@ -181,6 +184,7 @@ class Connection:
                         f"cannot load boto3: {error}",
                         hint="Call bottomless_wal.register(endpoint=...) before the process gives up its privileges.",
                     ) from error
+                defer(*_CHATTY)
             return getattr(self, name)
 
 

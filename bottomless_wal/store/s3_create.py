@@ -23,13 +23,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple
 
 from ..errors import StoreError, TransientError
+from ..logs import get_logger
 from ..parallel import fork_aware
 from .base import Receipt
 from .retry import Retrier
@@ -38,7 +38,7 @@ from .s3_errors import status_of
 
 __all__ = ["PROBE_SECONDS", "Creator"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PROBE_SECONDS: Final = 600.0
 """After so long a probe is made again, before a create. It costs three requests."""
@@ -203,9 +203,8 @@ class Creator:
                     self._delete(what, key, {"NoSuchKey"})
         except StoreError as error:
             # A store that is open for long leaves one at each probe: one warning is enough.
-            logger.log(
-                logging.INFO if self._has_left else logging.WARNING, "the empty object %r stays in the bucket: %s", key, error.message
-            )
+            tell = logger.info if self._has_left else logger.warning
+            tell("the empty object %r stays in the bucket: %s", key, error.message)
             self._has_left = True
 
     def _condition(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import apsw
 import pytest
 from endpoints import Endpoint, endpoint_of
-from worlds import World
+from worlds import World, until
 
 from bottomless_wal import crashpoints
 from bottomless_wal.registry import registry
@@ -25,7 +25,7 @@ def _world(endpoint: Endpoint, root: Path) -> Iterator[World]:
         for con in world.connections:
             with contextlib.suppress(apsw.Error):
                 con.close()
-        assert registry.all() == [], "a replica was left open"
+        until(lambda: registry.all() == [])  # a connection that the collector has closed is ended by another thread
 
 
 @pytest.fixture

@@ -4,8 +4,12 @@ ours leaves a trace on standard error.
 
 from __future__ import annotations
 
+import json
+import random
+from pathlib import Path
 from typing import Any
 
+import exit_test
 import pytest
 from worlds import World, child, rows, spawn
 
@@ -259,3 +263,211 @@ while con.execute("SELECT count(*) FROM t").get < 20: time.sleep(0.005)
     assert rows(con) >= out.count("x")
     bottomless_wal.flush(con)
     world.stored(con)
+
+
+NO_THREADS = """
+import atexit
+def no_more_threads():
+    def refuse(*arguments, **more): raise RuntimeError("can't create new thread at interpreter shutdown")
+    threading._start_new_thread = threading._start_joinable_thread = refuse
+atexit.register(no_more_threads)  # from here on as in Python 3.12 and later
+"""
+
+# What has no thread yet when the interpreter ends: script, options, rows in the end.
+THREADLESS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "the first batch": (OPEN + "con.execute('INSERT INTO t VALUES (1)')" + NO_THREADS, LOCAL, 1),
+    "a database that was only read, before another": (
+        """
+other = connect(argv[0] + "-other"); other.execute("CREATE TABLE t(x)"); other.close()
+other = connect(argv[0] + "-other"); other.execute("SELECT * FROM t").fetchall()
+"""
+        + OPEN
+        + "con.execute('INSERT INTO t VALUES (1)')"
+        + NO_THREADS,
+        LOCAL,
+        1,
+    ),
+    "all, where the application opens it at exit": (
+        """
+import atexit
+def last():
+    global con
+    con = connect(argv[0]); con.execute("CREATE TABLE t(x)"); con.execute("INSERT INTO t VALUES (1)")
+atexit.register(last)
+"""
+        + NO_THREADS,
+        LOCAL,
+        1,
+    ),
+    "all, where commits and a flush wait at exit": (
+        """
+import atexit
+def last():
+    global con
+    con = connect(argv[0]); con.execute("CREATE TABLE t(x)"); con.execute("INSERT INTO t VALUES (1)")
+    bottomless_wal.flush(con)
+    assert bottomless_wal.status(con).pending_frames == 0
+    con.execute("INSERT INTO t VALUES (2)")
+    con.close()
+atexit.register(last)
+"""
+        + NO_THREADS,
+        {},
+        2,
+    ),
+    "the page view": (
+        OPEN + "con.executemany('INSERT INTO t VALUES (randomblob(3000))', [()] * 50)" + NO_THREADS, {**LOCAL, "pages": "checkpoint"}, 50,
+    ),
+    "the upkeep, with 70 commits behind": (
+        OPEN + "for _ in range(70): con.execute('INSERT INTO t VALUES (1)')" + NO_THREADS, {**LOCAL, "ack": "local"}, 70,
+    ),
+    "a checkpoint of a large WAL": (
+        """
+import atexit
+def last():
+    global con
+    con = connect(argv[0]); con.execute("CREATE TABLE t(x)")
+    for _ in range(3): con.execute("INSERT INTO t VALUES (zeroblob(9000000))")
+atexit.register(last)
+"""
+        + NO_THREADS,
+        LOCAL,
+        3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", THREADLESS)
+def test_where_no_thread_can_be_started_the_exiting_one_sends(world: World, what: str) -> None:
+    script, options, count = THREADLESS[what]
+    here = world.machine()
+    process = spawn(script, here.path(), options={**world.options, **options})
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert not [word for word in (*OURS, "not stored") if word in said], said
+    head = world.bucket.head("app.db")
+    con = here.connect()
+    assert rows(con) == count
+    assert world.bucket.head("app.db") == head, "the exit has left something to the next open"
+    bottomless_wal.flush(con)
+    world.stored(con)
+    con.close()
+    world.comes_back(here)
+
+
+def test_an_error_of_one_database_does_not_keep_the_others_from_being_drained(world: World) -> None:
+    here = world.machine()
+    script = (
+        """
+from bottomless_wal.registry import registry
+first = connect(argv[0] + "-first"); first.execute("CREATE TABLE t(x)")
+def fail(): raise LookupError("not foreseen")
+registry.get(argv[0] + "-first").close = fail
+"""
+        + OPEN
+        + "con.execute('INSERT INTO t VALUES (1)')"
+    )
+    process = spawn(script, here.path(), options={**world.options, **LOCAL})
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert "closing " + here.path() + "-first at exit failed" in said
+    assert "LookupError: not foreseen" in said
+    lost = world.machine().connect()
+    assert rows(lost) == 1
+
+
+LATE = """
+import atexit, gc
+from bottomless_wal.parallel import EXITED
+from bottomless_wal.registry import registry
+held, go_on = threading.Event(), threading.Event()
+def hold():
+    "Stands for a thread that has stopped where it was: it holds every lock and never gives one back."
+    go_on.wait()
+    replica = registry.all()[0]
+    for lock in (registry._lock, replica.lifecycle, replica.worker._lock, replica.worker._filler._cond, replica.upkeep._cond,
+                 replica.checkpointer._cond, replica.store.stats._lock):
+        lock.acquire()
+    held.set()
+    threading.Event().wait()
+threading.Thread(target=hold, daemon=True).start()
+def freeze():
+    go_on.set()
+    held.wait()
+    %s
+# The last registered runs first: `freeze` runs after the exit's own handlers.
+for handler in (registry.exit, EXITED.append): atexit.unregister(handler)
+atexit.register(freeze)
+atexit.register(EXITED.append, None)
+atexit.register(registry.exit)
+"""
+
+
+@pytest.mark.parametrize("late", ["pass", "con.close()", "globals().pop('con')", "collect()", "commit()", "status()", "opens()"])
+def test_what_comes_after_the_exit_waits_for_no_lock(world: World, late: str) -> None:
+    """A thread that stopped in the middle of something may hold any of them."""
+    here = world.machine()
+    script = (
+        LATE % late
+        + OPEN
+        + """
+con.execute("INSERT INTO t VALUES (1)")
+def collect():
+    global con
+    cycle = [con]; cycle.append(cycle)
+    del con, cycle
+    gc.collect()
+def refused(call, error):
+    try:
+        call()
+        print("not refused")
+    except error as refusal:
+        print(refusal)
+def commit(): refused(lambda: con.execute("INSERT INTO t VALUES (2)"), bottomless_wal.ReplicationError)
+def status(): refused(lambda: bottomless_wal.status(con), bottomless_wal.ConfigError)
+def opens(): refused(lambda: connect(argv[0]), bottomless_wal.ConfigError)
+"""
+    )
+    process = spawn(script, here.path(), options={**world.options, **LOCAL})
+    try:
+        out, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    assert "not refused" not in out
+    assert not [word for word in OURS if word in said], said
+    con = here.connect()
+    bottomless_wal.flush(con)
+    world.stored(con)
+
+
+def test_ctrl_c_at_the_very_first_step_of_the_exit(world: World) -> None:
+    """Python raises it within our handler, before anything there can catch it."""
+    here = world.machine()
+    script = (
+        OPEN
+        + """
+from bottomless_wal.registry import registry
+import atexit
+atexit.unregister(registry.exit)
+def strike(): raise KeyboardInterrupt
+atexit.register(strike)
+con.execute("INSERT INTO t VALUES (1)")
+"""
+    )
+    process = spawn(script, here.path(), options={**world.options, **LOCAL})
+    try:
+        process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    con = here.connect()
+    assert rows(con) == 1
+    bottomless_wal.flush(con)
+    world.stored(con)
+
+
+def test_processes_that_end_at_random_moments(tmp_path: Path) -> None:
+    told = exit_test.run(tmp_path, 12, None, random.Random(3))
+    assert (told["exits"], told["hangs"], told["missing"]) == (12, 0, 0), json.dumps(told)
+    assert told["acknowledged"] > 100

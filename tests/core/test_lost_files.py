@@ -9,7 +9,7 @@ from typing import Any
 
 import apsw
 import pytest
-from worlds import Machine, World, refusal, rows, until
+from worlds import Machine, World, refusal, replica_of, rows, until
 
 import bottomless_wal
 from bottomless_wal import vfs
@@ -101,7 +101,8 @@ def test_ack_local_says_it_at_the_next_commit_the_flush_and_the_close(world: Wor
     bottomless_wal.flush(con)
     before = world.bucket.content()
     lose(here)
-    until(lambda: _fails(con))  # the first ones may come before anybody has looked
+    replica_of(con).look_seconds = 3600.0  # the batch looks, not the commit: the first ones pass
+    until(lambda: _fails(con))
     for _ in range(3):
         assert _fails(con)
     with pytest.raises(FilesLostError):
