@@ -26,6 +26,7 @@ from typing import Final, NamedTuple
 import apsw
 
 from .errors import CorruptionError, ReplicationError
+from .own_connection import OwnConnection
 from .segment import lock_page
 from .wal import FRAME_HEADER_SIZE, FrameHeader, WalHeader, frame_offset
 from .wal_file import FrameMap, WalFile
@@ -33,8 +34,6 @@ from .wal_file import FrameMap, WalFile
 __all__ = ["LocalDatabase", "Shape", "SnapshotLost", "Tip", "wal_vanished"]
 
 logger = logging.getLogger(__name__)
-
-_thread = threading.local()
 
 _READ_BYTES: Final = 256 * 1024
 _ASK_AGAIN_SECONDS: Final = 10.0
@@ -86,6 +85,7 @@ class LocalDatabase:
         self._sleep = sleep
         self._monitor: apsw.Connection | None = None
         self._monitor_lock = threading.Lock()
+        self._asking: set[int] = set()  # threads that hold, or wait for, that lock
         self._pin: apsw.Connection | None = None
         self._pinned = False
         self._main: apsw.VFSFile | None = None
@@ -103,30 +103,39 @@ class LocalDatabase:
             ReplicationError: SQLite kept answering BUSY.
         """
         vanished = 0
-        _thread.asking = True
-        try:
-            with self._monitor_lock:
-                for _ in range(int(_ASK_AGAIN_SECONDS / 0.0005)):
-                    before = self._tip_wal.header()
-                    counts = self._ask()
-                    if counts is not None and before == self._tip_wal.header():
-                        if before is not None or not counts[0]:
-                            return Tip(before, *counts)
-                        vanished += 1
-                        if vanished == _VANISHED_LOOKS:
-                            raise wal_vanished(self.path)
-                    self._sleep(0.0005)
-        finally:
-            _thread.asking = False
+        with self._monitoring():
+            for _ in range(int(_ASK_AGAIN_SECONDS / 0.0005)):
+                before = self._tip_wal.header()
+                counts = self._ask()
+                if counts is not None and before == self._tip_wal.header():
+                    if before is not None or not counts[0]:
+                        return Tip(before, *counts)
+                    vanished += 1
+                    if vanished == _VANISHED_LOOKS:
+                        raise wal_vanished(self.path)
+                self._sleep(0.0005)
         raise ReplicationError(
             f"the WAL of {self.path} could not be looked at: SQLite stayed busy",
             hint="Another process holds the database in recovery or exclusively; the commit stays pending.",
         )
 
-    @staticmethod
-    def asking() -> bool:
-        """Is the running thread within `tip`? Then it must not be called once more: not even by a commit that the collector makes."""
-        return getattr(_thread, "asking", False)
+    def is_asking(self) -> bool:
+        """Return whether the running thread is within `tip` of this database.
+
+        Then a second call deadlocks. A signal handler or a finalizer that commits can make one.
+        """
+        return threading.get_ident() in self._asking
+
+    @contextlib.contextmanager
+    def _monitoring(self) -> Iterator[None]:
+        """Hold the monitor's lock. The thread is marked before it takes the lock, and until it has let go of it."""
+        me = threading.get_ident()
+        try:
+            self._asking.add(me)
+            with self._monitor_lock:
+                yield
+        finally:
+            self._asking.discard(me)
 
     def _connect(self) -> apsw.Connection:
         connection = self._open()
@@ -136,7 +145,7 @@ class LocalDatabase:
 
     def connect_plain(self) -> apsw.Connection:
         """A connection below our VFS, for what no replication must see; it leaves the WAL alone when it is closed."""
-        connection = apsw.Connection(self.path, flags=apsw.SQLITE_OPEN_READWRITE)
+        connection = OwnConnection(self.path)
         connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         connection.set_busy_timeout(5000)
         return connection
@@ -376,7 +385,7 @@ class LocalDatabase:
             self._main.xClose()
             self._main = None
         pin, self._pin = self._pin, None
-        with self._monitor_lock:
+        with self._monitoring():
             self._tip_wal.close()
             monitor, self._monitor = self._monitor, None
         for connection in (pin, monitor):

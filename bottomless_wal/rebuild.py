@@ -33,6 +33,7 @@ from .edges import Edge, Suspects, plan
 from .errors import BottomlessError, CorruptionError, RestoreError
 from .history import History
 from .local_index import LocalIndex
+from .own_connection import OwnConnection
 from .page_object import PAGE_OBJECT_LIMIT, PageTrailer, decode_page_object
 from .segment import Header, Page, Segment, lock_page, page_hash
 
@@ -374,7 +375,7 @@ def _no_way(history: History, target: int, edges: Sequence[Edge], first: _Misfit
 
 
 def _integrity_check(path: str) -> None:
-    connection = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READONLY)
+    connection = OwnConnection(path, flags=apsw.SQLITE_OPEN_READONLY)
     try:
         answer = connection.execute("PRAGMA integrity_check").get
     except apsw.Error as error:

@@ -169,17 +169,40 @@ class Replica:
                 raise type(worker.fatal)(worker.fatal.message, hint=worker.fatal.hint)
             return
         ticket = worker.submit()
-        if is_own_thread() or self.local.asking():
-            # The garbage collector has ended a statement that committed, in a thread that this wait might be waiting for, or in the middle
-            # of what it would do; nobody would hear of an error.
-            return
+        try:
+            self._wait(ticket)
+        except BottomlessError as error:
+            error.ticket = ticket
+            raise
+
+    def _wait(self, ticket: int) -> None:
+        # A signal handler or a finalizer commits in the middle of what its thread was doing.
+        if is_own_thread():
+            raise self._cannot_wait("it is a thread of the replication")
+        if self.local.is_asking():
+            raise self._cannot_wait("it was interrupted in the middle of another commit to this database")
         tip = self.local.tip()
         place = Position(tip.header.salt1, tip.header.salt2, tip.frames, 0, 0) if tip.header is not None else None
         try:
-            worker.wait(ticket, place, for_pages=self.config.ack == "pages")
+            self.worker.wait(ticket, place, for_pages=self.config.ack == "pages")
         except BottomlessError:
             self.checkpointer.ask(tip.frames)
             raise
+
+    def storing(self, error: BaseException) -> Callable[[], bool]:
+        """Return a function that tells whether the commit that has ended with `error` is stored by now."""
+        if isinstance(error, BottomlessError):
+            ticket = error.ticket
+        else:
+            # The wait was ended by Ctrl-C or by a signal handler, perhaps before the commit was submitted.
+            ticket = self.worker.submit()
+        return lambda: bool(ticket) and self.worker.has_done(ticket)
+
+    def _cannot_wait(self, cause: str) -> ReplicationError:
+        return ReplicationError(
+            f"the commit to {self.path} stands and is pending: this thread cannot wait for it, because {cause}",
+            hint="It is sent in the background. Do not repeat the statement. Commit outside of signal handlers and finalizers, or flush().",
+        )
 
     def wal_in_place(self) -> bool:
         """Is the file at `<db>-wal` the one that every connection here has open? Nobody deletes it while one has."""

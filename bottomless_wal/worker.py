@@ -141,6 +141,10 @@ class Worker:
             finally:
                 self._waiting -= 1
 
+    def has_done(self, ticket: int) -> bool:
+        """Return whether what `ticket` stands for is stored, as far as `ack` asks."""
+        return self._done >= ticket
+
     def _shut_down(self) -> ReplicationError:
         return ReplicationError(
             f"the commit to {self._local.path} stands, but replication has been shut down", hint="The next open sends it."
