@@ -25,7 +25,7 @@ from typing import Final, NamedTuple
 
 import apsw
 
-from .errors import CorruptionError, ReplicationError
+from .errors import BottomlessError, CorruptionError, ReplicationError
 from .own_connection import OwnConnection
 from .segment import lock_page
 from .wal import FRAME_HEADER_SIZE, FrameHeader, WalHeader, frame_offset
@@ -39,6 +39,8 @@ _READ_BYTES: Final = 256 * 1024
 _ASK_AGAIN_SECONDS: Final = 10.0
 _QUIET_LOOKS: Final = 200
 _VANISHED_LOOKS: Final = 20
+_OPEN_AGAIN_SECONDS: Final = 0.5
+_UNSOUND: Final = (apsw.NotADBError, apsw.CorruptError)
 _BASE_VFS: Final = ""  # the default VFS below ours
 
 
@@ -100,9 +102,15 @@ class LocalDatabase:
         """How far the WAL is committed. Thread-safe.
 
         Raises:
-            ReplicationError: SQLite kept answering BUSY.
+            ReplicationError: SQLite kept answering BUSY or failed, or this thread is in here already.
+            apsw.NotADBError, apsw.CorruptError: the file is not a sound database.
         """
         vanished = 0
+        if self.is_asking():
+            raise ReplicationError(
+                f"the WAL of {self.path} could not be looked at: this thread was interrupted while it did so",
+                hint="Ask outside of signal handlers and finalizers.",
+            )
         with self._monitoring():
             for _ in range(int(_ASK_AGAIN_SECONDS / 0.0005)):
                 before = self._tip_wal.header()
@@ -138,10 +146,32 @@ class LocalDatabase:
             self._asking.discard(me)
 
     def _connect(self) -> apsw.Connection:
-        connection = self._open()
-        # Ours must never be the close that checkpoints and deletes the WAL while the index is locked: see `close`.
-        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-        return connection
+        """Open a connection of our own.
+
+        Raises:
+            ReplicationError: it could not be opened, even after a while. A shortage of file descriptors or memory may pass.
+        """
+        end = time.monotonic() + _OPEN_AGAIN_SECONDS
+        while True:
+            try:
+                connection = self._open()
+                # Ours must never be the close that checkpoints and deletes the WAL while the index is locked: see `close`.
+                connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+                return connection
+            except _UNSOUND:
+                raise
+            except apsw.Error as error:
+                if isinstance(error, BottomlessError):
+                    raise
+                if time.monotonic() >= end:
+                    raise self._cannot_look(error) from error
+                self._sleep(0.02)
+
+    def _cannot_look(self, cause: apsw.Error) -> ReplicationError:
+        return ReplicationError(
+            f"{self.path} could not be looked at for replication: {cause}",
+            hint="What is committed stays pending. Check the file's permissions, the disk, and the limit of file descriptors.",
+        )
 
     def connect_plain(self) -> apsw.Connection:
         """A connection below our VFS, for what no replication must see; it leaves the WAL alone when it is closed."""
@@ -166,6 +196,12 @@ class LocalDatabase:
             # An application that closes "all connections" of the process closes ours too: open another.
             self._monitor = None
             return None
+        except _UNSOUND:
+            raise
+        except apsw.Error as error:
+            if isinstance(error, BottomlessError):
+                raise
+            raise self._cannot_look(error) from error
         return max(frames, 0), max(backfilled, 0)
 
     @staticmethod
@@ -194,9 +230,11 @@ class LocalDatabase:
                 _end(pin)
                 logger.debug("%s: busy while pinning (attempt %d)", self.path, attempt + 1)
                 self._sleep(0.0005)
-            except apsw.Error:
+            except apsw.Error as error:
                 _end(pin)
-                raise
+                if isinstance(error, (*_UNSOUND, BottomlessError)):
+                    raise
+                raise self._cannot_look(error) from error
         else:
             raise ReplicationError(f"no read transaction on {self.path}: SQLite stayed busy", hint="The commit stays pending.")
         self._pinned = True

@@ -24,7 +24,7 @@ from . import layout
 from .checkpointer import RESTART_FRAMES, Checkpointer
 from .config import Config
 from .crashpoints import reach
-from .errors import BottomlessError, ConfigError, FencedError, ReplicationError
+from .errors import BottomlessError, ConfigError, CorruptionError, FencedError, ReplicationError
 from .history import History
 from .local_database import LocalDatabase
 from .local_index import Identity, IndexHeader, LocalIndex
@@ -240,7 +240,10 @@ class Replica:
 
     def status(self) -> Status:
         """See `Status`."""
-        tip = self.local.tip()
+        try:
+            tip = self.local.tip()
+        except (apsw.NotADBError, apsw.CorruptError) as error:
+            raise CorruptionError(f"{self.path} is damaged: {error}", hint="Restore it: bottomless-wal restore --force.") from error
         header = LocalIndex.peek(self.index.path)
         if header is None:
             raise ConfigError(f"{self.index.path} is missing or damaged", hint="The next commit rebuilds it.")
@@ -314,6 +317,7 @@ class Replica:
                 connection.execute("PRAGMA schema_version").fetchall()
                 connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
         except apsw.Error as error:
+            # The application's connections may be busy. The WAL that stays is sound, and the next open looks at it.
             logger.debug("%s: no checkpoint at exit: %s", self.path, error)
 
     def _mark_clean(self) -> None:

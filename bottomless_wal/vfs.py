@@ -25,7 +25,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 import apsw
 
@@ -313,19 +314,22 @@ class _Bottomless(apsw.VFS):
 
     def _open_main(self, name: Any, flags: list[int]) -> apsw.VFSFile:
         keep_hooks()
+        given = _take_arguments()
         path = name if isinstance(name, str) else name.filename()
         if not flags[0] & apsw.SQLITE_OPEN_READWRITE:
             return _MainFile(name, flags, None)
         parameters = {} if isinstance(name, str) else {key: name.uri_parameter(key) or "" for key in name.parameters}
         if parameters.get("immutable", "0") not in ("0", "no", "false", "off"):
             return _MainFile(name, flags, None)
-        config = Config.load(self.defaults, getattr(_thread, "arguments", {}), uri=parameters)
+        config = Config.load(self.defaults, given.options, uri=parameters)
         if os.path.isdir(path):
             raise ConfigError(f"{path} is a directory", hint="Name the database's file.")
         replica = registry.acquire(path, config, connect_own)
         try:
-            with replica.opening(progress=getattr(_thread, "progress", None), reset=getattr(_thread, "reset", False)):
-                return _MainFile(name, flags, replica)
+            with replica.opening(progress=given.progress, reset=given.reset):
+                file = _MainFile(name, flags, replica)
+            _thread.page_size = given.page_size
+            return file
         except BaseException:
             registry.release(replica)
             raise
@@ -365,18 +369,34 @@ def defaults() -> dict[str, object]:
     return dict(_installed.defaults) if _installed is not None else {}
 
 
+class _Arguments(NamedTuple):
+    """What `connect()` and its relatives ask of the one connection that they open."""
+
+    options: Mapping[str, object] = MappingProxyType({})
+    progress: Any = None
+    reset: bool = False
+    page_size: int | None = None
+
+
+def _take_arguments() -> _Arguments:
+    """The arguments for the file that is being opened. A connection that a hook or a signal handler opens meanwhile gets none."""
+    given: _Arguments | None = getattr(_thread, "arguments", None)
+    _thread.arguments = None
+    return given or _Arguments()
+
+
 @contextlib.contextmanager
-def arguments(options: Mapping[str, object], **more: object) -> Iterator[None]:
+def arguments(
+    options: Mapping[str, object], *, progress: object = None, reset: bool = False, page_size: int | None = None
+) -> Iterator[None]:
     """While a connection is opened in this thread: the options of `connect()`, between those of `register()` and the URI's."""
-    before = {name: getattr(_thread, name, None) for name in ("arguments", "progress", "reset")}
-    _thread.arguments = dict(options)
-    _thread.progress = more.get("progress")
-    _thread.reset = more.get("reset", False)
+    before = getattr(_thread, "arguments", None)
+    _thread.arguments = _Arguments(dict(options), progress, reset, page_size)
     try:
         yield
     finally:
-        _thread.arguments = before["arguments"] or {}
-        _thread.progress, _thread.reset = before["progress"], bool(before["reset"])
+        _thread.arguments = before
+        _thread.page_size = None
 
 
 def connect_own(path: str) -> apsw.Connection:
@@ -402,6 +422,10 @@ def _refuse(source: object, sql: str, bindings: object) -> bool:
 
 def _on_connect(connection: apsw.Connection) -> None:
     connection.set_wal_hook(_wal_hook)
+    page_size, _thread.page_size = getattr(_thread, "page_size", None), None
+    if page_size is not None:
+        # Before the application's hooks: one that switches to WAL mode makes a new database, with the page size of the moment.
+        connection.execute(f"PRAGMA page_size={page_size}")
 
 
 def _wal_hook(connection: apsw.Connection, schema: str, frames: int) -> int:
