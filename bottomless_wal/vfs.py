@@ -150,10 +150,14 @@ class _MainFile(apsw.VFSFile):
         parked.park(self._connection, entry)
         if connection is not None:
             parked.expect(connection)
-        if self._alone(connection):
-            entry.raised(error, connection)
+        if not self._alone(connection):
+            logger.debug("parked until the WAL hook: %s", error)
+            return
+        entry.raised(error, connection)
+        try:
             raise error
-        logger.debug("parked until the WAL hook: %s", error)
+        finally:
+            del error  # its traceback has this frame: a cycle, which the reference count would not end
 
     def _look(self, replica: Replica) -> None:
         """A commit, once it is seen that the files are where they should be."""
@@ -456,6 +460,8 @@ def _raise_parked(connection: apsw.Connection) -> None:
             raise error
         except BottomlessError:  # noqa: TRY203 (from here on it has a traceback, which tells how far it comes)
             raise
+        finally:
+            del error  # as in `_failed`
 
 
 def _after_fork() -> None:
