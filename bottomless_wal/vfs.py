@@ -153,6 +153,7 @@ class _MainFile(apsw.VFSFile):
         if not self._alone(connection):
             logger.debug("parked until the WAL hook: %s", error)
             return
+        _drop_others(self._connection, entry)
         entry.raised(error, connection)
         try:
             raise error
@@ -447,13 +448,19 @@ def _wal_hook(connection: apsw.Connection, schema: str, frames: int) -> int:
     return apsw.SQLITE_OK
 
 
+def _drop_others(pointer: int, raised: parked.Parked) -> None:
+    """Of the errors of one transaction one is raised. The tracer has raised those of earlier ones before its first statement."""
+    for other in parked.waiting(pointer):
+        if other is not raised:
+            parked.take(pointer, other.path)
+            logger.error("also, in the same transaction: %s", other.copy())
+
+
 def _raise_parked(connection: apsw.Connection) -> None:
     pointer = connection.sqlite3_pointer()
     waiting = parked.waiting(pointer)
-    for other in waiting[1:]:
-        parked.take(pointer, other.path)
-        logger.error("also, in the same transaction: %s", other.copy())
     if waiting and not waiting[0].is_received:
+        _drop_others(pointer, waiting[0])
         error = waiting[0].copy()
         waiting[0].raised(error, connection)
         try:

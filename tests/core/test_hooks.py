@@ -13,14 +13,16 @@ import pytest
 from worlds import World, child, refusal, replica_of, rows
 
 import bottomless_wal
-from bottomless_wal import ReplicationError, own_connection
+from bottomless_wal import ReplicationError, own_connection, vfs
 from bottomless_wal.own_connection import OwnConnection
 
 
 @pytest.fixture
-def hooks() -> Iterator[list[Any]]:
-    """The list of hooks, as it is afterwards again."""
+def hooks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The list of hooks, as it is afterwards again, and so are the defaults."""
     bottomless_wal.register()
+    assert vfs._installed is not None
+    monkeypatch.setattr(vfs._installed, "defaults", {})
     before = apsw.connection_hooks
     kept = list(before.data)  # type: ignore[attr-defined]
     yield before

@@ -19,7 +19,7 @@ import pytest
 from worlds import Machine, World, child, refusal, replica_of, rows, until
 
 import bottomless_wal
-from bottomless_wal import FencedError, ReplicationError, parked
+from bottomless_wal import FencedError, ReplicationError, parked, vfs
 from bottomless_wal.registry import registry
 
 INSERT = "INSERT INTO t(x) VALUES (1) RETURNING id"
@@ -357,13 +357,15 @@ def test_ctrl_c_that_a_deallocation_swallows(world: World, unraisable: list[str]
     world.comes_back(here)
 
 
-def test_asynchronous_use(world: World, unraisable: list[str]) -> None:
+def test_asynchronous_use(world: World, unraisable: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors arrive in the coroutine, once; a lost one at the connection's next use."""
     here, first = _start(world)
     store = refusal(first)
 
+    assert vfs._installed is not None
+    monkeypatch.setattr(vfs._installed, "defaults", {**world.options, "ack": "log"})
+
     async def main() -> None:
-        bottomless_wal.register(**{**world.options, "ack": "log"})
         con = await apsw.Connection.as_async(here.path(), vfs="bottomless")
         store.log()
         with pytest.raises(ReplicationError, match="are not stored"):
