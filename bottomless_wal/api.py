@@ -59,13 +59,11 @@ def connect(
         raise ConfigError(f"{text!r} has a NUL in it, which no file name can have", hint="Give the path of a file.")
     if text in ("", ":memory:") or text.startswith("file::memory:"):
         raise ConfigError(f"{text!r} is no file: there is nothing to replicate", hint="Give a path, or use apsw.Connection for it.")
-    with vfs.arguments(options):
+    with vfs.arguments(options, page_size=None if page_size is None else int(page_size)):
         connection = apsw.Connection(text, flags=flags, vfs=vfs.VFS_NAME)
     try:
         connection.set_busy_timeout(_BUSY_TIMEOUT_MS)
         if not connection.readonly("main"):
-            if page_size is not None:
-                connection.execute(f"PRAGMA page_size={int(page_size)}")
             if connection.execute("PRAGMA journal_mode").get != "wal":
                 connection.execute("PRAGMA journal_mode=wal").fetchall()
     except BaseException:

@@ -18,6 +18,8 @@ commit, would leave a transaction that is neither committed nor rolled back.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import apsw
 
 __all__ = [
@@ -37,10 +39,19 @@ __all__ = [
 class BottomlessError(apsw.SQLError):
     """Base of the tree. `message` says what happened and to what; `hint` what to do now (may be empty)."""
 
+    ticket: int = 0
+    """The worker's ticket of the commit that this is the error of; 0: of none."""
+    at_end: Callable[[BaseException], None] | None = None
+    """Called with the error when it is deallocated, while its traceback is still there."""
+
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message, hint)
         self.message = message
         self.hint = hint
+
+    def __del__(self) -> None:
+        if self.at_end is not None:
+            self.at_end(self)
 
     def __reduce__(self) -> tuple[object, ...]:
         # An error crosses to another process whole, as those of a worker process do.

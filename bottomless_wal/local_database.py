@@ -25,8 +25,9 @@ from typing import Final, NamedTuple
 
 import apsw
 
-from .errors import CorruptionError, FilesLostError, ReplicationError
+from .errors import BottomlessError, CorruptionError, FilesLostError, ReplicationError
 from .logs import get_logger
+from .own_connection import OwnConnection
 from .segment import lock_page
 from .wal import FRAME_HEADER_SIZE, FrameHeader, WalHeader, frame_offset
 from .wal_file import FrameMap, WalFile
@@ -35,12 +36,12 @@ __all__ = ["LocalDatabase", "Shape", "SnapshotLost", "Tip", "main_file_lost", "w
 
 logger = get_logger(__name__)
 
-_thread = threading.local()
-
 _READ_BYTES: Final = 256 * 1024
 _ASK_AGAIN_SECONDS: Final = 10.0
 _QUIET_LOOKS: Final = 200
 _VANISHED_LOOKS: Final = 20
+_OPEN_AGAIN_SECONDS: Final = 0.5
+_UNSOUND: Final = (apsw.NotADBError, apsw.CorruptError)
 _BASE_VFS: Final = ""  # the default VFS below ours
 
 
@@ -96,6 +97,7 @@ class LocalDatabase:
         self._sleep = sleep
         self._monitor: apsw.Connection | None = None
         self._monitor_lock = threading.Lock()
+        self._asking: set[int] = set()  # threads that hold, or wait for, that lock
         self._pin: apsw.Connection | None = None
         self._pinned = False
         self._main: apsw.VFSFile | None = None
@@ -142,43 +144,80 @@ class LocalDatabase:
         """How far the WAL is committed. Thread-safe.
 
         Raises:
-            ReplicationError: SQLite kept answering BUSY.
+            ReplicationError: SQLite kept answering BUSY or failed, or this thread is in here already.
+            apsw.NotADBError, apsw.CorruptError: the file is not a sound database.
         """
         vanished = 0
-        _thread.asking = True
-        try:
-            with self._monitor_lock:
-                for _ in range(int(_ASK_AGAIN_SECONDS / 0.0005)):
-                    before = self._tip_wal.header()
-                    counts = self._ask()
-                    if counts is not None and before == self._tip_wal.header():
-                        if before is not None or not counts[0]:
-                            return Tip(before, *counts)
-                        vanished += 1
-                        if vanished == _VANISHED_LOOKS:
-                            raise wal_vanished(self.path)
-                    self._sleep(0.0005)
-        finally:
-            _thread.asking = False
+        if self.is_asking():
+            raise ReplicationError(
+                f"the WAL of {self.path} could not be looked at: this thread was interrupted while it did so",
+                hint="Ask outside of signal handlers and finalizers.",
+            )
+        with self._monitoring():
+            for _ in range(int(_ASK_AGAIN_SECONDS / 0.0005)):
+                before = self._tip_wal.header()
+                counts = self._ask()
+                if counts is not None and before == self._tip_wal.header():
+                    if before is not None or not counts[0]:
+                        return Tip(before, *counts)
+                    vanished += 1
+                    if vanished == _VANISHED_LOOKS:
+                        raise wal_vanished(self.path)
+                self._sleep(0.0005)
         raise ReplicationError(
             f"the WAL of {self.path} could not be looked at: SQLite stayed busy",
             hint="Another process holds the database in recovery or exclusively; the commit stays pending.",
         )
 
-    @staticmethod
-    def asking() -> bool:
-        """Is the running thread within `tip`? Then it must not be called once more: not even by a commit that the collector makes."""
-        return getattr(_thread, "asking", False)
+    def is_asking(self) -> bool:
+        """Return whether the running thread is within `tip` of this database.
+
+        Then a second call deadlocks. A signal handler or a finalizer that commits can make one.
+        """
+        return threading.get_ident() in self._asking
+
+    @contextlib.contextmanager
+    def _monitoring(self) -> Iterator[None]:
+        """Hold the monitor's lock. The thread is marked before it takes the lock, and until it has let go of it."""
+        me = threading.get_ident()
+        try:
+            self._asking.add(me)
+            with self._monitor_lock:
+                yield
+        finally:
+            self._asking.discard(me)
 
     def _connect(self) -> apsw.Connection:
-        connection = self._open()
-        # Ours must never be the close that checkpoints and deletes the WAL while the index is locked: see `close`.
-        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-        return connection
+        """Open a connection of our own.
+
+        Raises:
+            ReplicationError: it could not be opened, even after a while. A shortage of file descriptors or memory may pass.
+        """
+        end = time.monotonic() + _OPEN_AGAIN_SECONDS
+        while True:
+            try:
+                connection = self._open()
+                # Ours must never be the close that checkpoints and deletes the WAL while the index is locked: see `close`.
+                connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+                return connection
+            except _UNSOUND:
+                raise
+            except apsw.Error as error:
+                if isinstance(error, BottomlessError):
+                    raise
+                if time.monotonic() >= end:
+                    raise self._cannot_look(error) from error
+                self._sleep(0.02)
+
+    def _cannot_look(self, cause: apsw.Error) -> ReplicationError:
+        return ReplicationError(
+            f"{self.path} could not be looked at for replication: {cause}",
+            hint="What is committed stays pending. Check the file's permissions, the disk, and the limit of file descriptors.",
+        )
 
     def connect_plain(self) -> apsw.Connection:
         """A connection below our VFS, for what no replication must see; it leaves the WAL alone when it is closed."""
-        connection = apsw.Connection(self.path, flags=apsw.SQLITE_OPEN_READWRITE)
+        connection = OwnConnection(self.path)
         connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         connection.set_busy_timeout(5000)
         return connection
@@ -199,6 +238,12 @@ class LocalDatabase:
             # An application that closes "all connections" of the process closes ours too: open another.
             self._monitor = None
             return None
+        except _UNSOUND:
+            raise
+        except apsw.Error as error:
+            if isinstance(error, BottomlessError):
+                raise
+            raise self._cannot_look(error) from error
         return max(frames, 0), max(backfilled, 0)
 
     @staticmethod
@@ -227,9 +272,11 @@ class LocalDatabase:
                 _end(pin)
                 logger.debug("%s: busy while pinning (attempt %d)", self.path, attempt + 1)
                 self._sleep(0.0005)
-            except apsw.Error:
+            except apsw.Error as error:
                 _end(pin)
-                raise
+                if isinstance(error, (*_UNSOUND, BottomlessError)):
+                    raise
+                raise self._cannot_look(error) from error
         else:
             raise ReplicationError(f"no read transaction on {self.path}: SQLite stayed busy", hint="The commit stays pending.")
         self._pinned = True
@@ -418,7 +465,7 @@ class LocalDatabase:
         self._map = None
         main, self._main = self._main, None
         pin, self._pin = self._pin, None
-        with self._monitor_lock:
+        with self._monitoring():
             monitor, self._monitor = self._monitor, None
             with contextlib.ExitStack() as stack:
                 # In reverse: the connections last. Whatever one of them raises, the others are closed.

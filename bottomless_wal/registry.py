@@ -85,7 +85,7 @@ class Registry:
                 replica = self._replicas.get(path) if made is None else self._replicas.setdefault(path, made)
                 if replica is None:
                     made = self._made(path, config, connect)
-                elif not replica.closing:
+                elif not replica.closing and not (_is_left(replica) and replica.config != config):
                     break
                 elif replica.closed_by == threading.get_ident():
                     raise ConfigError(f"{path} is being closed by this very thread", hint="Open no database in a signal handler.")
@@ -106,6 +106,10 @@ class Registry:
         made = Replica(path, config, connect)
         for other in self.all():
             if (other.name, other.config.endpoint, other.config.bucket) == (made.name, config.endpoint, config.bucket):
+                while self._replicas.get(other.path) is other and _is_left(other) and other.closed_by != threading.get_ident():
+                    self._changed.wait()
+                if self._replicas.get(other.path) is not other:
+                    continue
                 made.store.close()
                 raise ConflictError(
                     f"{path} and {other.path} would both be stored as {made.name!r} in {made.store.describe()}",
@@ -218,6 +222,11 @@ class Registry:
                 except KeyboardInterrupt:
                     logger.error("interrupted at exit: what is not stored of %s stays pending, and goes with the next open", replica.path)
         logs.drain(_LOG_SECONDS)
+
+
+def _is_left(replica: Replica) -> bool:
+    """Return whether the last connection to `replica` is gone, so that it is closed, or is about to be, in another thread."""
+    return replica.closing or 0 < replica.opens <= len(replica.dropped)
 
 
 registry: Final = Registry()

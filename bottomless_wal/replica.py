@@ -24,7 +24,7 @@ from . import layout
 from .checkpointer import RESTART_FRAMES, Checkpointer
 from .config import Config
 from .crashpoints import reach
-from .errors import BottomlessError, ConfigError, FencedError, FilesLostError, ReplicationError, RestoreError
+from .errors import BottomlessError, ConfigError, CorruptionError, FencedError, FilesLostError, ReplicationError, RestoreError
 from .history import History
 from .local_database import LocalDatabase, Tip
 from .local_index import Identity, IndexHeader, LocalIndex
@@ -207,17 +207,42 @@ class Replica:
                 raise type(failure)(failure.message, hint=failure.hint)
             return
         ticket = worker.submit()
-        if is_own_thread() or self.local.asking() or worker.needs_this_thread():
-            # The garbage collector has ended a statement that committed, in a thread that this wait might be waiting for, or in the middle
-            # of what it would do; nobody would hear of an error.
-            return
+        try:
+            self._wait(ticket)
+        except BottomlessError as error:
+            error.ticket = ticket
+            raise
+
+    def _wait(self, ticket: int) -> None:
+        # A signal handler or a finalizer commits in the middle of what its thread was doing.
+        if is_own_thread():
+            raise self._cannot_wait("it is a thread of the replication")
+        if self.local.is_asking():
+            raise self._cannot_wait("it was interrupted in the middle of another commit to this database")
+        if self.worker.needs_this_thread():
+            raise self._cannot_wait("it holds a lock that the replication needs")
         tip = self.local.tip()
         place = Position(tip.header.salt1, tip.header.salt2, tip.frames, 0, 0) if tip.header is not None else None
         try:
-            worker.wait(ticket, place, for_pages=self.config.ack == "pages")
+            self.worker.wait(ticket, place, for_pages=self.config.ack == "pages")
         except BottomlessError:
             self.checkpointer.ask(tip.frames)
             raise
+
+    def storing(self, error: BaseException) -> Callable[[], bool]:
+        """Return a function that tells whether the commit that has ended with `error` is stored by now."""
+        if isinstance(error, BottomlessError):
+            ticket = error.ticket
+        else:
+            # The wait was ended by Ctrl-C or by a signal handler, perhaps before the commit was submitted.
+            ticket = self.worker.submit()
+        return lambda: bool(ticket) and self.worker.has_done(ticket)
+
+    def _cannot_wait(self, cause: str) -> ReplicationError:
+        return ReplicationError(
+            f"the commit to {self.path} stands and is pending: this thread cannot wait for it, because {cause}",
+            hint="It is sent in the background. Do not repeat the statement. Commit outside of signal handlers and finalizers, or flush().",
+        )
 
     def wal_in_place(self) -> bool:
         """Is the file at `<db>-wal` the one that every connection here has open? Nobody deletes it while one has."""
@@ -263,6 +288,8 @@ class Replica:
             tip = self.local.tip()
         except ReplicationError as error:
             failure = failure or error
+        except (apsw.NotADBError, apsw.CorruptError) as error:
+            raise CorruptionError(f"{self.path} is damaged: {error}", hint="Restore it: bottomless-wal restore --force.") from error
         header = LocalIndex.peek(self.index.path)
         if header is None:
             raise ConfigError(f"{self.index.path} is missing or damaged", hint="The next commit rebuilds it.")
@@ -367,6 +394,7 @@ class Replica:
                 connection.execute("PRAGMA schema_version").fetchall()
                 connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
         except (apsw.BusyError, apsw.LockedError) as error:
+            # The application's connections may be busy. The WAL that stays is sound, and the next open looks at it.
             logger.debug("%s: no checkpoint at exit: %s", self.path, error)
 
     def _mark_clean(self) -> None:

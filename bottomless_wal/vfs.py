@@ -10,8 +10,9 @@
 | closes a main file | after the last one everything is drained |
 
 Where an error may be raised: raising in phase two while another schema of the connection, temp included, is still writing corrupts that
-other database for good. So phase two raises only when its schema is the sole one in a write transaction; else it parks the error, and
-the WAL hook, which runs after all schemas are through, raises it. Connections of our own are marked in their thread while they open.
+other database for good. So phase two raises only when its schema is the sole one in a write transaction; else the WAL hook, which runs
+after all schemas are through, raises it. Until a caller has received an error it is parked (`parked`). Connections of our own are opened
+through a VFS of their own, `bottomless-own`.
 """
 
 from __future__ import annotations
@@ -23,16 +24,19 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 import apsw
 
+from . import parked
 from .checkpointer import AUTOCHECKPOINT_FRAMES
 from .config import Config
-from .errors import ConfigError, ReplicationError
+from .errors import BottomlessError, ConfigError, ReplicationError
 from .local_database import main_file_lost, wal_vanished
 from .logs import get_logger
+from .own_connection import OwnConnection, keep_hooks, run_first
 from .paths import require_free_name, require_same_name
 from .registry import registry
 from .replica import Replica
@@ -43,6 +47,7 @@ __all__ = ["VFS_NAME", "arguments", "connect_own", "defaults", "install"]
 logger = get_logger(__name__)
 
 VFS_NAME: Final = "bottomless"
+_OWN_VFS_NAME: Final = "bottomless-own"
 
 _WAL_VERSION: Final = b"\x02\x02"  # bytes 18 and 19 of a database in WAL mode
 
@@ -63,9 +68,6 @@ _thread = threading.local()
 # Connection pointer -> the connection, while it lives. SQLite gives a pointer to a later connection, whose entry replaces the old one.
 _opened: dict[int, weakref.ref[apsw.Connection]] = {}
 
-# Errors that wait for the WAL hook: connection pointer -> path of the schema's file -> error.
-_parked: dict[int, dict[str, BaseException]] = {}
-
 
 class _MainFile(apsw.VFSFile):
     """A main file. `replica` None: one of our own connections, or a read-only one."""
@@ -73,6 +75,7 @@ class _MainFile(apsw.VFSFile):
     def __init__(self, filename: Any, flags: list[int], replica: Replica | None) -> None:
         self._replica = replica
         self._connection = 0
+        self._opened_by: Callable[[], apsw.Connection | None] = lambda: None  # see `_find`
         self._converting = False
         self._looked = 0.0  # when this connection last looked whether its files are still in their places
         super().__init__("", filename, flags)
@@ -105,8 +108,7 @@ class _MainFile(apsw.VFSFile):
         super().xLock(level)
 
     def xClose(self) -> None:
-        if self._replica is not None:
-            _parked.get(self._connection, {}).pop(self._replica.path, None)
+        late = parked.take(self._connection, self._replica.path) if self._replica is not None else None
         super().xClose()
         replica, self._replica = self._replica, None
         if replica is not None and replica.pid == os.getpid():
@@ -116,27 +118,56 @@ class _MainFile(apsw.VFSFile):
                 registry.hand_over(replica)
             else:
                 registry.release(replica)
+        if late is not None and late.is_due():
+            raise late.late_copy("The connection is closed.")
 
     def _phase_two(self, replica: Replica) -> None:
+        connection = self._find()
+        before: Any = None
+        try:
+            if connection is not None:
+                before = connection.exec_trace
+                connection.exec_trace = _refuse
+            try:
+                self._replicate(replica)
+            finally:
+                if connection is not None:
+                    connection.exec_trace = before
+        except BaseException as error:  # noqa: BLE001 (raised, or parked)
+            self._failed(replica, error, connection)
+        else:
+            if parked.is_any():
+                parked.take(self._connection, replica.path)
+
+    def _replicate(self, replica: Replica) -> None:
         if _queue:
             _call_next()
-        try:
-            now = _now()
-            # With ack=local nobody is told that anything is stored, and a look costs as much as a small commit.
-            if self._converting or now - self._looked >= replica.look_seconds:
-                self._look(replica)
-                self._looked = now  # last: after an error the next commit looks again
-            else:
-                replica.committed()
-        except BaseException as error:
-            if self._alone():
-                _parked.pop(self._connection, None)
-                raise
-            logger.debug("parked until the WAL hook: %s", error)
-            _parked.setdefault(self._connection, {})[replica.path] = error
+        now = _now()
+        # With ack=local nobody is told that anything is stored, and a look costs as much as a small commit.
+        if self._converting or now - self._looked >= replica.look_seconds:
+            self._look(replica)
+            self._looked = now  # last: after an error the next commit looks again
         else:
-            if _parked:
-                _parked.get(self._connection, {}).pop(replica.path, None)
+            replica.committed()
+
+    def _failed(self, replica: Replica, error: BaseException, connection: apsw.Connection | None) -> None:
+        """Park the error of a commit. Raise it if no other schema is still writing."""
+        if isinstance(error, apsw.Error) and not isinstance(error, BottomlessError):
+            # SQLite's own codes must not come out of phase two: BUSY, IOERR and FULL leave a transaction that is neither.
+            error = _not_looked_at(replica.path, error)
+        entry = parked.Parked(replica.path, error, replica.storing(error))
+        parked.park(self._connection, entry)
+        if connection is not None:
+            parked.expect(connection)
+        if not self._alone(connection):
+            logger.debug("parked until the WAL hook: %s", error)
+            return
+        _drop_others(self._connection, entry)
+        entry.raised(error, connection)
+        try:
+            raise error
+        finally:
+            del error  # its traceback has this frame: a cycle, which the reference count would not end
 
     def _look(self, replica: Replica) -> None:
         """A commit, once it is seen that the files are where they should be."""
@@ -166,14 +197,24 @@ class _MainFile(apsw.VFSFile):
         """Without a `-wal` file it can only be the switch to WAL itself, or somebody deleted the file under us."""
         return not self._converting or os.path.exists(replica.path + "-wal")
 
-    def _alone(self) -> bool:
+    def _find(self) -> apsw.Connection | None:
+        """Return the connection that has this file open; None while APSW is still opening it."""
+        found = self._opened_by()
+        if found is None:
+            for connection in apsw.connections():
+                with contextlib.suppress(apsw.Error):
+                    if connection.sqlite3_pointer() == self._connection:
+                        self._opened_by = weakref.ref(connection)
+                        return connection
+        return found
+
+    @staticmethod
+    def _alone(connection: apsw.Connection | None) -> bool:
         """Is this the only schema of its connection that is writing? Then raising here harms nobody."""
-        for connection in apsw.connections():
-            with contextlib.suppress(apsw.Error):
-                if connection.sqlite3_pointer() == self._connection:
-                    states = [connection.txn_state(name) for name in connection.db_names()]
-                    return states.count(apsw.SQLITE_TXN_WRITE) <= 1
-        return False
+        if connection is None:
+            return False
+        states = [connection.txn_state(name) for name in connection.db_names()]
+        return states.count(apsw.SQLITE_TXN_WRITE) <= 1
 
     def _pragma(self, pragma: apsw.VFSFcntlPragma) -> None:
         name, value = pragma.name.lower(), (pragma.value or "").strip("'\" ").lower()
@@ -234,9 +275,9 @@ class _WalFile(apsw.VFSFile):
 class _Bottomless(apsw.VFS):
     """The VFS itself. `defaults` are the arguments of `register()`."""
 
-    def __init__(self, defaults: Mapping[str, object]) -> None:
+    def __init__(self, defaults: Mapping[str, object], name: str = VFS_NAME) -> None:
         self.defaults = dict(defaults)
-        super().__init__(VFS_NAME, "")
+        super().__init__(name, "")
 
     def xOpen(self, name: Any, flags: list[int]) -> apsw.VFSFile:
         if flags[0] & apsw.SQLITE_OPEN_MAIN_DB and name is not None:
@@ -258,7 +299,7 @@ class _Bottomless(apsw.VFS):
 
     def xFullPathname(self, name: str) -> str:
         resolved = os.path.realpath(name)
-        _thread.given = (resolved, name)  # SQLite hands only the resolved name on, to the xOpen that follows in this thread
+        _thread.typed = (resolved, name)  # SQLite hands only the resolved name on, to the xOpen that follows in this thread
         return resolved
 
     def xSleep(self, microseconds: int) -> int:
@@ -286,29 +327,41 @@ class _Bottomless(apsw.VFS):
         return microseconds
 
     def _open_main(self, name: Any, flags: list[int]) -> apsw.VFSFile:
+        keep_hooks()
+        given = _take_arguments()
         path = name if isinstance(name, str) else name.filename()
-        if getattr(_thread, "own", False) or not flags[0] & apsw.SQLITE_OPEN_READWRITE:
+        if not flags[0] & apsw.SQLITE_OPEN_READWRITE:
             return _MainFile(name, flags, None)
         parameters = {} if isinstance(name, str) else {key: name.uri_parameter(key) or "" for key in name.parameters}
         if parameters.get("immutable", "0") not in ("0", "no", "false", "off"):
             return _MainFile(name, flags, None)
-        config = Config.load(self.defaults, getattr(_thread, "arguments", {}), uri=parameters)
+        config = Config.load(self.defaults, given.options, uri=parameters)
         if os.path.isdir(path):
             raise ConfigError(f"{path} is a directory", hint="Name the database's file.")
-        resolved, given = getattr(_thread, "given", (path, path))
-        require_same_name(given if resolved == path else path, path)
+        resolved, typed = getattr(_thread, "typed", (path, path))
+        require_same_name(typed if resolved == path else path, path)
         require_free_name(path)
         replica = registry.acquire(path, config, connect_own)
         try:
-            with replica.opening(progress=getattr(_thread, "progress", None), reset=getattr(_thread, "reset", False)):
-                return _MainFile(name, flags, replica)
+            with replica.opening(progress=given.progress, reset=given.reset):
+                file = _MainFile(name, flags, replica)
+            _thread.page_size = given.page_size
+            return file
         except BaseException:
             registry.release(replica)
             raise
 
 
+class _Own(_Bottomless):
+    """The VFS of our own connections: what they do to the WAL is seen, and what they commit is not replicated."""
+
+    def _open_main(self, name: Any, flags: list[int]) -> apsw.VFSFile:
+        return _MainFile(name, flags, None)
+
+
 _install_lock = threading.RLock()  # a signal handler may open a database while its thread is in `install`
 _installed: _Bottomless | None = None
+_own: _Own | None = None
 
 
 def install(defaults: Mapping[str, object]) -> None:
@@ -317,12 +370,13 @@ def install(defaults: Mapping[str, object]) -> None:
     Raises:
         ConfigError: an option that is not known, or a bad value.
     """
-    global _installed
+    global _installed, _own
     Config.load(defaults, environ={})
     with _install_lock:
         if _installed is None:
+            _own = _Own({}, _OWN_VFS_NAME)
             _installed = _Bottomless({})
-            apsw.connection_hooks.append(_on_connect)
+            run_first(_on_connect)
         if defaults:
             _installed.defaults = {**_installed.defaults, **defaults}
 
@@ -332,44 +386,69 @@ def defaults() -> dict[str, object]:
     return dict(_installed.defaults) if _installed is not None else {}
 
 
+class _Arguments(NamedTuple):
+    """What `connect()` and its relatives ask of the one connection that they open."""
+
+    options: Mapping[str, object] = MappingProxyType({})
+    progress: Any = None
+    reset: bool = False
+    page_size: int | None = None
+
+
+def _take_arguments() -> _Arguments:
+    """The arguments for the file that is being opened. A connection that a hook or a signal handler opens meanwhile gets none."""
+    given: _Arguments | None = getattr(_thread, "arguments", None)
+    _thread.arguments = None
+    return given or _Arguments()
+
+
 @contextlib.contextmanager
-def arguments(options: Mapping[str, object], **more: object) -> Iterator[None]:
+def arguments(
+    options: Mapping[str, object], *, progress: object = None, reset: bool = False, page_size: int | None = None
+) -> Iterator[None]:
     """While a connection is opened in this thread: the options of `connect()`, between those of `register()` and the URI's."""
-    before = {name: getattr(_thread, name, None) for name in ("arguments", "progress", "reset")}
-    _thread.arguments = dict(options)
-    _thread.progress = more.get("progress")
-    _thread.reset = more.get("reset", False)
+    before = getattr(_thread, "arguments", None)
+    _thread.arguments = _Arguments(dict(options), progress, reset, page_size)
     try:
         yield
     finally:
-        _thread.arguments = before["arguments"] or {}
-        _thread.progress, _thread.reset = before["progress"], bool(before["reset"])
+        _thread.arguments = before
+        _thread.page_size = None
 
 
 def connect_own(path: str) -> apsw.Connection:
     """A connection of our own to `path`: through the VFS, so that what it does to the WAL is seen, and not replicated itself."""
-    outer = getattr(_thread, "own", False)
-    _thread.own = True
-    try:
-        return apsw.Connection(path, flags=apsw.SQLITE_OPEN_READWRITE, vfs=VFS_NAME)
-    finally:
-        _thread.own = outer
+    return OwnConnection(path, vfs=_OWN_VFS_NAME)
+
+
+def _not_looked_at(path: str, cause: apsw.Error) -> ReplicationError:
+    error = ReplicationError(
+        f"the commit to {path} stands, and is not known to be stored: {cause}",
+        hint="It stays pending, and is sent in the background. Do not repeat the statement.",
+    )
+    error.__cause__ = cause
+    return error
+
+
+def _refuse(source: object, sql: str, bindings: object) -> bool:
+    """The exec tracer of a connection that is in phase two: SQLite's cache of pages is not in a state for another statement."""
+    raise apsw.ThreadingViolationError(
+        "this connection is in the middle of a commit: a signal handler or a finalizer cannot execute statements on it"
+    )
 
 
 def _on_connect(connection: apsw.Connection) -> None:
-    if getattr(_thread, "own", False):
-        connection.wal_autocheckpoint(0)
-        return
     _opened[connection.sqlite3_pointer()] = weakref.ref(connection)
     connection.set_wal_hook(_wal_hook)
+    page_size, _thread.page_size = getattr(_thread, "page_size", None), None
+    if page_size is not None:
+        # Before the application's hooks: one that switches to WAL mode makes a new database, with the page size of the moment.
+        connection.execute(f"PRAGMA page_size={page_size}")
 
 
 def _wal_hook(connection: apsw.Connection, schema: str, frames: int) -> int:
-    if _parked and (parked := _parked.pop(connection.sqlite3_pointer(), None)):
-        first, *others = parked.values()
-        for other in others:
-            logger.error("also, in the same transaction: %s", other)
-        raise first
+    if parked.is_any():
+        _raise_parked(connection)
     if frames >= AUTOCHECKPOINT_FRAMES:
         try:
             connection.wal_checkpoint(schema, apsw.SQLITE_CHECKPOINT_PASSIVE)
@@ -382,6 +461,29 @@ def _wal_hook(connection: apsw.Connection, schema: str, frames: int) -> int:
     return apsw.SQLITE_OK
 
 
+def _drop_others(pointer: int, raised: parked.Parked) -> None:
+    """Of the errors of one transaction one is raised. The tracer has raised those of earlier ones before its first statement."""
+    for other in parked.waiting(pointer):
+        if other is not raised:
+            parked.take(pointer, other.path)
+            logger.error("also, in the same transaction: %s", other.copy())
+
+
+def _raise_parked(connection: apsw.Connection) -> None:
+    pointer = connection.sqlite3_pointer()
+    waiting = parked.waiting(pointer)
+    if waiting and not waiting[0].is_received:
+        _drop_others(pointer, waiting[0])
+        error = waiting[0].copy()
+        waiting[0].raised(error, connection)
+        try:
+            raise error
+        except BottomlessError:  # noqa: TRY203 (from here on it has a traceback, which tells how far it comes)
+            raise
+        finally:
+            del error  # as in `_failed`
+
+
 def _call_next() -> None:
     """Wakes one of those who wait for the write lock: all together would use up their patience."""
     with contextlib.suppress(IndexError):
@@ -392,7 +494,7 @@ def _after_fork() -> None:
     global _install_lock
     _install_lock = threading.RLock()
     _queue.clear()
-    _parked.clear()
+    parked.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -147,6 +147,10 @@ class Worker:
             finally:
                 self._waiting -= 1
 
+    def has_done(self, ticket: int) -> bool:
+        """Return whether what `ticket` stands for is stored, as far as `ack` asks."""
+        return self._done >= ticket
+
     def shut_down(self) -> ReplicationError:
         """What a commit raises when nothing will send it."""
         return ReplicationError(

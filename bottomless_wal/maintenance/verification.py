@@ -26,6 +26,7 @@ from ..errors import CorruptionError, RestoreError
 from ..history import Head
 from ..local_database import LocalDatabase, SnapshotLost
 from ..local_index import LocalIndex
+from ..own_connection import OwnConnection
 from ..rebuild import Progress, integrity_fault, rebuild, rebuild_from_pages, scratch
 from ..segment import page_hash
 from .log_audit import LogAudit, Problem
@@ -244,7 +245,7 @@ def _compare(path: str, hashes: PageHashes, head: Head, report: Report) -> None:
         return
 
     def connect() -> apsw.Connection:
-        return apsw.Connection(path, flags=apsw.SQLITE_OPEN_READWRITE)
+        return OwnConnection(path)
 
     closed = not os.path.exists(path + "-wal")
     local = LocalDatabase(path, connect)

@@ -463,3 +463,16 @@ def test_signals_that_open_commit_and_close_all_the_time(world: World) -> None:
         con = here.connect(file)
         assert rows(con) >= expected
         con.close()
+
+
+def test_what_was_just_dropped_is_waited_for_where_it_would_be_in_the_way(world: World) -> None:
+    """Other settings for the same file, and another file of the same name, right after the last connection was dropped."""
+    here, there = world.machine(), world.machine()
+    con = bottomless_wal.connect(here.path(), **{**world.options, "ack": "log"})
+    con.execute("CREATE TABLE t(x)")
+    del con
+    con = bottomless_wal.connect(here.path(), **{**world.options, "ack": "local"})
+    con.execute("INSERT INTO t VALUES (1)")
+    del con
+    con = there.connect()
+    assert rows(con) == 1

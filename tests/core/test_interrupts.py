@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -45,6 +46,14 @@ def no_collection() -> Iterator[None]:
     gc.disable()
     yield
     gc.enable()
+
+
+@pytest.fixture
+def unraisable(monkeypatch: pytest.MonkeyPatch) -> list[BaseException | None]:
+    """The exceptions that no caller received."""
+    seen: list[BaseException | None] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: seen.append(unraisable.exc_value))
+    return seen
 
 
 # --- Ctrl-C -------------------------------------------------------------------------------------------------------------------------
@@ -108,9 +117,7 @@ def test_ctrl_c_while_it_opens(world: World, local: str, point: str) -> None:
         con.execute("INSERT INTO t VALUES (2)")
         con.close()
     elif local == "descends":
-        stock = here.stock()
-        stock.execute("INSERT INTO t VALUES (2)")
-        stock.close()
+        here.stock_killed("INSERT INTO t VALUES (2)")
     strikes = [1]
 
     def strike() -> None:
@@ -221,8 +228,10 @@ def _leave(world: World, here: Machine, ack: str) -> None:
     cycle.append(cycle)
 
 
-def test_a_commit_that_the_collector_makes_in_a_thread_of_ours(world: World, no_collection: None) -> None:
-    """A RETURNING statement commits when its cursor is collected: in the worker, which must not wait for itself."""
+def test_a_commit_that_the_collector_makes_in_a_thread_of_ours(
+    world: World, no_collection: None, unraisable: list[BaseException | None]
+) -> None:
+    """A RETURNING statement commits when its cursor is collected: in the worker, which must not wait for itself, and says so."""
     here, con = _start(world, ack="log")
     made, collected = threading.Event(), threading.Event()
     real = replica_of(con).replicator.on_logged
@@ -245,6 +254,7 @@ def test_a_commit_that_the_collector_makes_in_a_thread_of_ours(world: World, no_
     thread.join(20)
     assert collected.is_set()
     assert not thread.is_alive(), "the commit still waits"
+    assert "a thread of the replication" in str(unraisable[0])
     assert rows(con) == 3
     _sound(world, con)
     con.close()
@@ -253,8 +263,10 @@ def test_a_commit_that_the_collector_makes_in_a_thread_of_ours(world: World, no_
 
 @pytest.mark.parametrize("ack", ["log", "local"])
 @pytest.mark.parametrize("place", ["submitting", "asking for the tip"])
-def test_a_commit_that_the_collector_makes_within_another_one(world: World, no_collection: None, ack: str, place: str) -> None:
-    """In the thread that holds the worker's lock, or the one of the tip: it must not wait for itself."""
+def test_a_commit_that_the_collector_makes_within_another_one(
+    world: World, no_collection: None, unraisable: list[BaseException | None], ack: str, place: str
+) -> None:
+    """In the thread that holds the worker's lock, or the one of the tip: it must not wait for itself, and says so where it cannot wait."""
     here, con = _start(world, ack=ack)
     replica = replica_of(con)
     collected: list[int] = []
@@ -289,9 +301,115 @@ def test_a_commit_that_the_collector_makes_within_another_one(world: World, no_c
     assert not thread.is_alive(), "the commit waits for itself"
     if ack == "log" or place == "submitting":
         assert collected
+    if ack == "log" and place == "asking for the tip":
+        assert "in the middle of another commit" in str(unraisable[0])
+    else:
+        assert unraisable == []
     assert rows(con) == 1 + 2 * len(collected)
     bottomless_wal.flush(con)
     world.stored(con)
+    con.close()
+    world.comes_back(here)
+
+
+@pytest.mark.parametrize("ack", ["log", "pages"])
+@pytest.mark.parametrize("file", ["app.db", "other.db"])
+def test_a_signal_handler_commits_within_a_commit(world: World, file: str, ack: str) -> None:
+    """To another database it waits as usual. To the same one it cannot, while its thread asks for the tip: then it raises."""
+    here, con = _start(world, ack=ack)
+    other = here.connect(file, ack=ack)
+    other.execute("CREATE TABLE IF NOT EXISTS t(x)")
+    replica = replica_of(con)
+    outcomes: list[BaseException | int | None] = []
+
+    def handle(*_: object) -> None:
+        try:
+            other.execute("INSERT INTO t VALUES ('handler')")
+            outcomes.append(bottomless_wal.status(other).pending_frames)
+        except ReplicationError as error:
+            outcomes.append(error)
+
+    real = replica.local._tip_wal.header
+
+    def header() -> Any:
+        if threading.current_thread() is threading.main_thread() and not outcomes:
+            signal.raise_signal(signal.SIGUSR1)
+        return real()
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    replica.local._tip_wal.header = header  # type: ignore[method-assign]
+    try:
+        con.execute("INSERT INTO t VALUES ('main')")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    if file == "other.db":
+        assert outcomes == [0], "it returned before it was stored"
+    else:
+        assert "stands and is pending: this thread cannot wait for it" in str(outcomes[0])
+        bottomless_wal.flush(con)
+        assert rows(con) == 2
+    _sound(world, con)
+    other.close()
+    con.close()
+    world.comes_back(here)
+
+
+def test_a_signal_handler_uses_the_very_connection_that_commits(world: World) -> None:
+    """SQLite would write into a cache that it is about to declare clean. It is refused, and the commit is as good as any."""
+    here, con = _start(world, ack="log")
+    outcomes: list[BaseException | None] = []
+
+    def handle(*_: object) -> None:
+        try:
+            con.execute("INSERT INTO t VALUES ('handler')")
+            outcomes.append(None)
+        except apsw.ThreadingViolationError as error:
+            outcomes.append(error)
+
+    def strike() -> None:
+        if not outcomes:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            until(lambda: bool(outcomes))
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    crashpoints.arm("before put", strike)
+    try:
+        con.execute("INSERT INTO t VALUES ('main')")
+    finally:
+        crashpoints.disarm()
+        signal.signal(signal.SIGUSR1, before)
+    assert "in the middle of a commit" in str(outcomes[0])
+    assert con.exec_trace is None
+    assert rows(con) == 1
+    _sound(world, con)
+    con.close()
+    world.comes_back(here)
+
+
+def test_an_error_of_sqlite_out_of_a_signal_handler(world: World) -> None:
+    """BUSY out of phase two would leave a transaction that is neither committed nor rolled back: it comes as a ReplicationError."""
+    here, con = _start(world, ack="log")
+    struck: list[int] = []
+
+    def handle(*_: object) -> None:
+        raise apsw.BusyError("the handler's own")
+
+    def strike() -> None:
+        if not struck:
+            struck.append(0)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    crashpoints.arm("before put", strike)
+    try:
+        with pytest.raises(ReplicationError, match="the handler's own"):
+            con.execute("INSERT INTO t VALUES ('main')")
+    finally:
+        crashpoints.disarm()
+        signal.signal(signal.SIGUSR1, before)
+    assert not con.in_transaction
+    assert rows(con) == 1
+    _sound(world, con)
     con.close()
     world.comes_back(here)
 
