@@ -22,7 +22,10 @@ LISTING = b"<ListBucketResult><IsTruncated>false</IsTruncated><Name>"
 
 
 class Endless:
-    """A server that answers every request with `status` and `beginning`, and then with x for ever, `pause` seconds between pieces."""
+    """A server that answers every request with `status` and `beginning`, and then with x, `pause` seconds between pieces.
+
+    A connection ends after 96 MiB or 8 seconds, so that a client that reads all of it fails a test and does not stop it.
+    """
 
     def __init__(self, status: int, beginning: bytes, piece: int = 1 << 20, pause: float = 0.0) -> None:
         self._answer, self._piece, self._pause = HEAD % status + beginning, b"x" * piece, pause
@@ -53,9 +56,11 @@ class Endless:
                 connection.recv(1 << 16)
                 self.requests += 1
                 connection.sendall(self._answer)
-                while True:
+                left, end = 96 << 20, time.monotonic() + 8
+                while left > 0 and time.monotonic() < end:
                     connection.sendall(self._piece)
                     self.sent += len(self._piece)
+                    left -= len(self._piece)
                     time.sleep(self._pause)
             except OSError:
                 return
