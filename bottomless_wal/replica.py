@@ -386,13 +386,17 @@ class Replica:
         return True
 
     def _leave_nothing_to_do(self) -> None:
-        """At exit, while the application's connections are still open: whatever closes them later finds an empty WAL, and leaves
-        the main file as the index describes it."""
+        """At exit, while the application's connections are still open: whatever closes them later finds nothing to copy, and leaves
+        the main file as the index describes it.
+
+        Not TRUNCATE: a thread that still commits would begin a WAL with random salts (SQLite keeps the count of restarts in each
+        connection), and no longer be known as the one that goes on from here.
+        """
         try:
             with contextlib.closing(self._connect(self.path)) as connection:
                 connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
                 connection.execute("PRAGMA schema_version").fetchall()
-                connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+                connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_FULL)
         except (apsw.BusyError, apsw.LockedError) as error:
             # The application's connections may be busy. The WAL that stays is sound, and the next open looks at it.
             logger.debug("%s: no checkpoint at exit: %s", self.path, error)

@@ -256,7 +256,7 @@ class Worker:
             try:
                 thread.start()
             except RuntimeError as error:
-                logger.debug("%s: batches are run by whoever waits for them: %s", self._local.path, error)  # the interpreter ends
+                logger.info("%s: batches are run by whoever waits for them: %s", self._local.path, error)  # the interpreter ends
                 self._alone = True
                 return
             self._thread, self._running = thread, True

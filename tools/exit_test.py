@@ -33,6 +33,9 @@ import bottomless_wal
 KINDS: Final = ("end", "sysexit", "executor", "drain", "drain", "drain twice", "interrupt", "interrupt twice", "terminate")
 """How a process ends. `drain` is Ctrl-C while the exit sends what ack=local has left, and no thread of the application runs."""
 
+OPENED: Final = b"x"
+"""What a process writes when it has opened both databases."""
+
 KEPT: Final[list[apsw.Connection]] = []
 """Connections that stay open to the end: the interpreter closes them when it clears the modules."""
 
@@ -108,7 +111,7 @@ def work(directory: Path, kind: str, seconds: float, number: int) -> None:
     else:
         for thread in range(_THREADS):
             threading.Thread(target=commits, args=(thread, 1_000_000), daemon=True).start()
-    os.write(1, b"x")
+    os.write(1, OPENED)
     time.sleep(seconds)
     if kind == "sysexit":
         sys.exit(3)
@@ -142,7 +145,8 @@ def end_one(directory: Path, kind: str, number: int, chance: random.Random) -> b
     command = [sys.executable, __file__, "--directory", str(directory), "--child", kind, str(seconds), str(number)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
-        process.stdout.read(1)
+        if process.stdout.read(1) != OPENED:
+            raise RuntimeError(f"process {number} ({kind}) could not open what the ones before it have left")
         longest = _DRAIN_SECONDS if kind.startswith("drain") else _LONGEST_SECONDS
         signals = {"interrupt": [signal.SIGINT], "drain": [signal.SIGINT], "terminate": [signal.SIGTERM]}
         for each in signals.get(kind.removesuffix(" twice"), []) * (2 if kind.endswith(" twice") else 1):

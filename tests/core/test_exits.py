@@ -467,6 +467,37 @@ con.execute("INSERT INTO t VALUES (1)")
     world.stored(con)
 
 
+def test_threads_that_commit_while_the_exit_closes_are_known_at_the_next_open(world: World) -> None:
+    """Theirs raise, and stand locally, before the exit's checkpoint and after it, in whatever WAL that leaves them."""
+    script = (
+        OPEN
+        + """
+from bottomless_wal.registry import registry
+other = connect(argv[0]); other.execute("SELECT * FROM t").fetchall()
+con.execute("INSERT INTO t VALUES (1)")
+replica = registry.get(argv[0])
+real = replica._leave_nothing_to_do
+def commit(own):
+    try:
+        own.execute("INSERT INTO t VALUES (2)")
+    except bottomless_wal.ReplicationError:
+        pass
+def between():
+    commit(con); real(); commit(other)
+replica._leave_nothing_to_do = between
+registry.exit()
+os._exit(0)
+"""
+    )
+    for _ in range(6):  # random salts follow the old ones half of the time
+        here = world.machine()
+        process = spawn(script, here.path(), options={**world.options, "ack": "log", "database_id": str(world.count)})
+        assert process.wait(60) == 0
+        con = here.connect(database_id=str(world.count))
+        assert rows(con) == 3
+        con.close()
+
+
 def test_processes_that_end_at_random_moments(tmp_path: Path) -> None:
     told = exit_test.run(tmp_path, 12, None, random.Random(3))
     assert (told["exits"], told["hangs"], told["missing"]) == (12, 0, 0), json.dumps(told)
