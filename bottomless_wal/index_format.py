@@ -4,7 +4,8 @@ All numbers are big-endian:
 
     offset  size  field
          0     8  magic "BWALIDX3"
-         8     4  flags: 1 needs scan, 2 closed cleanly, 4 the WAL is gone, 8 identity known, 16 identity settled
+         8     4  flags: 1 needs scan, 2 closed cleanly, 4 the WAL is gone, 8 identity known, 16 identity settled,
+                  32 successor known
         12     4  page size in bytes, 0 before the first commit
         16    16  home: hash of the endpoint, the bucket and the database's name in it
         32    16  writer id, for messages only
@@ -19,12 +20,13 @@ All numbers are big-endian:
        120     8  milliseconds since 1970, the server's, at which txid was last proved to be the head
        128    20  WAL position (wal.Position)
        148    40  identity of the main file: device, inode, size, mtime_ns, ctime_ns
-       188     8  sequence number of the last seal that this header takes into account
-       196     4  number of intents
-       200   16n  intents, one for each attempt to put txid + 1 whose outcome is unknown: post hash u64, attempt nonce u64
+       188    20  successor: the beginning of the WAL that seals saw follow, where the position could not be carried across (wal.Position)
+       208     8  sequence number of the last seal that this header takes into account
+       216     4  number of intents
+       220   16n  intents, one for each attempt to put txid + 1 whose outcome is unknown: post hash u64, attempt nonce u64
              4  CRC-32 of everything before
      15872    84  the seal: sequence u64, flags u32 (1 covered, 2 from gone, 4 to gone, 8 from anywhere, 16 identity known,
-                  32 identity settled), salts u32 u32, position 20, identity of the main file 40, CRC-32
+                  32 identity settled, 64 witnessed), salts u32 u32, position 20, identity of the main file 40, CRC-32
      16384  24 a page  entries, page 1 first: u64 page hash, u64 txid of the last change, u64 check: the XOR of the two
 
 An identity is *settled* when it was recorded at a later tick of the file system's clock than the file's own timestamps. Only then does an
@@ -50,11 +52,11 @@ MAGIC: Final = b"BWALIDX3"
 HEADER_SIZE: Final = 16384
 ENTRY_SIZE: Final = 24
 SEAL_OFFSET: Final = 15872
-_FIXED: Final = struct.Struct(">8sII16s16s16sQQIIQQQIIQ20sQQQqqQI")
+_FIXED: Final = struct.Struct(">8sII16s16s16sQQIIQQQIIQ20sQQQqq20sQI")
 _SEAL: Final = struct.Struct(">QIII20sQQQqq")
 _INTENT: Final = struct.Struct(">QQ")
 MAX_INTENTS: Final = (SEAL_OFFSET - _FIXED.size - 4) // _INTENT.size
-_NEEDS_SCAN, _CLEAN, _GONE, _IDENTITY, _SETTLED = 1, 2, 4, 8, 16
+_NEEDS_SCAN, _CLEAN, _GONE, _IDENTITY, _SETTLED, _SUCCESSOR = 1, 2, 4, 8, 16, 32
 _NO_POSITION: Final = bytes(20)
 SEAL_SIZE: Final = _SEAL.size + 4
 
@@ -104,7 +106,8 @@ class Seal(NamedTuple):
     """What a restart of the WAL leaves behind: the WAL with the salts `before` ended, and `after` is the position in what follows.
 
     `covered`: the position that the index had then covered all of that WAL. `before` None: there was no WAL; `after` None: there
-    is none now. `anywhere`: whatever the index's position was, it proves nothing any more.
+    is none now. `anywhere`: whatever the index's position was, it proves nothing any more. `is_witnessed`: every reset from that
+    WAL to `after` left a seal, so that what follows came from it.
     """
 
     sequence: int
@@ -114,11 +117,12 @@ class Seal(NamedTuple):
     anywhere: bool = False
     identity: Identity | None = None
     is_settled: bool = False
+    is_witnessed: bool = False
 
     def encode(self) -> bytes:
         """The record's bytes."""
         flags = self.covered | (self.before is None) << 1 | (self.after is None) << 2 | self.anywhere << 3
-        flags |= (self.identity is not None) << 4 | self.is_settled << 5
+        flags |= (self.identity is not None) << 4 | self.is_settled << 5 | self.is_witnessed << 6
         after = self.after.pack() if self.after else _NO_POSITION
         body = _SEAL.pack(self.sequence, flags, *(self.before or (0, 0)), after, *(self.identity or (0, 0, 0, 0, 0)))
         return body + struct.pack(">I", zlib.crc32(body))
@@ -139,6 +143,7 @@ class Seal(NamedTuple):
             bool(flags & 8),
             Identity(*identity) if flags & 16 else None,
             bool(flags & 32),
+            bool(flags & 64),
         )
 
 
@@ -163,6 +168,7 @@ class IndexHeader:
     clean: bool = False
     identity: Identity | None = None
     is_settled: bool = False
+    successor: Position | None = None
     seal_sequence: int = 0
     intents: list[Intent] = field(default_factory=list)
 
@@ -180,12 +186,15 @@ class IndexHeader:
         if seal is None or seal.sequence <= self.seal_sequence:
             return
         self.seal_sequence = seal.sequence
+        self.successor = None
         here = None if self.position is None else (self.position.salt1, self.position.salt2)
         if seal.anywhere or (seal.before == here and not seal.covered):
             self.needs_scan = True
             if seal.after is None and seal.before == here and None not in (self.identity, seal.identity):
                 # The WAL went with commits that are not stored: they are in this very file, as we left it.
                 self.position, self.identity, self.is_settled = None, seal.identity, seal.is_settled
+            elif seal.before == here and seal.is_witnessed:
+                self.successor = seal.after
         elif seal.before == here:
             self.position, self.identity, self.is_settled = seal.after, seal.identity, seal.is_settled
 
@@ -193,6 +202,7 @@ class IndexHeader:
         """The header's bytes, at most HEADER_SIZE."""
         flags = self.needs_scan * _NEEDS_SCAN | self.clean * _CLEAN | (self.position is None) * _GONE
         flags |= (self.identity is not None) * _IDENTITY | self.is_settled * _SETTLED
+        flags |= (self.successor is not None) * _SUCCESSOR
         fixed = _FIXED.pack(
             MAGIC,
             flags,
@@ -210,6 +220,7 @@ class IndexHeader:
             self.proved_ms,
             self.position.pack() if self.position else _NO_POSITION,
             *(self.identity or (0, 0, 0, 0, 0)),
+            self.successor.pack() if self.successor else _NO_POSITION,
             self.seal_sequence,
             len(self.intents),
         )
@@ -240,6 +251,7 @@ class IndexHeader:
             proved_ms,
             position,
             *identity,
+            successor,
             seal_sequence,
             intents,
         ) = _FIXED.unpack_from(data)
@@ -266,6 +278,7 @@ class IndexHeader:
             clean=bool(flags & _CLEAN),
             identity=Identity(*identity) if flags & _IDENTITY else None,
             is_settled=bool(flags & _SETTLED),
+            successor=Position.unpack(successor) if flags & _SUCCESSOR else None,
             seal_sequence=seal_sequence,
             intents=list(map(Intent._make, _INTENT.iter_unpack(data[_FIXED.size : end]))),
         )

@@ -190,12 +190,12 @@ class LocalIndex(FileLock):
 
     @staticmethod
     def leave_seal(
-        path: str, main: str, judge: Callable[[IndexHeader, Identity | None], tuple[Position | None, bool] | None], *, is_last: bool
+        path: str, main: str, judge: Callable[[IndexHeader, Identity | None], tuple[Position | None, bool, bool] | None], *, is_last: bool
     ) -> None:
         """Writes the next seal of the index at `path`, if there is one. For the holder of SQLite's write lock, who alone does so.
 
-        `judge` is given the header as it stands, and the identity of the file at `main`, and answers (position after it, covered), or
-        None to leave everything as it is. A header that cannot be read is answered by a seal that asks for a scan.
+        `judge` is given the header as it stands, and the identity of the file at `main`, and answers (position after it, covered,
+        witnessed), or None to leave everything as it is. A header that cannot be read is answered by a seal that asks for a scan.
 
         `is_last`: the WAL goes, and from here on the identity alone tells whether the file was written to. It is worth waiting, for some
         milliseconds, until the identity is settled: the lock that is held keeps writers out.
@@ -214,8 +214,9 @@ class LocalIndex(FileLock):
             verdict = judge(header, identity)
             if verdict is None:
                 return
-            after, covered = verdict
-            record = Seal(sequence, unabsorbed, after, covered and not header.needs_scan, identity=identity, is_settled=is_settled)
+            after, covered, is_witnessed = verdict
+            covered = covered and not header.needs_scan
+            record = Seal(sequence, unabsorbed, after, covered, identity=identity, is_settled=is_settled, is_witnessed=is_witnessed)
             os.pwrite(fd, record.encode(), SEAL_OFFSET)
 
         _with_own_file(path, write)

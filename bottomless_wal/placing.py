@@ -186,6 +186,10 @@ def _descends(found: LocalState, head: Head, header: IndexHeader, local: LocalDa
     if found.change_counter < header.change_counter:
         return False
     known, position = header.position, found.position
+    if header.successor is not None and position is not None:
+        wal = local.wal.header()
+        if wal is not None and wal.position() == header.successor:
+            return True  # each restart since then was seen, and nothing of it is stored yet
     if known is None:
         # The WAL had gone. One that is there now lies upon the file as it was left, or upon the head.
         return header.identifies(local.path) or (position is not None and _is_head_without_wal(head, local))

@@ -196,7 +196,7 @@ class Replicator:
             if change is not None:
                 self._commit(header, change, scanned=True, target=target, background=background)
                 return
-            header.needs_scan = False
+            header.needs_scan, header.successor = False, None
             header.position = position_of(self.local, tip)
             header.change_counter = shape.change_counter
             self.index.identify(header, self.local.path)
@@ -262,7 +262,7 @@ class Replicator:
         self.on_head(post)
         header.position = change.position
         if scanned:
-            header.needs_scan = False
+            header.needs_scan, header.successor = False, None
             self.index.identify(header, self.local.path)
         self._record(header, edge, change.pgnos, change.hashes, date_ms, change.change_counter)
         self.on_logged(header.position)

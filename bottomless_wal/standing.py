@@ -79,7 +79,7 @@ def seal(index_path: str, path: str, new: WalHeader | None) -> None:
     """
     wal = WalFile(path + "-wal")
 
-    def judge(header: IndexHeader, identity: Identity | None) -> tuple[Position | None, bool] | None:
+    def judge(header: IndexHeader, identity: Identity | None) -> tuple[Position | None, bool, bool] | None:
         old = wal.header()
         if new is not None and old is not None and (new.salt1, new.salt2) == (old.salt1, old.salt2):
             return None  # the same WAL once more: its first transaction was rolled back
@@ -92,7 +92,11 @@ def seal(index_path: str, path: str, new: WalHeader | None) -> None:
             covered = wal.position(old, position.frame) == position and not wal.continues(position, old)
         if not covered and not header.needs_scan:
             logger.info("the WAL of %s is restarted before all of it is stored: a scan is needed", path)
-        return (new.position() if new is not None else None), covered
+        # What the index last knew of: salts say nothing by themselves, for SQLite may draw them at random for any new WAL.
+        last = header.successor or position
+        known = None if last is None else (last.salt1, last.salt2)
+        is_witnessed = known == (None if old is None else (old.salt1, old.salt2))
+        return (new.position() if new is not None else None), covered, is_witnessed
 
     reach("before seal")
     try:

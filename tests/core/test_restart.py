@@ -416,3 +416,42 @@ def test_pending_commits_survive_a_close_a_restart_and_a_new_wal(world: World) -
     assert rows(con) == 3
     assert world.bucket.log_image("app.db") == con.serialize("main")
     con.close()
+
+
+@pytest.mark.parametrize("backfilled", [False, True])
+@pytest.mark.parametrize("kind", ["RESTART", "TRUNCATE"])
+def test_pending_commits_in_a_wal_of_random_salts_are_known_after_a_kill(world: World, kind: str, backfilled: bool) -> None:
+    """SQLite draws the salts of a new WAL at random where the connection that begins it has never restarted one: the seals tell."""
+    here = world.machine()
+    child(
+        """
+from worlds import refusal
+one, two = (connect(argv[0], ack="log", pages="off") for _ in range(2))
+one.execute("CREATE TABLE t(x)")
+two.execute("SELECT * FROM t").fetchall()
+refusal(one).log()
+def commit(con):
+    try:
+        con.execute("INSERT INTO t VALUES (randomblob(3000))")
+    except bottomless_wal.ReplicationError:
+        pass
+for con in (two, one, two):
+    commit(con)
+    one.wal_checkpoint(mode=getattr(apsw, "SQLITE_CHECKPOINT_" + argv[1]))
+commit(two)
+if argv[2]:
+    one.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+commit(two)
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+        here.path(),
+        kind,
+        "yes" if backfilled else "",
+        options={**world.options, "retry_timeout": 0},
+        check=False,
+    )
+    con = here.connect()
+    assert rows(con) == 5
+    assert world.bucket.log_image("app.db") == con.serialize("main")
+    con.close()
+    world.comes_back(here)

@@ -37,6 +37,7 @@ headers = st.builds(
     clean=st.booleans(),
     identity=st.none() | st.builds(Identity, u64, u64, u64, times, times),
     is_settled=st.booleans(),
+    successor=st.none() | positions,
     seal_sequence=u64,
     intents=st.lists(st.builds(Intent, u64, u64), max_size=20),
 )
@@ -49,6 +50,7 @@ seals = st.builds(
     anywhere=st.booleans(),
     identity=st.none() | st.builds(Identity, u64, u64, u64, times, times),
     is_settled=st.booleans(),
+    is_witnessed=st.booleans(),
 )
 
 
@@ -143,6 +145,7 @@ def test_golden_vectors() -> None:
     assert header.identity == Identity(*meaning["identity"])
     assert [header.home.hex(), header.writer.hex(), header.boot.hex()] == meaning["names"]
     assert {name: getattr(header, name) for name in meaning["numbers"]} == meaning["numbers"]
+    assert header.successor == Position(*meaning["successor"])
     assert header.intents == [Intent(*row) for row in meaning["intents"]]
     assert header.encode() == (VECTORS / "header-3.index").read_bytes()
     seal = Seal.decode((VECTORS / "seal.index").read_bytes())
@@ -152,7 +155,7 @@ def test_golden_vectors() -> None:
         told["sequence"], tuple(told["before"]), Position(*told["after"]), covered=True, identity=Identity(*told["identity"])
     )
     assert seal.encode() == (VECTORS / "seal.index").read_bytes()
-    settled = seal._replace(is_settled=True)
+    settled = seal._replace(is_settled=True, is_witnessed=True)
     assert settled.encode() == (VECTORS / "seal-2.index").read_bytes()
 
 
@@ -204,3 +207,12 @@ def test_only_a_settled_identity_identifies(tmp_path: Path) -> None:
     assert not header.identifies(str(file))
     header.identity = None
     assert not header.identifies(str(file))
+
+
+def test_a_witnessed_seal_tells_what_follows_though_the_position_is_lost() -> None:
+    header = _sealed(HERE, Seal(6, (1, 2), NEXT, covered=False, is_witnessed=True))
+    assert (header.position, header.successor, header.needs_scan) == (HERE, NEXT, True)
+    header.absorb(Seal(7, (1, 2), Position(77, 9, 0, 1, 1), covered=False))
+    assert header.successor is None, "somebody has restarted the WAL unseen"
+    assert _sealed(HERE, Seal(6, (1, 2), NEXT, covered=True, is_witnessed=True)).successor is None
+    assert _sealed(HERE, Seal(6, (8, 8), NEXT, covered=False, is_witnessed=True)).successor is None
