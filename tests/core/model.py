@@ -166,7 +166,7 @@ class Model(Books):
             # The handler came while this very thread looked at the WAL, or held SQLite's lock: it is told, and nobody waits.
             FIGURES[f"signal handlers: {error}"] += 1
             assert error in ("BusyError", "ReplicationError"), f"{error}: {text}"
-        elif site.options["ack"] != "local":
+        else:
             self.stored(site)
 
     @precondition(lambda self: self.busy() and self.writers())
@@ -579,13 +579,16 @@ class Model(Books):
         ]
 
     def pairs(self) -> list[tuple[Process, int, int]]:
-        """Two connections of one process, both outside a transaction, to a database that has tables."""
+        """Two connections of one process, both outside a transaction, to a database that has tables.
+
+        Not with ack=local: the state between the two commits, which is not seen from here, could be stored at any later time.
+        """
         writers = self.writers()
         return [
             (process, slot, other)
             for process, slot in writers
             for process_of_other, other in writers
-            if process is process_of_other and slot != other and self.line.head
+            if process is process_of_other and slot != other and self.line.head and process.site.options["ack"] != "local"
         ]
 
     @staticmethod
