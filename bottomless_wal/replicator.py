@@ -28,7 +28,7 @@ from . import layout
 from .config import Config
 from .crashpoints import reach
 from .edges import Edge
-from .errors import CorruptionError, FencedError, ReplicationError
+from .errors import CorruptionError, FencedError, ReplicationError, StoreError
 from .history import FENCE_HORIZON_SECONDS, History
 from .local_database import LocalDatabase, SnapshotLost, Tip
 from .local_index import MAX_INTENTS, Identity, IndexHeader, IndexLost, Intent, LocalIndex, boot_id
@@ -191,7 +191,7 @@ class Replicator:
             pre, post = (header.txid, header.txid + 1) if target is None else (0, target)
             change = stage_scan(
                 self.local, self.index, self.history, header, tip, shape,
-                whole=whole, reset=reset and pre > 0, pre=pre, post=post, level=self.config.level,
+                whole=whole, reset=reset and pre > 0, pre=pre, post=post, level=self.config.level, even_if_same=bool(header.intents),
             )  # fmt: skip
             if change is not None:
                 self._commit(header, change, scanned=True, target=target, background=background)
@@ -209,13 +209,11 @@ class Replicator:
     def _commit(
         self, header: IndexHeader, change: Change, *, scanned: bool = False, target: int | None = None, background: bool = False
     ) -> None:
-        """Stores `change` as the edge txid -> txid + 1 and records it; then the page objects."""
-        if not change.pgnos and change.db_size == header.db_size and not change.reset and header.txid > 0:
-            # Frames that changed nothing: the state is what it was, only the position moves.
-            header.position = change.position
-            self.index.save(header)
-            self.on_logged(header.position)
-            return
+        """Stores `change` as the edge txid -> txid + 1 and records it; then the page objects.
+
+        Commits that together changed nothing are stored, too: an earlier attempt may still arrive, and another writer may have gone on.
+        Only the put, which contends for the next key, tells that the state that is acknowledged is the head.
+        """
         reach("before intent")
         if header.txid == 0:
             # Should the answer be lost and the WAL be gone by the next open, this tells that the file has gone on from what was stored.
@@ -409,7 +407,10 @@ class Replicator:
         head = max(other.post for other in beyond)
         if any(self._leads_on(edge, other) for other in beyond if other.pre == edge.post):
             self._fence(f"{self.local.path} stored commit {edge.post}, and another writer has gone on from it, to txid {head}, since then")
-        self._withdraw(edge)
+        try:
+            self._withdraw(edge)
+        except StoreError as error:
+            logger.error("%s: a stray commit stays in the log, where no restore follows it: %s", self.local.path, error.message)
         self._fence(
             f"{self.local.path} was away for too long: its commit {edge.post} was stored where the history, which is at txid {head} "
             f"by now, had been pruned"

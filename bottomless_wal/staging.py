@@ -147,9 +147,10 @@ def _newest_frames(local: LocalDatabase, wal: WalHeader, after: int, upto: int) 
 
 def stage_scan(
     local: LocalDatabase, index: LocalIndex, history: History, header: IndexHeader, tip: Tip, shape: Shape, *,
-    whole: bool, reset: bool, pre: int, post: int, level: int,
+    whole: bool, reset: bool, pre: int, post: int, level: int, even_if_same: bool,
 ) -> Change | None:  # fmt: skip
-    """The pages of the snapshot that differ from the index, or all of them (`whole`). None when there is no difference.
+    """The pages of the snapshot that differ from the index, or all of them (`whole`). None when there is no difference (an empty change
+    with `even_if_same`).
 
     Call it within `LocalDatabase.snapshot`.
 
@@ -193,7 +194,7 @@ def stage_scan(
                 hint="To go on from the remote history: close every connection, and move the file and its -wal away. To make the local "
                 "file the truth, if it is sound: `bottomless-wal reset --from-local`.",
             )
-        if not passed.pgnos and shape.db_size == header.db_size:
+        if not passed.pgnos and shape.db_size == header.db_size and not even_if_same:
             return None
     position = position_of(local, tip)
     positions: tuple[Position, ...] = (position,) if position is not None else ()

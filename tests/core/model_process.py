@@ -322,7 +322,11 @@ class _Process:
         gc.collect()
         end = time.monotonic() + _PATIENCE / 2
         while not self.slots and registry.all():
-            assert time.monotonic() < end, "the close that was handed over does not end"
+            if time.monotonic() > end:
+                with tempfile.TemporaryFile("w+") as stacks:
+                    faulthandler.dump_traceback(stacks)
+                    stacks.seek(0)
+                    raise AssertionError(f"the close that was handed over does not end: {stacks.read()}")
             time.sleep(0.001)
 
     def signalled(self, slot: int, other: int, ops: list[list[Any]], delay: float) -> None:

@@ -234,7 +234,10 @@ def test_what_was_rolled_back_is_nowhere(world: World) -> None:
     with pytest.raises(ZeroDivisionError):
         half_way()
     bottomless_wal.flush(con)
-    assert world.bucket.edges("app.db") == before
+    for pre, post in set(world.bucket.edges("app.db")) - set(before):  # the savepoint's release is a commit that changes nothing
+        assert world.bucket.segment("app.db", pre, post).pages == {}
+    world.stored(con)
+    assert rows(con) == 0
 
 
 def test_reading_sends_nothing(world: World) -> None:

@@ -12,7 +12,7 @@ import pytest
 from worlds import Machine, World, child, refusal, replica_of, rows, spawn
 
 import bottomless_wal
-from bottomless_wal import ConflictError, FencedError, ReplicationError
+from bottomless_wal import ConflictError, FencedError, ReplicationError, StoreError
 from bottomless_wal.store import Receipt
 
 
@@ -453,3 +453,45 @@ def test_a_fence_reaches_every_connection_and_thread(world: World) -> None:
         thread.join()
     assert [type(error) for error in errors] == [FencedError] * 5
     con.close()
+
+
+# --- commits that lead back to the head's own state ------------------------------------------------------------------------------
+
+
+def test_a_commit_that_undoes_a_lost_attempt_is_stored_before_that_attempt_arrives(world: World) -> None:
+    """Its state is the head's, by every hash. But the request whose answer was lost is still on its way, and would be the next head."""
+    here = world.machine()
+    con = here.connect(ack="log", pages="off")
+    con.execute("CREATE TABLE t(x); INSERT INTO t VALUES (13)")
+    store = replica_of(con).store
+    late: list[tuple[str, bytes]] = []
+    real = store.create
+
+    def create(key: str, data: bytes) -> Any:
+        if late:
+            return real(key, data)
+        late.append((key, data))
+        raise StoreError(f"{key}: the answer was lost", hint="A test did that.")
+
+    store.create = create  # type: ignore[method-assign]
+    with pytest.raises(ReplicationError):
+        con.execute("UPDATE t SET x = 14")
+    con.execute("UPDATE t SET x = 13")
+    assert not real(*late[0]).created, "its key is taken"
+    image = con.serialize("main")
+    assert world.bucket.log_image("app.db") == image
+    con.close()
+
+
+def test_a_commit_that_leads_back_to_the_head_is_fenced_by_a_rival(world: World) -> None:
+    here = world.machine()
+    con = here.connect(ack="log", pages="off")
+    con.execute("CREATE TABLE t(x); INSERT INTO t VALUES (13)")
+    store = refusal(con)
+    store.log()
+    with pytest.raises(ReplicationError):
+        con.execute("UPDATE t SET x = 14")
+    child("connect(argv[0], pages='off').execute('UPDATE t SET x = 77')", world.machine().path(), options=world.options)
+    store.nothing()
+    with pytest.raises(FencedError):
+        con.execute("UPDATE t SET x = 13")
