@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -26,7 +27,7 @@ from .local_database import SnapshotLost
 from .local_index import Backlog, Identity, IndexHeader, IndexLost, boot_id
 from .logs import get_logger
 from .pageview import UNKNOWN_SIZE
-from .placing import LocalState, Relation, local_state, relate
+from .placing import LocalState, Relation, is_earlier, local_state, relate
 from .rebuild import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch
 from .replacement import aside, nobody_else, open_elsewhere, put_in_place
 from .replicator import Replicator
@@ -140,7 +141,11 @@ class Boot:
             try:
                 return self._catch_up(local, head_state, edges)
             except ConflictError:
-                self.action = POLICY[self.policy]  # it is no descendant after all
+                # It is not a descendant after all.
+                if is_earlier(local, head_state, edges, self.history, self.replicator.config.concurrency):
+                    self.action = Action.FAST_FORWARD
+                    return self._fast_forward(local, head_state, edges)
+                self.action = POLICY[self.policy]
                 if self.action is Action.CONFLICT:
                     raise
         if self.action is Action.RESET:
@@ -331,12 +336,14 @@ class Boot:
     def _fast_forward(self, local: LocalState, head: Head, edges: Sequence[Edge]) -> IndexHeader:
         # By its hash the index now says that this is an earlier state (see `placing`): the place in the WAL, which may be all that told
         # it, goes before the file does.
+        self.local.close()
+        with nobody_else(self.local.path):
+            pass  # a process that has it open needs the index as it is
         header = self.replicator.unknown()
         header.state, header.needs_scan = local.state, True
         self.index.save(header)
         self.index.forget_pages()
         # The main file must be whole by itself before its WAL goes: a crash in between leaves an earlier state, not a torn one.
-        self.local.close()
         with self._plain() as connection:
             connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
             connection.execute("PRAGMA schema_version").fetchall()  # one that has never read checkpoints nothing
@@ -386,6 +393,7 @@ class Boot:
     def _put_in_place(self, into: Scratch, rebuilt: Rebuilt, header: IndexHeader) -> IndexHeader:
         path = self.local.path
         self.local.close()
+        made = os.fstat(into.fd)
         put_in_place(into.path, into.fd, path)
         header.txid, header.state = rebuilt.txid, rebuilt.state
         header.page_size, header.db_size = rebuilt.page_size, rebuilt.db_size
@@ -394,6 +402,13 @@ class Boot:
         header.position, header.needs_scan = None, False
         header.proved_ms = self._listed_ms
         self.index.identify(header, path)
+        # Until a connection reads, another program can write to it and leave no trace but in its timestamps.
+        is_untouched = header.identity is not None and header.identity[1:4] == (
+            made.st_ino,
+            rebuilt.page_size * rebuilt.db_size,
+            made.st_mtime_ns,
+        )
+        header.needs_scan = not (is_untouched and header.is_settled)
         header.change_counter = int.from_bytes(os.pread(into.fd, 4, 24), "big")
         if header.backlog is None and header.view_txid < header.txid and self.replicator.config.pages == "commit":
             header.backlog = Backlog(header.view_txid, header.txid, 1)
@@ -406,7 +421,8 @@ class Boot:
             f"{self.local.path} (state {local.state:016x}, {local.db_size} pages) is no state of the history of {self.history.name!r} "
             f"in {self.history.store.describe()} (head: txid {head.txid}, state {head.state:016x}, {head.db_size} pages). "
             "Nothing was changed",
-            hint="To go on from the remote history: move the local file away, or `bottomless-wal restore --force`. To make the local "
-            "file the truth, because another program has written to it meanwhile: `bottomless-wal reset --from-local`, or open it with "
-            "initial_replication=force (a reset at once) or skip (at the next commit).",
+            hint="To go on from the remote history: move the local file away, or `bottomless-wal restore --force "
+            f"{shlex.quote(self.local.path)}`. To make the local file the truth, because another program has written to it meanwhile: "
+            f"`bottomless-wal reset --from-local {shlex.quote(self.local.path)}`, or open it with initial_replication=force (a reset at "
+            "once) or skip (at the next commit).",
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 import time
 from typing import Final
 
@@ -155,7 +156,19 @@ def _kind(mode: int) -> str:
     return "a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
 
 
+_asking = threading.Lock()
+
+
 def _umask() -> int:
-    current = os.umask(0o077)
-    os.umask(current)
-    return current
+    """Return the umask. Where the system does not tell it, it is set for a moment: by one thread at a time, or it would stay so."""
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            for line in file:
+                if line.startswith("Umask:"):
+                    return int(line.split()[1], 8)
+    except OSError as error:
+        logger.debug("no /proc/self/status: %s", error)
+    with _asking:
+        current = os.umask(0o077)
+        os.umask(current)
+        return current

@@ -70,7 +70,8 @@ def main_file_lost(path: str, how: str) -> FilesLostError:
     """Return the error for a main file that was `how` ("deleted or replaced", "truncated") while connections have it open."""
     return FilesLostError(
         f"{path} was {how} while connections have it open: what they committed since the last acknowledged commit is not stored",
-        hint="Close every connection to it, in all processes, and open the path again: that restores the state in the bucket.",
+        hint="If the file was moved, move it back. Else close every connection to it, in all processes, and open the path again: that "
+        "restores the state in the bucket, unless the WAL that is left fits the file. So look before you repeat a statement.",
     )
 
 
@@ -127,7 +128,7 @@ class LocalDatabase:
             raise main_file_lost(self.path, "replaced")
         if found.st_size:
             return True
-        if is_new and self.wal.header() is None:
+        if is_new and not self.tip().frames:
             return False
         raise main_file_lost(self.path, "truncated")
 

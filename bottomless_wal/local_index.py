@@ -88,11 +88,13 @@ def boot_id() -> bytes:
 def is_index(data: bytes) -> bool:
     """Return whether a file that begins with `data` (its first 17 KiB) is an index, a damaged one too, and not a file of another program.
 
-    An index may be empty, or zeros after a power loss. Otherwise one of these is intact: the magic, the header's checksum with the magic
-    put right, the seal's checksum, or the check of a page's entry.
+    An index may be empty, or short and all zeros after a power loss. Otherwise one of these is intact: the magic, the header's checksum
+    with the magic put right, the seal's checksum, or the check of a page's entry.
     """
-    if not any(data[:HEADER_SIZE]) or data[: len(_MAGIC)] == _MAGIC[: len(data)]:
+    if data[: len(_MAGIC)] == _MAGIC[: len(data)]:
         return True
+    if not any(data) and len(data) < _LOOK_SIZE:
+        return True  # of a longer file, which may begin with zeros as others do, an entry must tell
     if IndexHeader.decode(MAGIC + data[len(MAGIC) : HEADER_SIZE]) is not None:
         return True
     if Seal.decode(data[SEAL_OFFSET : SEAL_OFFSET + SEAL_SIZE]) is not None:

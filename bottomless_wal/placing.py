@@ -8,9 +8,9 @@
               as the next one after that, upon a main file that is the head
     UNKNOWN   anything else
 
-They are asked in this order, so that an old backup copied over the file is EARLIER, and never passes for a descendant. But a WAL that
-holds the head's commit, and more, is asked first, and so is the very file that our own close left behind: they alone prove the descent
-of a state whose bytes have been there before.
+DESCENDS is asked before EARLIER: local commits may have led back to bytes that have been there before, and no old image and no old
+backup has what proves the descent (a WAL, a recorded identity, a recorded state). An old backup beside a newer WAL is told by the scan
+that follows: a page has changed that the WAL has no frame of. Then it is EARLIER after all, if it is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .segment import LISTED_ROWS, Header, page_hash
 from .standing import position_of
 from .wal import Position
 
-__all__ = ["LocalState", "Relation", "local_state", "relate"]
+__all__ = ["LocalState", "Relation", "is_earlier", "local_state", "relate"]
 
 logger = get_logger(__name__)
 
@@ -100,7 +100,9 @@ def relate(
     header = _header_of(index, home)
     if header is not None and _was_left_so(found, head, header, local):
         return Relation.DESCENDS
-    if _is_earlier(found, head, edges, history, width):
+    if header is not None and (_is_known_pending(found, head, header) or _descends(found, head, header, local)):
+        return Relation.DESCENDS
+    if is_earlier(found, head, edges, history, width):
         return Relation.EARLIER
     header = _header_of(index, home)  # that took its time, and whoever restarts the WAL leaves a seal without asking for the lock
     if header is not None and not header.txid and header.state == found.state:
@@ -139,7 +141,17 @@ def _was_left_so(found: LocalState, head: Head, header: IndexHeader, local: Loca
     return gone and header.identifies(local.path)
 
 
-def _is_earlier(found: LocalState, head: Head, edges: Sequence[Edge], history: History, width: int) -> bool:
+def _is_known_pending(found: LocalState, head: Head, header: IndexHeader) -> bool:
+    """Return whether the index tells that this very state was reached from the head by local commits.
+
+    An attempt to store it failed, or a close left it pending. Whatever became of timestamps and WAL, the content is proof enough. (A file
+    that is about to be made the head by a reset has no identity in the index.)
+    """
+    is_at_head = (header.txid, header.state) == (head.txid, head.state)
+    return is_at_head and header.identity is not None and any(found.state == intent.post_hash for intent in header.intents)
+
+
+def is_earlier(found: LocalState, head: Head, edges: Sequence[Edge], history: History, width: int) -> bool:
     """Is the local state, by its hash or by its place in a WAL, one that a segment lists? Newest first."""
     for header in _listed(list(leading_to(edges, head.txid)), history, width):
         if any(commit.post == found.state for commit in header.commits) or (header.pre and header.pre_hash == found.state):

@@ -291,6 +291,10 @@ class Replica:
         except (apsw.NotADBError, apsw.CorruptError) as error:
             raise CorruptionError(f"{self.path} is damaged: {error}", hint="Restore it: bottomless-wal restore --force.") from error
         header = LocalIndex.peek(self.index.path)
+        try:
+            self.local.has_content(is_new=header is None or not header.txid)
+        except ReplicationError as error:
+            failure = failure or error
         if header is None:
             raise ConfigError(f"{self.index.path} is missing or damaged", hint="The next commit rebuilds it.")
         pending: int | None = None
@@ -366,6 +370,8 @@ class Replica:
         stored = drained and self.worker.last_error is None
         if stored and self.opens > len(self.dropped):
             self._try("the checkpoint", self._leave_nothing_to_do)
+        if self.worker.pending and self.worker.fatal is None and self.worker.files_lost is None:
+            self._try("the note of what is pending", self.replicator.note_pending)
         reach("before close")
         # A WAL copied into a file that was cut to nothing would look like a database; that of another file is not ours to delete.
         self._try("the database", lambda: self.local.close(checkpoint=self.local.is_in_place()))

@@ -34,7 +34,7 @@ from .local_database import LocalDatabase, SnapshotLost, Tip
 from .local_index import MAX_INTENTS, Identity, IndexHeader, IndexLost, Intent, LocalIndex, boot_id
 from .logs import get_logger
 from .pageview import UNKNOWN_SIZE, PageView
-from .segment import WRITER_ID_SIZE, Body, Commit, Header, Segment
+from .segment import WRITER_ID_SIZE, Body, Commit, Header, Segment, page_hash
 from .staging import Change, stage_frames, stage_scan
 from .standing import Standing, position_of, standing
 from .wal import Position
@@ -147,6 +147,8 @@ class Replicator:
                 found = standing(self.local, header, tip)
                 if found in (Standing.COVERED, Standing.FRAMES):
                     self._refresh_identity(header, tip)
+                    if header.intents and tip.frames == (header.position.frame if header.position is not None else 0):
+                        break  # an attempt may still arrive: only a put of the state as it is now tells what the head is
                     if self._frames(header, tip):
                         self._catch_up(header)
                         return header
@@ -219,8 +221,9 @@ class Replicator:
             # Should the answer be lost and the WAL be gone by the next open, this tells that the file has gone on from what was stored.
             self.index.identify(header, self.local.path)
             header.change_counter, header.needs_scan = change.change_counter, True
-        if not header.intents or header.intents[-1].post_hash != change.post_hash:  # else it is the same attempt, once more
-            header.intents = [*header.intents[-(MAX_INTENTS - 1) :], Intent(change.post_hash, secrets.randbits(64))]
+        last = header.intents[-1] if header.intents else None
+        if last is None or not last.attempt or last.post_hash != change.post_hash:  # else it is the same attempt, once more
+            header.intents = [*header.intents[-(MAX_INTENTS - 1) :], Intent(change.post_hash, secrets.randbits(63) + 1)]
         self.index.save(header)
         reach("before put")
         post = target if target is not None else header.txid + 1
@@ -290,6 +293,21 @@ class Replicator:
         header.proved_ms = date_ms
         header.intents = []
         self.index.save(header)
+
+    def note_pending(self) -> None:
+        """Note the state hash of what a close leaves pending: the next open knows by it that the file goes on from the head.
+
+        Unlike the other methods it takes the index's lock itself.
+        """
+        with self.index.locked():
+            header = self.header()
+            if header.txid and not self.held:
+                with self.local.snapshot() as tip:
+                    state = 0
+                    for pgno, page in self.local.pages(tip, self.local.shape(tip)):
+                        state ^= page_hash(pgno, page)
+                header.intents = [*header.intents[-(MAX_INTENTS - 1) :], Intent(state, 0)]
+                self.index.save(header)
 
     # --- attempts whose outcome is unknown, and rivals -----------------------------------------------------------------
 

@@ -131,7 +131,7 @@ class _MainFile(apsw.VFSFile):
             try:
                 self._replicate(replica)
             finally:
-                if connection is not None:
+                if connection is not None and connection.exec_trace is _refuse:  # else another thread has set its own meanwhile
                     connection.exec_trace = before
         except BaseException as error:  # noqa: BLE001 (raised, or parked)
             self._failed(replica, error, connection)

@@ -433,6 +433,7 @@ def _serve(line: socket.socket) -> None:
             except apsw.Error as caught:
                 cause = _cause(caught)
                 error, text = type(cause).__name__, str(cause)
+                del cause  # its traceback holds the connection
             except Exception as caught:
                 logger.exception("%s was not foreseen", what)
                 error, text = type(caught).__name__, traceback.format_exc()

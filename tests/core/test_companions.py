@@ -380,7 +380,9 @@ def test_an_index_is_known_by_one_sign_of_several(world: World) -> None:
         for size in (0, 1, 7, 8, 100, HEADER_SIZE - 1):
             assert is_index(data[:size])
             assert is_index(bytes(size))
-    assert is_index(bytes(HEADER_SIZE) + b"whatever")
+    assert is_index(bytes(HEADER_SIZE) + real[HEADER_SIZE:])
+    assert not is_index(bytes(HEADER_SIZE) + b"whatever"), "other files, such as images of disks, begin with zeros, too"
+    assert not is_index(bytes(4 * HEADER_SIZE))
     assert is_index(b"?" * HEADER_SIZE + real[HEADER_SIZE:])
     assert is_index(b"?" * (HEADER_SIZE // 2) + real[HEADER_SIZE // 2 : HEADER_SIZE])
     assert not is_index(b"?" * HEADER_SIZE)
