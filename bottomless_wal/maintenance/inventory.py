@@ -166,7 +166,7 @@ def _relation(
     if (local.txid, local.state) == (head.txid, head.state):
         if pending is False:
             return True, "the local file is at the head"
-        return False, f"the local file was at the head{more}: opening it stores the difference, if its WAL proves it, and else is a conflict"
+        return False, f"the local file was at the head{more}: opening stores the difference if its WAL proves it, else is a conflict"
     if local.txid > head.txid:
         return False, f"the local file was at txid {local.txid}, beyond the head: objects were deleted, or this is another bucket"
     if _is_past(target, local, edges):
