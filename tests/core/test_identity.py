@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 from typing import Any
 
 import apsw
 import pytest
-from worlds import Machine, World, rows
+from worlds import Machine, World, child, refusal, rows
 
 import bottomless_wal
-from bottomless_wal import ConflictError
+from bottomless_wal import ConflictError, ReplicationError, boot
 from bottomless_wal.index_format import Identity
 from bottomless_wal.local_database import LocalDatabase
 from bottomless_wal.local_index import LocalIndex
@@ -157,3 +158,92 @@ def test_an_old_backup_in_the_place_of_the_closed_file_is_never_taken_for_its_de
         with pytest.raises(ConflictError):
             here.connect()
         assert world.bucket.content() == before
+
+
+# --- what a close leaves pending is known by its content ---------------------------------------------------------------------------
+
+
+def _pending_at_close(world: World) -> Machine:
+    here = world.machine()
+    con = here.connect(ack="log", pages="off")
+    con.execute("CREATE TABLE t(x); INSERT INTO t VALUES (1)")
+    refusal(con).log()
+    for n in (2, 3):
+        with pytest.raises(ReplicationError):
+            con.execute("INSERT INTO t VALUES (?)", (n,))
+    con.close()
+    return here
+
+
+def _goes_on(world: World, here: Machine) -> None:
+    con = here.connect(ack="log", pages="off")
+    assert rows(con) == 3
+    assert world.bucket.log_image("app.db") == con.serialize("main")
+    con.close()
+
+
+@pytest.mark.usefixtures("coarse")
+def test_an_outage_at_the_close_is_no_conflict_where_clocks_are_coarse(world: World) -> None:
+    _goes_on(world, _pending_at_close(world))
+
+
+@pytest.mark.parametrize("act", ["chmod", "link", "copy"])
+def test_an_outage_at_the_close_is_no_conflict_after_what_changes_timestamps_alone(world: World, act: str) -> None:
+    here = _pending_at_close(world)
+    if act == "chmod":
+        os.chmod(here.path(), 0o600)
+    elif act == "link":
+        os.link(here.path(), here.path("other.db"))
+        os.unlink(here.path("other.db"))
+    else:
+        shutil.copy2(here.path(), here.path("copy"))
+        os.rename(here.path("copy"), here.path())
+    _goes_on(world, here)
+
+
+@pytest.mark.parametrize("act", ["", "chmod", "checkpoint"])
+def test_a_pending_commit_that_leads_back_to_earlier_bytes_is_kept(world: World, act: str) -> None:
+    """By its bytes it is an old image; the WAL that goes on, or the attempt that failed, tells otherwise."""
+    here = world.machine()
+    child(
+        """
+from worlds import refusal
+con = connect(argv[0], ack="log", pages="off")
+con.execute("CREATE TABLE t(x); INSERT INTO t VALUES (13)")
+con.execute("UPDATE t SET x = 14")
+con.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_FULL)
+refusal(con).log()
+try:
+    con.execute("UPDATE t SET x = 13")
+except bottomless_wal.ReplicationError:
+    pass
+if argv[1] == "checkpoint":
+    con.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+        here.path(),
+        act,
+        options={**world.options, "retry_timeout": 0},
+        check=False,
+    )
+    if act == "chmod":
+        os.chmod(here.path(), 0o600)
+    con = here.connect()
+    assert rows(con, "SELECT x FROM t") == 13
+    assert world.bucket.log_image("app.db") == con.serialize("main")
+
+
+def test_a_stranger_that_writes_before_the_first_read_after_a_restore_is_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the rename of the restored file and the look at its timestamps."""
+    _closed(world)
+    here = world.machine()
+    real = boot.put_in_place
+
+    def put_in_place(*arguments: Any) -> None:
+        real(*arguments)
+        _stranger(here, "UPDATE t SET v = 'stranger' WHERE id = 1")
+
+    monkeypatch.setattr(boot, "put_in_place", put_in_place)
+    con = here.connect()
+    con.execute("UPDATE t SET v = 'y' WHERE id = 2")
+    assert world.bucket.log_image("app.db") == con.serialize("main")
