@@ -131,10 +131,12 @@ class Filler:
         """
         try:
             lost = 0
-            more = True
+            with self._index.locked():
+                goal = self._replicator.header().txid  # other processes may commit without end
+            more = goal > 0
             while more:
                 try:
-                    more = self._turn(_PAGES * 8, everything=True)
+                    more = self._turn(_PAGES * 8, goal=goal)
                 except SnapshotLost:
                     lost += 1
                     if lost == _LOOKS:
@@ -234,7 +236,7 @@ class Filler:
         if goal is not None and reached:
             self._told(goal[0], None)
 
-    def _turn(self, most: int, *, goal: int = 0, everything: bool = False) -> bool:
+    def _turn(self, most: int, *, goal: int = 0) -> bool:
         """Puts some of the backlog; is there more (to do for the view to be complete up to `goal`)?"""
         view, replicator = self._view, self._replicator
         began = self._clock()
@@ -259,8 +261,6 @@ class Filler:
                     view.advance(header, turn)
             if goal:
                 return header.view_complete < goal
-            if everything:
-                return view.behind(header)
             if self._config.pages == "checkpoint":
                 return header.backlog is not None
             return view.behind(header)
