@@ -34,7 +34,8 @@ from .local_database import LocalDatabase, SnapshotLost, Tip
 from .local_index import MAX_INTENTS, Identity, IndexHeader, IndexLost, Intent, LocalIndex, boot_id
 from .logs import get_logger
 from .pageview import UNKNOWN_SIZE, PageView
-from .segment import WRITER_ID_SIZE, Body, Commit, Header, Segment, page_hash
+from .placing import local_state
+from .segment import WRITER_ID_SIZE, Body, Commit, Header, Segment
 from .staging import Change, stage_frames, stage_scan
 from .standing import Standing, position_of, standing
 from .wal import Position
@@ -302,11 +303,7 @@ class Replicator:
         with self.index.locked():
             header = self.header()
             if header.txid and not self.held:
-                with self.local.snapshot() as tip:
-                    state = 0
-                    for pgno, page in self.local.pages(tip, self.local.shape(tip)):
-                        state ^= page_hash(pgno, page)
-                header.intents = [*header.intents[-(MAX_INTENTS - 1) :], Intent(state, 0)]
+                header.intents = [*header.intents[-(MAX_INTENTS - 1) :], Intent(local_state(self.local, None).state, 0)]
                 self.index.save(header)
 
     # --- attempts whose outcome is unknown, and rivals -----------------------------------------------------------------
