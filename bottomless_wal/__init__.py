@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .api import Status, connect, flush, register, status
-from .errors import (
+from .core.errors import (
     BottomlessError,
     ConfigError,
     ConflictError,
@@ -15,9 +14,10 @@ from .errors import (
     RestoreError,
     StoreError,
 )
+from .runtime.api import Status, connect, flush, register, status
 
 if TYPE_CHECKING:
-    from .maintenance import (
+    from .admin import (
         Check,
         CompactionReport,
         Inspection,
@@ -79,9 +79,9 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     # What is done from beside is loaded when it is first asked for: an application that writes needs none of it.
     if name in __all__:
-        from . import maintenance
+        from . import admin
 
-        value: object = getattr(maintenance, name)
+        value: object = getattr(admin, name)
         globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

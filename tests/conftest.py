@@ -18,9 +18,9 @@ import pytest
 from endpoints import Endpoint, MakeConfig, endpoint_of
 from hypothesis import settings
 
-from bottomless_wal import logs
-from bottomless_wal.config import ENV_PREFIX, Config
-from bottomless_wal.s3server import RcloneServer, guarded
+from bottomless_wal.cli.demo_server import RcloneServer, guarded
+from bottomless_wal.core import logs
+from bottomless_wal.core.config import ENV_PREFIX, Config
 
 # No example is wrong for being slow: on a machine that is busy any of them may be.
 settings.register_profile("suite", deadline=None)

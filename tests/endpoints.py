@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from bottomless_wal.config import Config
+from bottomless_wal.core.config import Config
 
 MakeConfig = Callable[..., Config]
 

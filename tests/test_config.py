@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bottomless_wal.config import ENV_PREFIX, OPTIONS, Config
-from bottomless_wal.errors import ConfigError
+from bottomless_wal.core.config import ENV_PREFIX, OPTIONS, Config
+from bottomless_wal.core.errors import ConfigError
 
 # Of each option: text that is allowed, the value it means, and other values that are not allowed.
 CASES: dict[str, tuple[list[tuple[str, object]], list[str]]] = {

@@ -26,7 +26,7 @@ import pytest
 from endpoints import Endpoint
 
 import bottomless_wal
-from bottomless_wal import boot
+from bottomless_wal.replication import recovery
 
 TOOLS = Path(bank.__file__).parent
 
@@ -126,11 +126,11 @@ def test_a_sound_bank_passes_until_its_page_objects_or_its_log_tell_something_el
 
 FIRST_OF_A_NEW_WAL = """
 import json, os, signal, sys, apsw, bottomless_wal
-from bottomless_wal import crashpoints
+from bottomless_wal.core import failpoints
 con = bottomless_wal.connect(sys.argv[1], **json.loads(sys.argv[2]))
 con.execute("CREATE TABLE t(x)")
 con.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_RESTART)
-crashpoints.arm("before put", lambda: os.kill(os.getpid(), signal.SIGKILL))
+failpoints.arm("before put", lambda: os.kill(os.getpid(), signal.SIGKILL))
 con.execute("INSERT INTO t VALUES('pending')")
 """
 
@@ -179,7 +179,7 @@ def test_a_wal_that_a_neighbour_restarts_while_the_file_is_looked_at_is_no_confl
         assert neighbour.stdin is not None
         assert neighbour.stdout is not None
         assert neighbour.stdout.readline() == "ready\n"
-        relate, looks = boot.relate, []
+        relate, looks = recovery.relate, []
 
         def late(*arguments: Any, **more: Any) -> Any:
             if not looks:
@@ -189,7 +189,7 @@ def test_a_wal_that_a_neighbour_restarts_while_the_file_is_looked_at_is_no_confl
             looks.append(arguments)
             return relate(*arguments, **more)
 
-        monkeypatch.setattr(boot, "relate", late)
+        monkeypatch.setattr(recovery, "relate", late)
         connection = bottomless_wal.connect(path, **options)
         assert looks, "the window was not reached"
         print(file=neighbour.stdin, flush=True)

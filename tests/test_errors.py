@@ -7,8 +7,8 @@ import pickle
 import apsw
 import pytest
 
-from bottomless_wal import errors
-from bottomless_wal.errors import BottomlessError, FilesLostError, ReplicationError, StoreError, TransientError
+from bottomless_wal.core import errors
+from bottomless_wal.core.errors import BottomlessError, FilesLostError, ReplicationError, StoreError, TransientError
 
 KINDS = [getattr(errors, name) for name in errors.__all__]
 

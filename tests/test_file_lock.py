@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bottomless_wal.file_lock import FileLock
+from bottomless_wal.core.file_lock import FileLock
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from bottomless_wal import logs
-from bottomless_wal.parallel import mark_own_thread
+from bottomless_wal.core import logs
+from bottomless_wal.core.threads import mark_own_thread
 
 NAME = "bottomless_wal.of_a_test"
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bottomless_wal.parallel import Pool, each, ordered
+from bottomless_wal.core.pool import Pool, each, ordered
 
 WIDTHS = [1, 2, 3, 8]
 
@@ -308,7 +308,7 @@ def test_it_works_at_exit() -> None:
     """Where executors of concurrent.futures say «cannot schedule new futures», and new threads may be refused."""
     program = """
         import atexit, threading
-        from bottomless_wal.parallel import each, ordered
+        from bottomless_wal.core.pool import each, ordered
 
         def last():
             done = []

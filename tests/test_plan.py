@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bottomless_wal.edges import Edge, Edges, outermost, plan, reachable
+from bottomless_wal.history.planner import outermost, plan, reachable
+from bottomless_wal.history.segment_list import Edge, Edges
 
 
 def edge(pre: int, post: int, size: int = 100) -> Edge:
@@ -81,7 +82,7 @@ def test_what_can_be_reached_is_what_has_a_plan(usable: list[Edge]) -> None:
 def test_what_is_passed_is_forgotten_and_not_missed(usable: list[Edge], target: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         known = plan(usable, target), set(reachable(usable))
-        patch.setattr("bottomless_wal.edges._MOST_OPEN", 1)
+        patch.setattr("bottomless_wal.history.planner._MOST_OPEN", 1)
         assert (plan(usable, target), set(reachable(usable))) == known
 
 

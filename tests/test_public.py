@@ -7,7 +7,7 @@ import sys
 
 import bottomless_wal
 
-HEAVY = ("boto3", "botocore", "rich", "click", "moto", "multiprocessing.util", "bottomless_wal.maintenance", "bottomless_wal.cli")
+HEAVY = ("boto3", "botocore", "rich", "click", "moto", "multiprocessing.util", "bottomless_wal.admin", "bottomless_wal.cli.main")
 
 
 def test_every_public_name_is_there_and_none_is_a_module() -> None:
@@ -24,4 +24,4 @@ def test_an_import_loads_what_a_writer_needs_and_no_more() -> None:
     assert loaded == "[]\n"
     script = "import bottomless_wal; print(bottomless_wal.snapshot.__module__, bottomless_wal.restore.__module__)"
     told = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
-    assert told == "bottomless_wal.maintenance.history_upkeep bottomless_wal.maintenance.recovery\n"
+    assert told == "bottomless_wal.admin.compaction bottomless_wal.admin.restoration\n"

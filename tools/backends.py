@@ -16,7 +16,7 @@ from pathlib import Path
 
 from faultproxy import Fault, FaultProxy, answer, lost_answer, reset
 
-from bottomless_wal.s3server import RcloneServer, guarded
+from bottomless_wal.cli.demo_server import RcloneServer, guarded
 
 LONGEST_DELAY = 0.3
 GHOST_SECONDS = 1.5

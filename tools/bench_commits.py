@@ -185,7 +185,7 @@ def idle(world: World) -> Iterator[Line]:
 
 def _tokens_of_segments(bodies: Path, log: list[Any]) -> Iterator[tuple[float, set[str]]]:
     """(when it was stored, the tokens in it) of each segment that was put."""
-    from bottomless_wal import segment
+    from bottomless_wal.formats import segment
 
     for number, (method, path, _, done, _) in enumerate(log, 1):
         name = path.partition("?")[0]

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from bottomless_wal.s3server import RcloneServer
+from bottomless_wal.cli.demo_server import RcloneServer
 
 TOOLS: Final = Path(__file__).resolve().parent
 BUCKET: Final = "bench"

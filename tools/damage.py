@@ -9,12 +9,12 @@ import struct
 from dataclasses import replace
 from pathlib import Path
 
-from bottomless_wal import segment
-from bottomless_wal.errors import CorruptionError
-from bottomless_wal.local_index import HEADER_SIZE, IndexHeader, Intent
-from bottomless_wal.page_object import decode_page_object, encode_page_object
-from bottomless_wal.wal import Position
-from bottomless_wal.zstd import FormatError
+from bottomless_wal.core.errors import CorruptionError
+from bottomless_wal.formats import segment
+from bottomless_wal.formats.page_object import decode_page_object, encode_page_object
+from bottomless_wal.formats.wal import Position
+from bottomless_wal.formats.zstd import FormatError
+from bottomless_wal.replication.index import HEADER_SIZE, IndexHeader, Intent
 
 __all__ = ["absurd_index", "damage", "hostile_page", "hostile_segment", "strange_keys"]
 

@@ -36,9 +36,11 @@ import apsw
 from damage import absurd_index, damage, hostile_page, hostile_segment, strange_keys
 
 import bottomless_wal
-from bottomless_wal import history, layout, maintenance
-from bottomless_wal.errors import BottomlessError
-from bottomless_wal.local_index import ENTRY_SIZE, HEADER_SIZE
+from bottomless_wal import admin
+from bottomless_wal.core.errors import BottomlessError
+from bottomless_wal.formats import keys
+from bottomless_wal.history import log
+from bottomless_wal.replication.index import ENTRY_SIZE, HEADER_SIZE
 
 BUCKET = "objects"
 FILES = ("", "-wal", "-bottomless")
@@ -82,7 +84,7 @@ class Bench:
         other.execute("CREATE TABLE t(x); INSERT INTO t VALUES(randomblob(5000))")
         other.close()
         con = bottomless_wal.connect(path, page_size=1024, **options)
-        inline, history._INLINE_BYTES = history._INLINE_BYTES, 30_000
+        inline, log._INLINE_BYTES = log._INLINE_BYTES, 30_000
         try:
             for number in range(1, 12):
                 if number == 1:
@@ -103,9 +105,9 @@ class Bench:
                     con.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
             con.close()
         finally:
-            history._INLINE_BYTES = inline
+            log._INLINE_BYTES = inline
         self._keep("closed at 11", path)
-        maintenance.reset_from_local(path, **options)
+        admin.reset_from_local(path, **options)
         self._keep("reset", path)
         con = bottomless_wal.connect(path, **options)
         con.execute("INSERT INTO t(x) VALUES('after the reset')")
@@ -268,9 +270,9 @@ def verify(bench: Bench, rng: random.Random, home: Path, damaged: str, own: int 
 
 
 def look(bench: Bench, rng: random.Random, home: Path, damaged: str, own: int | None) -> str:
-    for row in maintenance.listing(None, **bench.options(home)):
-        assert layout.split_name(row.name) == (row.database_id, row.file)
-    seen = maintenance.inspect(home / "app.db", **bench.options(home))
+    for row in admin.listing(None, **bench.options(home)):
+        assert keys.split_name(row.name) == (row.database_id, row.file)
+    seen = admin.inspect(home / "app.db", **bench.options(home))
     if seen.in_step and seen.head is not None and damaged not in ("objects", "keys"):
         assert own is None or own == seen.head.state, "in step with another state"
     return "looked"

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import bottomless_wal
-from bottomless_wal import maintenance
+from bottomless_wal import admin
 
 BLOCK = 2000
 OPTIONS = {"bucket": "long", "create_bucket": True}
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace, root: Path) -> dict[str, Any]:
         raise Wrong("verify finds problems")
     result["random txids"] = samples(endpoint, output, kept, args.samples, 1)
     began = time.monotonic()
-    told = maintenance.states("app.db", endpoint=endpoint, last=1000, **OPTIONS)
+    told = admin.states("app.db", endpoint=endpoint, last=1000, **OPTIONS)
     result["timeline"] = {"states": told.count, "seconds": round(time.monotonic() - began, 2)}
     wanted = told.commits[len(told.commits) // 2]
     result["moment"] = restored(endpoint, output, kept.states, timestamp=wanted.time)

@@ -6,7 +6,7 @@ import random
 import sys
 from pathlib import Path
 
-from bottomless_wal.index_format import HEADER_SIZE, IndexHeader
+from bottomless_wal.formats.index_header import HEADER_SIZE, IndexHeader
 
 _BLOCK = 4096
 

@@ -11,8 +11,8 @@ import pytest
 from endpoints import Endpoint, endpoint_of
 from worlds import World, until
 
-from bottomless_wal import crashpoints
-from bottomless_wal.registry import registry
+from bottomless_wal.core import failpoints
+from bottomless_wal.runtime.registry import registry
 
 
 def _world(endpoint: Endpoint, root: Path) -> Iterator[World]:
@@ -21,7 +21,7 @@ def _world(endpoint: Endpoint, root: Path) -> Iterator[World]:
     try:
         yield world
     finally:
-        crashpoints.disarm()
+        failpoints.disarm()
         for con in world.connections:
             with contextlib.suppress(apsw.Error):
                 con.close()

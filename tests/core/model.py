@@ -29,8 +29,8 @@ from model_process import KINDS, Died, Remote, odd, transact
 from model_state import NAME, RETENTION, Process, Site, named
 
 import bottomless_wal
-from bottomless_wal.crashpoints import POINTS
-from bottomless_wal.errors import RestoreError
+from bottomless_wal.core.errors import RestoreError
+from bottomless_wal.core.failpoints import POINTS
 
 __all__ = ["FAILURES", "FIGURES", "Model"]
 

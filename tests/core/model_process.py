@@ -28,25 +28,16 @@ from typing import Any, Final
 import apsw
 
 import bottomless_wal
-from bottomless_wal import (
-    boot,
-    checkpointer,
-    compaction,
-    crashpoints,
-    history,
-    local_index,
-    maintenance,
-    pageview,
-    replica,
-    replicator,
-    upkeep,
-    vfs,
-    worker,
-)  # fmt: skip
-from bottomless_wal.errors import BottomlessError, TransientError
-from bottomless_wal.maintenance import history_upkeep
-from bottomless_wal.registry import registry
-from bottomless_wal.store.directory import DirectoryStore
+from bottomless_wal import admin
+from bottomless_wal.admin import compaction as admin_compaction
+from bottomless_wal.core import failpoints
+from bottomless_wal.core.errors import BottomlessError, TransientError
+from bottomless_wal.history import compaction, log
+from bottomless_wal.replication import index, page_objects, recovery, replicator
+from bottomless_wal.runtime import commit_worker, compactor, replica, vfs
+from bottomless_wal.runtime.registry import registry
+from bottomless_wal.sqlite import checkpointer
+from bottomless_wal.storage.directory import DirectoryStore
 
 logger = logging.getLogger("bottomless_wal.model")
 
@@ -270,15 +261,15 @@ class _Process:
         self.outage = _Outage()
         if self.options.pop("coarse", False):
             _coarsen()
-        for module in (local_index, boot, replicator):
+        for module in (index, recovery, replicator):
             vars(module)["boot_id"] = lambda: number.to_bytes(16, "big")
         real = replica.open_store
         vars(replica)["open_store"] = lambda config: _Store(real(config), self.outage)
         small = {
-            history: {"_INLINE_BYTES": 30000}, pageview: {"_MISSED_PAGES": 8}, vfs: {"AUTOCHECKPOINT_FRAMES": 60},
+            log: {"_INLINE_BYTES": 30000}, page_objects: {"_MISSED_PAGES": 8}, vfs: {"AUTOCHECKPOINT_FRAMES": 60},
             checkpointer: {"AUTOCHECKPOINT_FRAMES": 60, "RESTART_FRAMES": 150}, replica: {"RESTART_FRAMES": 150},
-            worker: {"_RETRY_FIRST": 0.05}, compaction: {"LEVELS": (4, 16), "FAN_IN": 6},
-            upkeep: {"LEVELS": (4, 16), "_SMALLEST_SNAPSHOT": 20000}, history_upkeep: {"LEVELS": (4, 16)},
+            commit_worker: {"_RETRY_FIRST": 0.05}, compaction: {"LEVELS": (4, 16), "FAN_IN": 6},
+            compactor: {"LEVELS": (4, 16), "_SMALLEST_SNAPSHOT": 20000}, admin_compaction: {"LEVELS": (4, 16)},
         }  # fmt: skip
         for module, names in small.items():
             vars(module).update(names)
@@ -369,15 +360,15 @@ class _Process:
             if left[0] < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        crashpoints.disarm()
-        crashpoints.arm(point, die)
+        failpoints.disarm()
+        failpoints.arm(point, die)
 
     def fail(self, rule: dict[str, Any] | None) -> None:
         self.outage.rule = rule
 
     def keep(self, what: str, **more: Any) -> None:
         """The upkeep of the history, as the commands do it."""
-        getattr(maintenance, what)(self.path, **self.options, **more)
+        getattr(admin, what)(self.path, **self.options, **more)
 
     def exit(self) -> None:
         sys.exit(0)
@@ -400,13 +391,13 @@ class _Process:
 
 def _coarsen() -> None:
     """The file system's clock stands still: only what else changes of a file tells that it was written to."""
-    real = local_index.Identity.of.__func__  # type: ignore[attr-defined]
+    real = index.Identity.of.__func__  # type: ignore[attr-defined]
 
-    def of(cls: type[local_index.Identity], path: str) -> local_index.Identity | None:
+    def of(cls: type[index.Identity], path: str) -> index.Identity | None:
         found = real(cls, path)
         return found and found._replace(mtime_ns=1, ctime_ns=1)
 
-    local_index.Identity.of = classmethod(of)  # type: ignore[method-assign,assignment]
+    index.Identity.of = classmethod(of)  # type: ignore[method-assign,assignment]
 
 
 def _cause(error: BaseException) -> BaseException:

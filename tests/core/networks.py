@@ -16,8 +16,8 @@ from faultproxy import Fault, FaultProxy, Request
 from outside import Bucket
 from worlds import Machine, World, replica_of, rows, until
 
-from bottomless_wal.errors import ReplicationError
-from bottomless_wal.registry import registry
+from bottomless_wal.core.errors import ReplicationError
+from bottomless_wal.runtime.registry import registry
 
 LOG = "app.db-wal/0"
 """In the path of every request for a segment, and of no other."""

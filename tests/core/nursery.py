@@ -31,7 +31,7 @@ _PARENT: Final = """
 import json, os, signal, socket, sys, threading, time
 sys.path[:0] = json.loads(sys.argv[2])
 import apsw, bottomless_wal
-from bottomless_wal import crashpoints
+from bottomless_wal.core import failpoints
 door = socket.socket(fileno=int(sys.argv[1]))
 job = None
 while job is None:
@@ -67,7 +67,7 @@ def die_at(point, passes=0, number=signal.SIGKILL):
         if left[0] < 0:
             # To this very thread: it goes no further, and with it the process is stopped or killed.
             signal.pthread_kill(threading.get_ident(), number)
-    crashpoints.arm(point, reached)
+    failpoints.arm(point, reached)
 exec(compile(job["script"], "<child>", "exec"))
 """
 

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bottomless_wal.config import Config
-from bottomless_wal.edges import Edge
-from bottomless_wal.history import History
-from bottomless_wal.local_index import LocalIndex
-from bottomless_wal.rebuild import rebuild, scratch
-from bottomless_wal.segment import Commit, Header, Page, page_hash, state_hash
-from bottomless_wal.store import Store
-from bottomless_wal.store.directory import DirectoryStore
-from bottomless_wal.wal import Position
+from bottomless_wal.core.config import Config
+from bottomless_wal.formats.page import Page, page_hash, state_hash
+from bottomless_wal.formats.segment import Commit, Header
+from bottomless_wal.formats.wal import Position
+from bottomless_wal.history.log import History
+from bottomless_wal.history.restore import rebuild
+from bottomless_wal.history.scratch import scratch
+from bottomless_wal.history.segment_list import Edge
+from bottomless_wal.replication.index import LocalIndex
+from bottomless_wal.storage import Store
+from bottomless_wal.storage.directory import DirectoryStore
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Past:
         out = str(self.root / "restored.db")
         index = LocalIndex(out + "-index", beside=out)
         try:
-            with index.locked(), scratch(out, index) as into:
+            with index.locked(), scratch(out, index.pages) as into:
                 index.clear()
                 rebuilt = rebuild(self.history, into, txid, list(edges or self.history.edges()))
                 assert (rebuilt.txid, rebuilt.state) == (txid, self.states[txid].hash)

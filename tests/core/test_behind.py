@@ -16,7 +16,8 @@ import pytest
 from worlds import Machine, World, child, refusal, rows
 
 import bottomless_wal
-from bottomless_wal import BottomlessError, ConflictError, FencedError, crashpoints
+from bottomless_wal import BottomlessError, ConflictError, FencedError
+from bottomless_wal.core import failpoints
 
 PAGE = 1024
 STEP = PAGE + 24
@@ -114,8 +115,8 @@ def reboot(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Call it: from now on the machine has started anew."""
 
     def act() -> None:
-        for module in ("boot", "local_index", "replicator"):
-            monkeypatch.setattr(f"bottomless_wal.{module}.boot_id", lambda: b"another boot id!")
+        for module in ("recovery", "index", "replicator"):
+            monkeypatch.setattr(f"bottomless_wal.replication.{module}.boot_id", lambda: b"another boot id!")
 
     return act
 
@@ -133,14 +134,14 @@ def test_a_power_loss_cuts_the_wal_anywhere_and_leaves_any_index(world: World, r
         indexes[point] = here.content("app.db-bottomless")
 
     _go_on(con, 2)
-    crashpoints.arm("before put", lambda: seen("an intent of old"))
+    failpoints.arm("before put", lambda: seen("an intent of old"))
     _go_on(con, 3)  # with ack=local, one commit in the log with the one before
     bottomless_wal.flush(con)
     for point in ("before put", "before header"):
-        crashpoints.arm(point, lambda point=point: seen(point))  # type: ignore[misc]
+        failpoints.arm(point, lambda point=point: seen(point))  # type: ignore[misc]
     _go_on(con, 4)
     bottomless_wal.flush(con)
-    crashpoints.disarm()
+    failpoints.disarm()
     before = _log(world)
     if ack == "log":
         _pending(con, 5)
@@ -171,9 +172,9 @@ def test_an_old_index_with_an_open_attempt_is_no_rival(world: World, reboot: Any
     """An index from before an attempt, under a history that has gone on since by this very machine: it opens, and is not fenced off."""
     here, con = _start(world, ack="log")
     old: list[bytes] = []
-    crashpoints.arm("before put", lambda: old.append(here.content("app.db-bottomless")))
+    failpoints.arm("before put", lambda: old.append(here.content("app.db-bottomless")))
     _go_on(con, 2)
-    crashpoints.disarm()
+    failpoints.disarm()
     _go_on(con, 3, 4)
     bottomless_wal.flush(con)
     files, bucket = here.files(), world.bucket.content()
@@ -277,7 +278,7 @@ def test_an_old_backup_with_or_without_a_wal_is_brought_forward(world: World, ho
 
 def test_another_database_copied_over_the_open_file_never_gets_into_the_log(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found out at the latest by the scan that the file's changed identity brings about: it stops, with the truth."""
-    monkeypatch.setattr("bottomless_wal.replicator._SUSPECT_SECONDS", 0.0)
+    monkeypatch.setattr("bottomless_wal.replication.replicator._SUSPECT_SECONDS", 0.0)
     here, con = _start(world, ack="log")
     other = world.machine()
     stock = other.stock()
@@ -440,7 +441,7 @@ def test_short_of(world: World, what: str) -> None:
     """Each commit returns and is stored, or raises; when there is room again everything that stands is stored, once."""
     here = world.machine()
     script = """
-import bottomless_wal.store.directory
+import bottomless_wal.storage.directory
 con = connect(argv[0])
 con.execute("CREATE TABLE t(n INTEGER PRIMARY KEY, x)")
 bottomless_wal.flush(con)

@@ -19,15 +19,8 @@ from endpoints import Endpoint
 from worlds import Machine, World, child, rows, spawn
 
 import bottomless_wal
-from bottomless_wal import (
-    BottomlessError,
-    ConfigError,
-    ConflictError,
-    CorruptionError,
-    RestoreError,
-    StoreError,
-)
-from bottomless_wal.s3server import RcloneServer
+from bottomless_wal import BottomlessError, ConfigError, ConflictError, CorruptionError, RestoreError, StoreError
+from bottomless_wal.cli.demo_server import RcloneServer
 
 
 def _history(world: World, commits: int = 4, **options: Any) -> Machine:

@@ -10,11 +10,11 @@ import pytest
 from worlds import World, spawn
 
 import bottomless_wal
-from bottomless_wal import vfs
+from bottomless_wal.runtime import vfs
 
 # Opens argv[0], but stops once it has seen the local file and is about to see the bucket; goes on when the file argv[1] is there.
 SLOW = """
-from bottomless_wal.history import History
+from bottomless_wal.history.log import History
 real = History.edges
 def edges(self, *rest, **more):
     if not os.path.exists(argv[1]):

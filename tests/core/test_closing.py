@@ -12,8 +12,8 @@ import pytest
 from worlds import Machine, World, replica_of, rows
 
 import bottomless_wal
-from bottomless_wal import vfs
-from bottomless_wal.registry import registry
+from bottomless_wal.runtime import vfs
+from bottomless_wal.runtime.registry import registry
 
 
 def descriptors(here: Machine) -> list[str]:

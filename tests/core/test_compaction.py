@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from past import Past
 
-from bottomless_wal import compaction, crashpoints
-from bottomless_wal.compaction import LEVELS, Vanished, compact, merge, missing, snapshot
-from bottomless_wal.edges import plan
-from bottomless_wal.errors import CorruptionError, RestoreError
+from bottomless_wal.core import failpoints
+from bottomless_wal.core.errors import CorruptionError, RestoreError
+from bottomless_wal.history import compaction
+from bottomless_wal.history.compaction import LEVELS, Vanished, compact, merge, missing, snapshot
+from bottomless_wal.history.planner import plan
 
 
 @pytest.fixture
@@ -164,12 +165,12 @@ def test_killed_between_it_costs_nothing_but_work(past: Past, point: str) -> Non
     def die() -> None:
         raise Killed
 
-    crashpoints.arm(point, die)
+    failpoints.arm(point, die)
     try:
         with pytest.raises(Killed):
             compact(past.history, past.history.edges())
     finally:
-        crashpoints.disarm()
+        failpoints.disarm()
     compact(past.history, past.history.edges())
     assert list(missing(past.history.edges(), LEVELS[0])) == []
     assert past.image(100) == past.states[100].image

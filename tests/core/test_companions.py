@@ -17,9 +17,10 @@ import pytest
 from worlds import Machine, World, child, rows
 
 import bottomless_wal
-from bottomless_wal import companions, maintenance
-from bottomless_wal.errors import BottomlessError, ConfigError
-from bottomless_wal.local_index import HEADER_SIZE, IndexHeader, is_index
+from bottomless_wal import admin
+from bottomless_wal.core import ownership
+from bottomless_wal.core.errors import BottomlessError, ConfigError
+from bottomless_wal.replication.index import HEADER_SIZE, IndexHeader, is_index
 
 ROOT = os.getuid() == 0
 OWNER, GROUP = (1001, 2000) if ROOT else (os.getuid(), os.getgid())
@@ -183,8 +184,8 @@ def test_the_owner_and_else_the_group_are_asked_for(tmp_path: Path, chowns: list
     database = str(tmp_path / "app.db")
     Path(database).touch()
     with of_another(monkeypatch, database, 1, 2):
-        fd = companions.open_companion(database + "-bottomless", database)
-        companions.follow(fd, database)
+        fd = ownership.open_companion(database + "-bottomless", database)
+        ownership.follow(fd, database)
         os.close(fd)
     assert chowns == [(1, 2), (-1, 2)]
 
@@ -198,7 +199,7 @@ def test_an_owner_that_cannot_be_kept_is_told(
     os.chmod(database, 0o664)
     new.touch(0o600)
     with of_another(monkeypatch, database, 1, 2), caplog.at_level(logging.WARNING), open(new, "rb") as file:
-        companions.succeed(file.fileno(), database)
+        ownership.succeed(file.fileno(), database)
     assert chowns == [(1, 2), (-1, 2)]
     assert mode(new) == 0o664
     assert f"{database} belonged to user 1 and group 2, and its new file belongs to user {os.getuid()}" in caplog.text
@@ -210,7 +211,7 @@ def test_what_was_kept_is_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFi
     os.chown(database, OWNER, GROUP)
     os.chmod(database, 0o640)
     with caplog.at_level(logging.WARNING), open(new, "xb") as file:
-        companions.succeed(file.fileno(), str(database))
+        ownership.succeed(file.fileno(), str(database))
     assert access(new) == (OWNER, GROUP, 0o640)
     assert caplog.text == ""
 
@@ -321,7 +322,7 @@ def test_what_is_not_a_file_beside_the_database(world: World, tmp_path: Path, en
     if end == "-bottomless":
         with pytest.raises(ConfigError, match=f"app.db{end} is {what}"):
             bottomless_wal.restore(machine.path(), force=True, **world.options)
-    seen = maintenance.inspect(machine.path(), **world.options)
+    seen = admin.inspect(machine.path(), **world.options)
     assert seen.local is None
     assert os.path.lexists(path)
     assert victim.exists() == (kind == "link")

@@ -12,8 +12,9 @@ from nursery import fork
 from worlds import Machine, World, refusal, rows
 
 import bottomless_wal
-from bottomless_wal import ReplicationError, crashpoints
-from bottomless_wal.local_index import ENTRY_SIZE, HEADER_SIZE
+from bottomless_wal import ReplicationError
+from bottomless_wal.core import failpoints
+from bottomless_wal.replication.index import ENTRY_SIZE, HEADER_SIZE
 
 # argv: path, point, how often it is passed over first, a tag. Prints each row that was acknowledged.
 SCRIPT = """
@@ -394,9 +395,9 @@ def test_killed_while_restore_replaces_the_file_and_opened_by_the_application(wo
 def test_every_point_is_covered_here() -> None:
     alone = {"within body", "after body", "within adopt", "after fill", "before reset", "within learn", "after fold", "before index"}
     compacting = {"before merged", "after merged", "before prune", "within prune"}  # see the tests of compaction and retention
-    assert {*COMMITTING, *REPLICATING, *RESTORING, *alone} == set(crashpoints.POINTS) - compacting
+    assert {*COMMITTING, *REPLICATING, *RESTORING, *alone} == set(failpoints.POINTS) - compacting
 
 
 def test_an_unknown_point_is_refused() -> None:
     with pytest.raises(ValueError, match="no crash point"):
-        crashpoints.arm("before lunch", lambda: None)
+        failpoints.arm("before lunch", lambda: None)

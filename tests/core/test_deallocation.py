@@ -20,9 +20,9 @@ import pytest
 from worlds import Machine, World, refusal, replica_of, rows, until
 
 import bottomless_wal
-from bottomless_wal import logs, parallel
-from bottomless_wal.errors import ConfigError, ReplicationError
-from bottomless_wal.registry import registry
+from bottomless_wal.core import logs, pool, threads
+from bottomless_wal.core.errors import ConfigError, ReplicationError
+from bottomless_wal.runtime.registry import registry
 
 
 @pytest.fixture(autouse=True)
@@ -197,7 +197,7 @@ def test_the_collector_closes_a_database_where_threads_are_started(world: World,
     con.execute("INSERT INTO t VALUES (zeroblob(40000))")
     in_cycle(con)
     del con
-    monkeypatch.setattr(parallel, "_shared", parallel.Pool(8, name="bottomless of a test"))
+    monkeypatch.setattr(pool, "_shared", pool.Pool(8, name="bottomless of a test"))
     real = threading.Thread.__init__
     collected: list[bool] = []
 
@@ -294,7 +294,7 @@ def test_a_handler_that_writes_to_the_database_whose_worker_logs(
         def once(kind: str, key: str) -> None:
             if kind == "create" and not said.is_set():
                 said.set()
-                logs.get_logger("bottomless_wal.store.retry").warning("%s fails", key)
+                logs.get_logger("bottomless_wal.storage.retry").warning("%s fails", key)
 
         refused.rules.append(once)
     else:
@@ -375,9 +375,9 @@ def test_a_signal_that_opens_the_database_that_its_thread_is_opening_is_refused(
             here.connect()
         said.append(str(caught.value))
 
-    from bottomless_wal import crashpoints
+    from bottomless_wal.core import failpoints
 
-    crashpoints.arm("after open", strike)
+    failpoints.arm("after open", strike)
     in_time(lambda: rows(here.connect()))
     assert len(said) == 1
     con = here.connect()
@@ -395,9 +395,9 @@ def test_a_signal_that_opens_the_database_that_its_thread_is_closing_is_refused(
             here.connect()
         said.append(str(caught.value))
 
-    from bottomless_wal import crashpoints
+    from bottomless_wal.core import failpoints
 
-    crashpoints.arm("before close", strike)
+    failpoints.arm("before close", strike)
     in_time(con.close)
     assert len(said) == 1
     assert registry.all() == []
@@ -408,7 +408,7 @@ def test_a_thread_of_ours_opens_nothing(world: World) -> None:
     here = world.machine()
 
     def work() -> None:
-        with parallel.as_own_thread(), pytest.raises(ConfigError, match="in a thread that replicates"):
+        with threads.as_own_thread(), pytest.raises(ConfigError, match="in a thread that replicates"):
             here.connect()
 
     in_time(work)

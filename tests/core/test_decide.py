@@ -11,9 +11,9 @@ from worlds import Machine, World, child, refusal, rows
 
 import bottomless_wal
 from bottomless_wal import ConflictError, FencedError, ReplicationError
-from bottomless_wal.boot import Boot
-from bottomless_wal.decision import Action, Remote, decide
-from bottomless_wal.placing import Relation
+from bottomless_wal.replication.lineage import Relation
+from bottomless_wal.replication.recovery import Boot
+from bottomless_wal.replication.recovery_plan import Action, Remote, decide
 
 POLICIES = ("error", "force", "skip")
 

@@ -14,7 +14,7 @@ import pytest
 from worlds import World, child, rows, spawn
 
 import bottomless_wal
-from bottomless_wal.local_index import LocalIndex
+from bottomless_wal.replication.index import LocalIndex
 
 OURS = ("Traceback", "Exception ignored", "Fatal Python error", "terminate called")
 """What must not be on standard error, unless the application itself has raised it."""
@@ -86,12 +86,12 @@ atexit.register(last)
     "Ctrl-C at exit": (
         OPEN
         + """
-from bottomless_wal import crashpoints
+from bottomless_wal.core import failpoints
 def strike():
-    crashpoints.disarm()
+    failpoints.disarm()
     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 con.execute("INSERT INTO t VALUES (1)")
-crashpoints.arm("before put", strike)
+failpoints.arm("before put", strike)
 """,
         LOCAL, 0, 1, False,
     ),
@@ -99,11 +99,11 @@ crashpoints.arm("before put", strike)
         OPEN
         + """
 import asyncio
-from bottomless_wal import crashpoints
+from bottomless_wal.core import failpoints
 started, go_on = threading.Event(), threading.Event()
 def wait(): started.set(); go_on.wait(20)
 async def main():
-    crashpoints.arm("before put", wait)
+    failpoints.arm("before put", wait)
     task = asyncio.create_task(asyncio.to_thread(con.execute, "INSERT INTO t VALUES (1)"))
     await asyncio.to_thread(started.wait, 20)
     task.cancel()
@@ -181,7 +181,7 @@ def test_the_application_writes_at_exit_after_us(world: World, ack: str) -> None
     here = world.machine()
     script = """
 import atexit
-from bottomless_wal.registry import registry
+from bottomless_wal.runtime.registry import registry
 def last():
     try:
         con.execute("INSERT INTO t VALUES (1)")
@@ -359,7 +359,7 @@ def test_an_error_of_one_database_does_not_keep_the_others_from_being_drained(wo
     here = world.machine()
     script = (
         """
-from bottomless_wal.registry import registry
+from bottomless_wal.runtime.registry import registry
 first = connect(argv[0] + "-first"); first.execute("CREATE TABLE t(x)")
 def fail(): raise LookupError("not foreseen")
 registry.get(argv[0] + "-first").close = fail
@@ -378,8 +378,8 @@ registry.get(argv[0] + "-first").close = fail
 
 LATE = """
 import atexit, gc
-from bottomless_wal.parallel import EXITED
-from bottomless_wal.registry import registry
+from bottomless_wal.core.threads import EXITED
+from bottomless_wal.runtime.registry import registry
 held, go_on = threading.Event(), threading.Event()
 def hold():
     "Stands for a thread that has stopped where it was: it holds every lock and never gives one back."
@@ -447,7 +447,7 @@ def test_ctrl_c_at_the_very_first_step_of_the_exit(world: World) -> None:
     script = (
         OPEN
         + """
-from bottomless_wal.registry import registry
+from bottomless_wal.runtime.registry import registry
 import atexit
 atexit.unregister(registry.exit)
 def strike(): raise KeyboardInterrupt
@@ -472,7 +472,7 @@ def test_threads_that_commit_while_the_exit_closes_are_known_at_the_next_open(wo
     script = (
         OPEN
         + """
-from bottomless_wal.registry import registry
+from bottomless_wal.runtime.registry import registry
 other = connect(argv[0]); other.execute("SELECT * FROM t").fetchall()
 con.execute("INSERT INTO t VALUES (1)")
 replica = registry.get(argv[0])

@@ -13,7 +13,7 @@ from worlds import Machine, World, child, refusal, replica_of, rows, spawn
 
 import bottomless_wal
 from bottomless_wal import ConflictError, FencedError, ReplicationError, StoreError
-from bottomless_wal.store import Receipt
+from bottomless_wal.storage import Receipt
 
 
 def _opened(world: World, **options: Any) -> tuple[Machine, apsw.Connection]:

@@ -14,10 +14,10 @@ from typing import Any
 import fuzz
 import pytest
 
-from bottomless_wal import rebuild
-from bottomless_wal.errors import BottomlessError
-from bottomless_wal.local_index import LocalIndex
-from bottomless_wal.registry import registry
+from bottomless_wal.core.errors import BottomlessError
+from bottomless_wal.history import restore
+from bottomless_wal.history.page_table import PageTable
+from bottomless_wal.runtime.registry import registry
 
 ROUNDS = 6
 
@@ -72,19 +72,19 @@ class Always(random.Random):
 
 def test_the_rounds_find_a_restore_that_does_not_look(bench: fuzz.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A harness that could not fail would prove nothing."""
-    real = rebuild._apply
+    real = restore._apply
 
-    def careless(into: rebuild.Scratch, name: str, header: Any, blocks: Any, state: rebuild.Rebuilt) -> None:
-        real(into, name, header, blocks, state)
+    def careless(into: restore.Scratch, *arguments: Any) -> None:
+        real(into, *arguments)
         os.pwrite(into.fd, b"?", 300)
 
-    monkeypatch.setattr(rebuild, "_apply", careless)
+    monkeypatch.setattr(restore, "_apply", careless)
     with pytest.raises(AssertionError, match="what was"):
         rounds(bench, *range(1000, 1100))
 
 
 def test_the_rounds_find_a_commit_that_builds_on_a_lost_index(bench: fuzz.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = LocalIndex.hashes
-    monkeypatch.setattr(LocalIndex, "hashes", lambda index, pgnos: [known or 1 for known in real(index, pgnos)])
+    real = PageTable.hashes
+    monkeypatch.setattr(PageTable, "hashes", lambda table, pgnos: [known or 1 for known in real(table, pgnos)])
     with pytest.raises(AssertionError, match="acknowledged"):
         rounds(bench, 2092, 2253, 2325)  # of which any would do; they damage an index in use where it matters

@@ -13,8 +13,10 @@ import pytest
 from worlds import World, child, refusal, replica_of, rows
 
 import bottomless_wal
-from bottomless_wal import ReplicationError, own_connection, vfs
-from bottomless_wal.own_connection import OwnConnection
+from bottomless_wal import ReplicationError
+from bottomless_wal.runtime import vfs
+from bottomless_wal.sqlite import own_connection
+from bottomless_wal.sqlite.own_connection import OwnConnection
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ import pytest
 from worlds import Machine, World, child, refusal, rows
 
 import bottomless_wal
-from bottomless_wal import ConflictError, ReplicationError, boot
-from bottomless_wal.index_format import Identity
-from bottomless_wal.local_database import LocalDatabase
-from bottomless_wal.local_index import LocalIndex
+from bottomless_wal import ConflictError, ReplicationError
+from bottomless_wal.formats.index_header import Identity
+from bottomless_wal.replication import recovery
+from bottomless_wal.replication.index import LocalIndex
+from bottomless_wal.sqlite.database_reader import LocalDatabase
 
 
 @pytest.fixture
@@ -237,13 +238,13 @@ def test_a_stranger_that_writes_before_the_first_read_after_a_restore_is_noticed
     """Between the rename of the restored file and the look at its timestamps."""
     _closed(world)
     here = world.machine()
-    real = boot.put_in_place
+    real = recovery.put_in_place
 
     def put_in_place(*arguments: Any) -> None:
         real(*arguments)
         _stranger(here, "UPDATE t SET v = 'stranger' WHERE id = 1")
 
-    monkeypatch.setattr(boot, "put_in_place", put_in_place)
+    monkeypatch.setattr(recovery, "put_in_place", put_in_place)
     con = here.connect()
     con.execute("UPDATE t SET v = 'y' WHERE id = 2")
     assert world.bucket.log_image("app.db") == con.serialize("main")

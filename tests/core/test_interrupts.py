@@ -18,9 +18,10 @@ import pytest
 from worlds import Machine, World, child, refusal, replica_of, rows, until
 
 import bottomless_wal
-from bottomless_wal import ReplicationError, crashpoints
-from bottomless_wal.config import Config
-from bottomless_wal.registry import registry
+from bottomless_wal import ReplicationError
+from bottomless_wal.core import failpoints
+from bottomless_wal.core.config import Config
+from bottomless_wal.runtime.registry import registry
 
 
 def _start(world: World, **options: Any) -> tuple[Machine, apsw.Connection]:
@@ -74,7 +75,7 @@ def test_ctrl_c_while_the_worker_uploads(world: World, task: str) -> None:
             os.kill(os.getpid(), signal.SIGINT)
             assert go_on.wait(20)
 
-    crashpoints.arm("before put", strike)
+    failpoints.arm("before put", strike)
     work = {"a commit": lambda: con.execute("INSERT INTO t VALUES (1)"), "flush": lambda: bottomless_wal.flush(con), "close": con.close}
     with pytest.raises(KeyboardInterrupt):
         work[task]()
@@ -125,14 +126,14 @@ def test_ctrl_c_while_it_opens(world: World, local: str, point: str) -> None:
             strikes.pop()
             signal.raise_signal(signal.SIGINT)
 
-    crashpoints.arm(point, strike)
+    failpoints.arm(point, strike)
     try:
         here.connect().close()
     except KeyboardInterrupt:
         assert not strikes
     else:
         assert strikes, "it struck, and nobody heard of it"
-    crashpoints.disarm()
+    failpoints.disarm()
     until(lambda: registry.all() == [])  # an interrupted close is finished by another thread
     assert [name for name in here.files() if name not in ("app.db", "app.db-bottomless", "app.db-wal", "app.db-shm")] == []
     con = here.connect()
@@ -200,14 +201,14 @@ def test_interrupt_during_the_upload_harms_no_commit(world: World) -> None:
     """`Connection.interrupt()` of another thread, while COMMIT waits: either answer is right, and the commit is stored."""
     here, con = _start(world, ack="log")
     strikes: list[BaseException | None] = []
-    crashpoints.arm("before put", con.interrupt)
+    failpoints.arm("before put", con.interrupt)
     for n in range(3):
         try:
             con.execute("INSERT INTO t VALUES (?)", (n,))
             strikes.append(None)
         except apsw.InterruptError as error:
             strikes.append(error)
-    crashpoints.disarm()
+    failpoints.disarm()
     assert rows(con) == 3
     bottomless_wal.flush(con)
     world.stored(con)
@@ -372,11 +373,11 @@ def test_a_signal_handler_uses_the_very_connection_that_commits(world: World) ->
             until(lambda: bool(outcomes))
 
     before = signal.signal(signal.SIGUSR1, handle)
-    crashpoints.arm("before put", strike)
+    failpoints.arm("before put", strike)
     try:
         con.execute("INSERT INTO t VALUES ('main')")
     finally:
-        crashpoints.disarm()
+        failpoints.disarm()
         signal.signal(signal.SIGUSR1, before)
     assert "in the middle of a commit" in str(outcomes[0])
     assert con.exec_trace is None
@@ -400,12 +401,12 @@ def test_an_error_of_sqlite_out_of_a_signal_handler(world: World) -> None:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
     before = signal.signal(signal.SIGUSR1, handle)
-    crashpoints.arm("before put", strike)
+    failpoints.arm("before put", strike)
     try:
         with pytest.raises(ReplicationError, match="the handler's own"):
             con.execute("INSERT INTO t VALUES ('main')")
     finally:
-        crashpoints.disarm()
+        failpoints.disarm()
         signal.signal(signal.SIGUSR1, before)
     assert not con.in_transaction
     assert rows(con) == 1
@@ -501,9 +502,9 @@ def test_a_connection_collected_in_the_middle_of_another_ones_commit(world: Worl
         del other, cycle
         before = rows(con)
         con.set_commit_hook(lambda: bool(gc.collect()) and False)
-        crashpoints.arm("before put", lambda: print(gc.collect()))
+        failpoints.arm("before put", lambda: print(gc.collect()))
         con.execute("INSERT INTO t VALUES (3)")
-        crashpoints.disarm()
+        failpoints.disarm()
         con.set_commit_hook(None)
         assert rows(con) == before + 1
     until(lambda: registry.get(os.path.realpath(here.path("other.db"))) is None)
@@ -555,10 +556,10 @@ def test_a_refused_commit_and_ctrl_c_at_once(world: World) -> None:
     here, con = _start(world, ack="log")
     store = refusal(con)
     store.log()
-    crashpoints.arm("before put", lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT))
+    failpoints.arm("before put", lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT))
     with pytest.raises((KeyboardInterrupt, ReplicationError)):
         con.execute("INSERT INTO t VALUES (1)")
-    crashpoints.disarm()
+    failpoints.disarm()
     assert rows(con) == 1
     store.nothing()
     _sound(world, con)

@@ -77,7 +77,7 @@ def test_nothing_is_loaded_late(two_worlds: World) -> None:
     con.close()
 
 
-@pytest.mark.parametrize("late", ["import bottomless_wal.boot", "open(bottomless_wal.__file__ + 'c', 'rb')"])
+@pytest.mark.parametrize("late", ["import bottomless_wal.replication.recovery", "open(bottomless_wal.__file__ + 'c', 'rb')"])
 def test_the_blocker_refuses_what_is_loaded_late(world: World, late: str) -> None:
     """A harness that could not fail would prove nothing."""
     done = child(f"{PREPARE}\ngive_up()\n{late}", options=world.options, check=False)
@@ -90,4 +90,12 @@ def test_an_import_loads_neither_boto3_nor_the_restore() -> None:
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-LATE = ["boto3", "botocore", "urllib3", "bottomless_wal.boot", "bottomless_wal.upkeep", "bottomless_wal.maintenance", "encodings.idna"]
+LATE = [
+    "boto3",
+    "botocore",
+    "urllib3",
+    "bottomless_wal.replication.recovery",
+    "bottomless_wal.runtime.compactor",
+    "bottomless_wal.admin",
+    "encodings.idna",
+]

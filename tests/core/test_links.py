@@ -13,8 +13,8 @@ import pytest
 from worlds import Machine, World, rows
 
 import bottomless_wal
-from bottomless_wal import maintenance
-from bottomless_wal.errors import ConfigError
+from bottomless_wal import admin
+from bottomless_wal.core.errors import ConfigError
 
 FLAGS = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE | apsw.SQLITE_OPEN_URI
 
@@ -61,7 +61,7 @@ def test_a_link_with_another_name_than_its_file_is_refused(world: World, target:
         "attach by URI": lambda: other.execute("ATTACH ? AS a", (uri(link, world.options),)),
         "restore": lambda: bottomless_wal.restore(link, force=True, **world.options),
         "verify": lambda: bottomless_wal.verify(link, **world.options),
-        "inspect": lambda: maintenance.inspect(link, **world.options),
+        "inspect": lambda: admin.inspect(link, **world.options),
         "reset": lambda: bottomless_wal.reset_from_local(link, **world.options),
         "compact": lambda: bottomless_wal.compact(link, **world.options),
     }

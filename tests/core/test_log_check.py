@@ -14,13 +14,13 @@ from past import Past
 from worlds import Machine, World, refusal, replica_of, rows, until
 
 import bottomless_wal
-from bottomless_wal import log_check
-from bottomless_wal.compaction import snapshot
-from bottomless_wal.config import Config
-from bottomless_wal.errors import CorruptionError, RestoreError, StoreError
-from bottomless_wal.history import History
-from bottomless_wal.log_check import find_gap
-from bottomless_wal.store import open_store
+from bottomless_wal.core.config import Config
+from bottomless_wal.core.errors import CorruptionError, RestoreError, StoreError
+from bottomless_wal.history.compaction import snapshot
+from bottomless_wal.history.log import History
+from bottomless_wal.replication import log_check
+from bottomless_wal.replication.log_check import find_gap
+from bottomless_wal.storage import open_store
 
 
 def _history(world: World) -> History:
@@ -192,7 +192,7 @@ def test_a_damaged_snapshot_of_the_head_is_taken_over_after_the_next_commit(worl
 
 def test_a_log_of_many_objects_is_looked_at_from_its_newest_snapshot(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_check, "_LISTED", 20)
-    monkeypatch.setattr("bottomless_wal.boot._LISTED", 20)
+    monkeypatch.setattr("bottomless_wal.replication.recovery._LISTED", 20)
     here, con = _opened(world, 40, compaction=False, pages="off", ack="log")
     snapshot(_history(world), _history(world).edges(), 30)
     con.close()

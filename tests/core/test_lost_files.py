@@ -12,8 +12,8 @@ import pytest
 from worlds import Machine, World, refusal, replica_of, rows, until
 
 import bottomless_wal
-from bottomless_wal import vfs
-from bottomless_wal.errors import FilesLostError, ReplicationError
+from bottomless_wal.core.errors import FilesLostError, ReplicationError
+from bottomless_wal.runtime import vfs
 
 
 def _unlink(here: Machine) -> None:

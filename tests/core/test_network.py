@@ -20,7 +20,8 @@ from networks import LOG, VIEW, Network, network, of_writer, patience
 from worlds import Machine, child, rows, spawn, until
 
 import bottomless_wal
-from bottomless_wal import BottomlessError, ReplicationError, StoreError, history
+from bottomless_wal import BottomlessError, ReplicationError, StoreError
+from bottomless_wal.history import log
 
 
 @pytest.fixture
@@ -265,7 +266,7 @@ def test_a_large_database_whose_initial_replication_goes_unheard(net: Network) -
 
 def test_a_large_first_commit_adopted_over_a_line_that_fails_again(net: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     """Adopting has to read the body; where that fails, nothing is forgotten."""
-    monkeypatch.setattr(history, "_INLINE_BYTES", 1 << 16)
+    monkeypatch.setattr(log, "_INLINE_BYTES", 1 << 16)
     net.options["pages"] = "off"
     here = net.machine()
     con = here.connect()

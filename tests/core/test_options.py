@@ -11,8 +11,9 @@ import pytest
 from worlds import World, replica_of, rows
 
 import bottomless_wal
-from bottomless_wal import ConfigError, vfs
-from bottomless_wal.config import OPTIONS, Config
+from bottomless_wal import ConfigError
+from bottomless_wal.core.config import OPTIONS, Config
+from bottomless_wal.runtime import vfs
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from worlds import Machine, child, rows, spawn, until
 
 import bottomless_wal
 from bottomless_wal import ReplicationError, StoreError
-from bottomless_wal.store import open_store
+from bottomless_wal.storage import open_store
 
 
 @pytest.fixture

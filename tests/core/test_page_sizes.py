@@ -10,7 +10,7 @@ import pytest
 from worlds import World, rows
 
 import bottomless_wal
-from bottomless_wal import layout
+from bottomless_wal.formats import keys
 
 SIZES = [512, 1024, 2048, 4096, 8192, 16384, 32768, 65536]
 
@@ -115,4 +115,4 @@ def test_a_database_beyond_the_lock_byte(world: World) -> None:
     with open(here.path(), "rb") as one, open(elsewhere.path(), "rb") as two:
         while block := one.read(1 << 24):
             assert block == two.read(1 << 24)
-    assert layout.page_key("app.db", lock) not in world.bucket.listing()
+    assert keys.page_key("app.db", lock) not in world.bucket.listing()

@@ -19,20 +19,21 @@ from past import Past
 from worlds import Machine, World, child, refusal, replica_of, rows
 
 import bottomless_wal
-from bottomless_wal import compaction, crashpoints
-from bottomless_wal.compaction import compact, snapshot
-from bottomless_wal.config import Config
-from bottomless_wal.edges import Edge
-from bottomless_wal.errors import ConflictError, CorruptionError, FencedError, ReplicationError, RestoreError, TransientError
-from bottomless_wal.history import History
-from bottomless_wal.learning import learn
-from bottomless_wal.local_index import IndexHeader, LocalIndex
-from bottomless_wal.maintenance import reset_from_local
-from bottomless_wal.replica import INDEX_SUFFIX
-from bottomless_wal.retention import prune
-from bottomless_wal.segment import Header
-from bottomless_wal.store import Receipt, base, open_store
-from bottomless_wal.store.directory import DirectoryStore
+from bottomless_wal.admin import reset_from_local
+from bottomless_wal.core import failpoints
+from bottomless_wal.core.config import Config
+from bottomless_wal.core.errors import ConflictError, CorruptionError, FencedError, ReplicationError, RestoreError, TransientError
+from bottomless_wal.formats.segment import Header
+from bottomless_wal.history import compaction
+from bottomless_wal.history.compaction import compact, snapshot
+from bottomless_wal.history.log import History
+from bottomless_wal.history.retention import prune
+from bottomless_wal.history.segment_list import Edge
+from bottomless_wal.replication.index import IndexHeader, LocalIndex
+from bottomless_wal.replication.index_rebuild import learn
+from bottomless_wal.runtime.replica import INDEX_SUFFIX
+from bottomless_wal.storage import Receipt, base, open_store
+from bottomless_wal.storage.directory import DirectoryStore
 
 HOUR, DAY = 3600.0, 86400.0
 QUIET = {"pages": "off", "ack": "log", "compaction": "off"}
@@ -157,16 +158,16 @@ def test_who_restored_for_hours_while_the_log_was_pruned_acknowledges_nothing(wo
     others = to_come(world, here)
 
     def meanwhile() -> None:
-        crashpoints.disarm()
+        failpoints.disarm()
         put(world, others)
         log = history(world)
         snapshot(log, log.edges(), max(edge.post for edge in log.edges()))
         clock.ahead += 3 * HOUR
         assert prune(history(world), retention=0, keep_snapshots=0).edges
 
-    crashpoints.arm("after clear" if how == "the head without its index" else "before rename", meanwhile)
+    failpoints.arm("after clear" if how == "the head without its index" else "before rename", meanwhile)
     rival = elsewhere.connect(**QUIET)
-    assert not crashpoints._armed, "it was stopped on its way"
+    assert not failpoints._armed, "it was stopped on its way"
     left = world.bucket.content()
     for _ in range(2):
         with pytest.raises(FencedError):
@@ -213,18 +214,18 @@ def test_a_commit_whose_body_was_pruned_is_not_acknowledged_and_goes_anew(
     world: World, clock: Clock, monkeypatch: pytest.MonkeyPatch, point: str, again: str
 ) -> None:
     """Suspended for a week between a body and its segment: the body was forgotten by then, and nobody may name it."""
-    monkeypatch.setattr("bottomless_wal.history._INLINE_BYTES", 1 << 16)
+    monkeypatch.setattr("bottomless_wal.history.log._INLINE_BYTES", 1 << 16)
     here, con = opened(world)
 
     def asleep() -> None:
-        crashpoints.disarm()
+        failpoints.disarm()
         clock.ahead += 8 * DAY
         assert len(prune(history(world), retention=DAY, keep_snapshots=3).bodies) == 1
 
-    crashpoints.arm(point, asleep)
+    failpoints.arm(point, asleep)
     with pytest.raises(ReplicationError):
         con.execute("INSERT INTO t VALUES (randomblob(1000000))")
-    assert not crashpoints._armed
+    assert not failpoints._armed
     assert world.bucket.edges("app.db") == [(0, 1)], "what lacks its pages is not in the log"
     if again == "flush":
         bottomless_wal.flush(con)
@@ -260,10 +261,10 @@ def test_a_stray_commit_upon_a_kept_snapshot_makes_its_writer_no_earlier_state(w
     assert (4, 5) not in kept
     stray: dict[str, bytes] = {}
     key = f"app.db-wal/{4:016x}-{5:016x}"
-    crashpoints.arm("after put", lambda: stray.update({key: world.bucket.get(key)}))
+    failpoints.arm("after put", lambda: stray.update({key: world.bucket.get(key)}))
     with pytest.raises(FencedError):
         con.execute("INSERT INTO t VALUES ('local')")
-    crashpoints.disarm()
+    failpoints.disarm()
     con.close()
     assert stray
     assert world.bucket.edges("app.db") == kept, "what was not acknowledged is withdrawn"
@@ -541,7 +542,7 @@ def test_whose_state_is_none_of_a_long_history_is_told_so_by_few_headers(
 @pytest.mark.parametrize("what", ["a flipped bit", "a missing body", "a missing segment"])
 def test_over_a_base_that_is_not_sound_nothing_is_deleted(past: Past, monkeypatch: pytest.MonkeyPatch, what: str, who: str) -> None:
     """The base is all that is left of what lies before it: it is read, and what it lacks is named, before anything goes."""
-    monkeypatch.setattr("bottomless_wal.history._INLINE_BYTES", 1 << 12)
+    monkeypatch.setattr("bottomless_wal.history.log._INLINE_BYTES", 1 << 12)
     rng = random.Random(1)
     past.live(rng, 19)
     past.commit({number: rng.randbytes(512) for number in range(1, 41)}, 40)

@@ -11,7 +11,8 @@ import pytest
 from worlds import World, rows
 
 import bottomless_wal
-from bottomless_wal import BottomlessError, ConfigError, ConflictError, vfs
+from bottomless_wal import BottomlessError, ConfigError, ConflictError
+from bottomless_wal.runtime import vfs
 
 
 def _plain(world: World, path: str, flags: int | None = None, **options: object) -> apsw.Connection:

@@ -12,7 +12,7 @@ from worlds import Machine, World, child, refusal, rows
 
 import bottomless_wal
 from bottomless_wal import ConflictError, ReplicationError
-from bottomless_wal.local_database import LocalDatabase
+from bottomless_wal.sqlite.database_reader import LocalDatabase
 
 CHECKPOINTS = {
     "passive": apsw.SQLITE_CHECKPOINT_PASSIVE,
@@ -334,8 +334,8 @@ os.kill(os.getpid(), signal.SIGKILL)
         options=world.options,
         check=False,
     )
-    for module in ("boot", "local_index", "replicator"):
-        monkeypatch.setattr(f"bottomless_wal.{module}.boot_id", lambda: b"another boot id!")
+    for module in ("recovery", "index", "replicator"):
+        monkeypatch.setattr(f"bottomless_wal.replication.{module}.boot_id", lambda: b"another boot id!")
     con = here.connect()
     assert scans
     assert rows(con) == 1

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from past import Past
 
-from bottomless_wal import crashpoints
-from bottomless_wal.compaction import snapshot
-from bottomless_wal.edges import Edge, plan, reachable
-from bottomless_wal.errors import CorruptionError, RestoreError
-from bottomless_wal.history import FENCE_HORIZON_SECONDS
-from bottomless_wal.retention import prune, superfluous
+from bottomless_wal.core import failpoints
+from bottomless_wal.core.errors import CorruptionError, RestoreError
+from bottomless_wal.history.compaction import snapshot
+from bottomless_wal.history.log import FENCE_HORIZON_SECONDS
+from bottomless_wal.history.planner import plan, reachable
+from bottomless_wal.history.retention import prune, superfluous
+from bottomless_wal.history.segment_list import Edge
 
 HOUR, DAY = 3600.0, 86400.0
 
@@ -143,7 +144,7 @@ def test_bodies_go_with_their_edges_and_forgotten_ones_after_a_week(tmp_path: Pa
 
 @pytest.mark.parametrize("point", ["before prune", "within prune"])
 def test_killed_in_between_everything_promised_is_there(past: Past, point: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bottomless_wal.retention._AT_ONCE", 7)
+    monkeypatch.setattr("bottomless_wal.history.retention._AT_ONCE", 7)
 
     class Killed(BaseException):
         pass
@@ -155,12 +156,12 @@ def test_killed_in_between_everything_promised_is_there(past: Past, point: str, 
         if not left[0]:
             raise Killed
 
-    crashpoints.arm(point, die)
+    failpoints.arm(point, die)
     try:
         with pytest.raises(Killed):
             prune(past.history, retention=2 * DAY, keep_snapshots=5)
     finally:
-        crashpoints.disarm()
+        failpoints.disarm()
     assert restorable(past) >= {24, 28, *range(32, 41)}
     prune(past.history, retention=2 * DAY, keep_snapshots=5)
     assert restorable(past) == {24, 28, *range(32, 41)}

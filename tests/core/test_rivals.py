@@ -19,10 +19,10 @@ from faultproxy import ALWAYS, Fault, FaultProxy
 from nursery import Child, fork, obedient
 from worlds import Machine, World, rows, until
 
-from bottomless_wal.compaction import snapshot
-from bottomless_wal.config import Config
-from bottomless_wal.history import History
-from bottomless_wal.store import open_store
+from bottomless_wal.core.config import Config
+from bottomless_wal.history.compaction import snapshot
+from bottomless_wal.history.log import History
+from bottomless_wal.storage import open_store
 
 INSERT = "con.execute('INSERT INTO t VALUES (?, randomblob(500))', ({!r},))"
 
@@ -218,7 +218,7 @@ def test_who_was_stopped_before_its_page_objects_puts_none_over_newer_ones(world
     here = world.machine()
     stale = obedient(options=world.options)
     assert stale.do(f"con = connect({here.path()!r}); con.execute('CREATE TABLE t(name, x)')") == "ok", stale.said
-    assert stale.do("import bottomless_wal.replicator; bottomless_wal.replicator._PAUSE_SECONDS = 0.0") == "ok"
+    assert stale.do("import bottomless_wal.replication.replicator; bottomless_wal.replication.replicator._PAUSE_SECONDS = 0.0") == "ok"
     _stops(stale, "before view", INSERT.format("stale"))
     rival = _writer(world, world.machine())
     assert _inserts(rival, "rival") == "ok", rival.said
@@ -411,7 +411,7 @@ def test_an_attempt_that_a_copied_directory_has_too_is_one_commit_of_both(world:
     two = _writer(world, there)
     assert _inserts(two, "the copy") == "ok", two.said
     assert one.told() == "ok", one.said
-    assert one.do("import bottomless_wal.crashpoints as points; points.disarm()") == "ok", one.said
+    assert one.do("import bottomless_wal.core.failpoints as points; points.disarm()") == "ok", one.said
     assert "FencedError" in _inserts(one, "the original")
     one.end()
     two.end()

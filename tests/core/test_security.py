@@ -24,12 +24,14 @@ import zstandard
 from worlds import Machine, World, child, replica_of
 
 import bottomless_wal
-from bottomless_wal import layout, maintenance, segment
-from bottomless_wal.block import encode_block, page_hash
-from bottomless_wal.config import Config
-from bottomless_wal.errors import BottomlessError, ConfigError, CorruptionError, RestoreError, StoreError
-from bottomless_wal.page_object import PageTrailer, encode_page_object
-from bottomless_wal.segment import Body, Commit, Header, Page
+from bottomless_wal import admin
+from bottomless_wal.core.config import Config
+from bottomless_wal.core.errors import BottomlessError, ConfigError, CorruptionError, RestoreError, StoreError
+from bottomless_wal.formats import keys, segment
+from bottomless_wal.formats.block import encode_block
+from bottomless_wal.formats.page import Page, page_hash
+from bottomless_wal.formats.page_object import PageTrailer, encode_page_object
+from bottomless_wal.formats.segment import Body, Commit, Header
 
 SECRET, TOKEN, PASSWORD = "wJalrXUtnFEMIsecretkey", "FwoGZXIvYXdzEsessiontoken", "hunter2password"
 NAME = "app.db"
@@ -186,10 +188,10 @@ def test_odd_names_and_ids_are_names_and_no_paths(world: World) -> None:
         con = machine.connect(name, database_id=database_id)
         con.execute("CREATE TABLE t(x)")
         con.close()
-        stored = layout.database_name(database_id, name)
+        stored = keys.database_name(database_id, name)
         assert world.bucket.log_image(stored) == machine.content(name)
-        assert layout.split_name(stored) == (database_id, name)
-    listed = {layout.parse_database_names(key) for key in world.bucket.listing()}
+        assert keys.split_name(stored) == (database_id, name)
+    listed = {keys.parse_database_names(key) for key in world.bucket.listing()}
     assert len(listed) == 4
     assert None not in listed
 
@@ -208,7 +210,7 @@ def test_a_body_name_that_was_forged_into_a_segment_is_a_corruption(world: World
     forged = zstandard.ZstdCompressor().compress(tables.replace(b"body/" + b"x" * 14, b"../../../../../x/yy"))
     head = bytearray(data[:120])
     head[88:92] = len(forged).to_bytes(4, "big")
-    world.bucket.put(layout.segment_key(NAME, 3, 4), resealed(bytes(head), forged))
+    world.bucket.put(keys.segment_key(NAME, 3, 4), resealed(bytes(head), forged))
     (machine.directory / "app.db").unlink()
     with pytest.raises(CorruptionError, match="no body"):
         machine.connect()
@@ -294,7 +296,7 @@ def test_a_directory_store_is_not_impressed_by_depth(world: World) -> None:
     finally:
         os.chdir(back)
     try:
-        assert [row.name for row in maintenance.listing(**world.options)] == [NAME]
+        assert [row.name for row in admin.listing(**world.options)] == [NAME]
         assert bottomless_wal.verify(machine.path(), **world.options).ok
     finally:
         subprocess.run(["rm", "-r", str(deep / "d")], check=True)  # Python's own removal is impressed
@@ -373,7 +375,7 @@ def page(pgno: int, content: bytes = b"x") -> Page:
 def put(world: World, header: Header, pages: list[Page]) -> None:
     world.bucket.make()
     blocks = [encode_block(pages, 512)] if pages else []
-    world.bucket.put(layout.segment_key(NAME, header.pre, header.post), segment.encode(header, blocks))
+    world.bucket.put(keys.segment_key(NAME, header.pre, header.post), segment.encode(header, blocks))
 
 
 LIMITED = """
@@ -392,7 +394,7 @@ for what in argv[1:]:
             report = bottomless_wal.verify(path, deep=True, **options)
             said = "" if report.ok else f"not sound: {report.problems} {report.notes}"
         elif what == "look":
-            bottomless_wal.maintenance.inspect(path, **options)
+            bottomless_wal.admin.inspect(path, **options)
     except bottomless_wal.BottomlessError as error:
         said = f"{type(error).__name__}: {error.message}"
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - grown
@@ -433,7 +435,7 @@ def test_a_local_file_does_not_learn_such_a_size(world: World) -> None:
     lie = hostile(
         3, 4, 2**32 - 2, [], pre_hash=status.state_hash, post_hash=status.state_hash, page_size=size
     )  # same state, so the file is the head, of another size
-    world.bucket.put(layout.segment_key(NAME, 3, 4), segment.encode(lie))
+    world.bucket.put(keys.segment_key(NAME, 3, 4), segment.encode(lie))
     for path in machine.directory.glob("*-bottomless"):
         path.unlink()
     assert all("4294967294" in said for said in outcomes(world, "reopen", "open", machine=machine))
@@ -445,7 +447,7 @@ def test_page_objects_that_lie_about_size_or_txid_restore_nothing(world: World, 
     world.bucket.make()
     first = page(1)
     trailer = PageTrailer(512, 1, txid, first.hash, first.hash, db_size)
-    world.bucket.put(layout.page_key(NAME, 1), encode_page_object(first.data, trailer))
+    world.bucket.put(keys.page_key(NAME, 1), encode_page_object(first.data, trailer))
     machine = world.machine()
     for attempt in (lambda: bottomless_wal.restore(machine.path(), **world.options), machine.connect):
         with pytest.raises((RestoreError, CorruptionError)):
@@ -458,7 +460,7 @@ def test_a_page_object_far_away_does_not_fill_the_disk(world: World) -> None:
     for pgno in (1, 2**32 - 2):
         one = page(pgno)
         trailer = PageTrailer(512, pgno, 5, one.hash, one.hash, 2**32 - 2)
-        world.bucket.put(layout.page_key(NAME, pgno), encode_page_object(one.data, trailer))
+        world.bucket.put(keys.page_key(NAME, pgno), encode_page_object(one.data, trailer))
     assert "is missing" in outcomes(world, "restore")[0]
 
 
@@ -471,7 +473,7 @@ def test_pages_beyond_the_end_are_refused(world: World) -> None:
 def test_bombs_are_not_unpacked(world: World) -> None:
     """Frames that hold, or claim, far more than they may: in the tables, in the pages, in page objects."""
     made(world)
-    data = world.bucket.get(layout.segment_key(NAME, 2, 3))
+    data = world.bucket.get(keys.segment_key(NAME, 2, 3))
     tables = int.from_bytes(data[88:92], "big")
     for says_its_size in (True, False):
         bomb = zstandard.ZstdCompressor(level=1, write_content_size=says_its_size).compress(bytes(100 << 20))
@@ -479,12 +481,12 @@ def test_bombs_are_not_unpacked(world: World) -> None:
             world.bucket.put(key, bomb)
         head = bytearray(data[:120])
         head[88:92], head[92:96], head[96:104] = len(bomb).to_bytes(4, "big"), (11 << 20).to_bytes(4, "big"), bytes(8)
-        world.bucket.put(layout.segment_key(NAME, 2, 3), resealed(bytes(head), bomb))
+        world.bucket.put(keys.segment_key(NAME, 2, 3), resealed(bytes(head), bomb))
         in_tables = outcomes(world, "open", "verify", "look")
         head = bytearray(data[:120])
         block = (1).to_bytes(4, "big") + len(bomb).to_bytes(4, "big") + data[128 + tables + 8 : 128 + tables + 20] + bomb
         head[96:104] = len(block).to_bytes(8, "big")
-        world.bucket.put(layout.segment_key(NAME, 2, 3), resealed(bytes(head), data[128 : 128 + tables], block))
+        world.bucket.put(keys.segment_key(NAME, 2, 3), resealed(bytes(head), data[128 : 128 + tables], block))
         assert all(in_tables + outcomes(world, "open", "verify"))
     for key in world.bucket.listing(f"{NAME}-wal/"):
         world.bucket.delete(key)
@@ -497,7 +499,7 @@ def test_a_small_segment_of_a_large_transaction_is_restored_in_little_memory(wor
     con = world.machine().connect()
     con.execute("CREATE TABLE t(x); INSERT INTO t VALUES(zeroblob(80000000))")
     con.close()
-    assert len(world.bucket.get(layout.segment_key(NAME, 1, 2))) < 1 << 20
+    assert len(world.bucket.get(keys.segment_key(NAME, 1, 2))) < 1 << 20
     assert outcomes(world, "open", megabytes=40, disk=100) == [""]
 
 
@@ -505,7 +507,7 @@ def test_a_body_that_claims_to_be_endless_is_not_waited_for(world: World) -> Non
     first = page(1)
     world.bucket.make()
     lie = hostile(0, 1, 1, [first], body=Body("body/x", 2**60, bytes(32)))
-    world.bucket.put(layout.segment_key(NAME, 0, 1), segment.encode(lie))
+    world.bucket.put(keys.segment_key(NAME, 0, 1), segment.encode(lie))
     world.bucket.put(f"{NAME}-wal/body/x", encode_block([first], 512))
     assert all("1152921504606846976" in said for said in outcomes(world, "open", "restore", "verify"))
 
@@ -513,10 +515,10 @@ def test_a_body_that_claims_to_be_endless_is_not_waited_for(world: World) -> Non
 def test_many_overlapping_edges_end_in_an_error(world: World) -> None:
     """None of them begins at 0, so every way there could be is looked for."""
     made(world)
-    data = world.bucket.get(layout.segment_key(NAME, 2, 3))
+    data = world.bucket.get(keys.segment_key(NAME, 2, 3))
     root = Path(world.root, world.endpoint.bucket)
     for number in range(800):
-        root.joinpath(layout.segment_key(NAME, 5 + number, 4000 + number)).write_bytes(data)
+        root.joinpath(keys.segment_key(NAME, 5 + number, 4000 + number)).write_bytes(data)
     assert all(outcomes(world, "restore", "verify", "look"))
 
 
@@ -535,7 +537,7 @@ def test_many_foreign_objects_change_nothing(world: World, caplog: pytest.LogCap
 
 def test_an_index_that_tells_of_pages_without_end_is_made_anew(world: World) -> None:
     """Well formed in every field, and its size is a lie that leaves the state hash as it is."""
-    from bottomless_wal.local_index import HEADER_SIZE, IndexHeader
+    from bottomless_wal.replication.index import HEADER_SIZE, IndexHeader
 
     machine = made(world)
     index = Path(machine.path() + "-bottomless")

@@ -16,7 +16,7 @@ import pytest
 from worlds import Machine, World, refusal, rows, spawn, until
 
 import bottomless_wal
-from bottomless_wal.registry import registry
+from bottomless_wal.runtime.registry import registry
 
 
 def _together(count: int, work: Callable[[int], None]) -> None:

@@ -18,13 +18,14 @@ from past import Past
 from worlds import World, refusal, replica_of, rows, until
 
 import bottomless_wal
-from bottomless_wal import compaction, crashpoints
-from bottomless_wal.config import Config
-from bottomless_wal.edges import plan
-from bottomless_wal.errors import RestoreError, TransientError
-from bottomless_wal.history import History
-from bottomless_wal.store import open_store
-from bottomless_wal.upkeep import Upkeep
+from bottomless_wal.core import failpoints
+from bottomless_wal.core.config import Config
+from bottomless_wal.core.errors import RestoreError, TransientError
+from bottomless_wal.history import compaction
+from bottomless_wal.history.log import History
+from bottomless_wal.history.planner import plan
+from bottomless_wal.runtime.compactor import Upkeep
+from bottomless_wal.storage import open_store
 
 
 def history(world: World) -> History:
@@ -100,10 +101,10 @@ def test_an_open_that_fails_leaves_no_thread_behind(world: World) -> None:
         raise TransientError("no", hint="A test did that.")
 
     before = set(threading.enumerate())
-    crashpoints.arm("after open", fail)
+    failpoints.arm("after open", fail)
     with pytest.raises(TransientError):
         here.connect()
-    crashpoints.disarm()
+    failpoints.disarm()
     assert world.bucket.head("app.db") == 1, "it had begun"
     until(lambda: not any("upkeep" in thread.name for thread in set(threading.enumerate()) - before))
 
@@ -163,7 +164,7 @@ def test_a_close_does_not_wait_for_a_merge(world: World) -> None:
         reached.set()
         on.wait(20)
 
-    crashpoints.arm("before merged", hold)
+    failpoints.arm("before merged", hold)
     commits(con, 70)
     assert reached.wait(20)
     image = con.serialize("main")
@@ -230,11 +231,11 @@ def test_a_writer_killed_in_its_upkeep_has_lost_nothing_and_the_next_one_does_th
 PRUNING = """
 path, point, what = argv
 die_at(point)
-from bottomless_wal import maintenance
+from bottomless_wal import admin
 if what == "prune":
-    maintenance.prune(path, retention=86400, keep_snapshots=0, **options)
+    admin.prune(path, retention=86400, keep_snapshots=0, **options)
 else:
-    maintenance.forget(path, older_than=86400, **options)
+    admin.forget(path, older_than=86400, **options)
 """
 
 

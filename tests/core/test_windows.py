@@ -14,11 +14,12 @@ import pytest
 from worlds import Machine, World, child, refusal, replica_of, rows, until
 
 import bottomless_wal
-from bottomless_wal import ConfigError, ConflictError, FencedError, ReplicationError, StoreError, vfs
-from bottomless_wal.checkpointer import Checkpointer
-from bottomless_wal.local_database import LocalDatabase
-from bottomless_wal.store import Receipt
-from bottomless_wal.store.directory import DirectoryStore
+from bottomless_wal import ConfigError, ConflictError, FencedError, ReplicationError, StoreError
+from bottomless_wal.runtime import vfs
+from bottomless_wal.sqlite.checkpointer import Checkpointer
+from bottomless_wal.sqlite.database_reader import LocalDatabase
+from bottomless_wal.storage import Receipt
+from bottomless_wal.storage.directory import DirectoryStore
 
 
 def _opened(world: World, **options: Any) -> tuple[Machine, apsw.Connection]:
@@ -211,8 +212,8 @@ os.kill(os.getpid(), signal.SIGKILL)
     os.truncate(here.path("app.db-wal"), 32)
     os.unlink(here.path("app.db-shm"))
     if rebooted:
-        for module in ("boot", "local_index", "replicator"):
-            monkeypatch.setattr(f"bottomless_wal.{module}.boot_id", lambda: b"another boot id!")
+        for module in ("recovery", "index", "replicator"):
+            monkeypatch.setattr(f"bottomless_wal.replication.{module}.boot_id", lambda: b"another boot id!")
     con = here.connect()
     assert rows(con, "SELECT group_concat(x) FROM t") == "base,1,2,3"
     con.execute("INSERT INTO t VALUES (4)")

@@ -18,10 +18,10 @@ from endpoints import Endpoint
 from outside import Bucket
 
 import bottomless_wal
-from bottomless_wal import layout
-from bottomless_wal.errors import StoreError, TransientError
-from bottomless_wal.registry import registry
-from bottomless_wal.replica import Replica
+from bottomless_wal.core.errors import StoreError, TransientError
+from bottomless_wal.formats import keys
+from bottomless_wal.runtime.registry import registry
+from bottomless_wal.runtime.replica import Replica
 
 HERE = Path(__file__).resolve().parent
 TOOLS = HERE.parent.parent / "tools"
@@ -99,7 +99,7 @@ class World:
 
     def comes_back(self, machine: Machine, file: str = "app.db", name: str | None = None) -> bytes:
         """Nobody has the file open: its bytes are those of the log, of the page view, and of a boot on an empty machine."""
-        name = name or layout.database_name(str(self.options.get("database_id", "")), file)
+        name = name or keys.database_name(str(self.options.get("database_id", "")), file)
         content = machine.content(file)
         assert not os.path.exists(machine.path(file) + "-wal"), "the last close leaves no WAL"
         assert self.bucket.log_image(name) == content, "the log is not the file"

@@ -10,9 +10,9 @@ import pytest
 from endpoints import Endpoint, endpoint_of
 from shops import Cli, Shop
 
-from bottomless_wal import crashpoints
-from bottomless_wal.config import ENV_PREFIX
-from bottomless_wal.registry import registry
+from bottomless_wal.core import failpoints
+from bottomless_wal.core.config import ENV_PREFIX
+from bottomless_wal.runtime.registry import registry
 
 
 def _shop(endpoint: Endpoint, root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
@@ -22,7 +22,7 @@ def _shop(endpoint: Endpoint, root: Path, monkeypatch: pytest.MonkeyPatch) -> It
     try:
         yield shop
     finally:
-        crashpoints.disarm()
+        failpoints.disarm()
         shop.close()
         assert registry.all() == [], "a replica was left open"
 

@@ -14,10 +14,10 @@ from click.testing import CliRunner, Result
 from endpoints import Endpoint
 
 import bottomless_wal
-from bottomless_wal import layout
-from bottomless_wal.cli import main
-from bottomless_wal.config import ENV_PREFIX, Config
-from bottomless_wal.store import Store, open_store
+from bottomless_wal.cli.main import main
+from bottomless_wal.core.config import ENV_PREFIX, Config
+from bottomless_wal.formats import keys
+from bottomless_wal.storage import Store, open_store
 
 COMMITS = 12  # of `Shop.trade`, one txid each
 
@@ -96,12 +96,12 @@ class Shop:
     @staticmethod
     def segment(post: int) -> str:
         """The key of the commit `post`."""
-        return layout.segment_key("app.db", post - 1, post)
+        return keys.segment_key("app.db", post - 1, post)
 
     @staticmethod
     def page(pgno: int) -> str:
         """The key of page `pgno`."""
-        return layout.page_key("app.db", pgno)
+        return keys.page_key("app.db", pgno)
 
     # --- other processes -----------------------------------------------------------------------------------------------
 

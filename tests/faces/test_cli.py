@@ -14,10 +14,10 @@ from click.testing import CliRunner
 from shops import COMMITS, Cli, Shop
 
 import bottomless_wal
-from bottomless_wal import cli as commands
-from bottomless_wal import maintenance
-from bottomless_wal.cli import main
-from bottomless_wal.config import ENV_PREFIX
+from bottomless_wal import admin
+from bottomless_wal.cli import main as commands
+from bottomless_wal.cli.main import main
+from bottomless_wal.core.config import ENV_PREFIX
 
 
 def run(shop: Shop, *arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -55,7 +55,7 @@ def test_from_the_outside(any_shop: Shop) -> None:
 
 
 def test_help_is_quick_and_complete() -> None:
-    lazy = "import sys, bottomless_wal.cli; sys.exit(any(name in sys.modules for name in ('boto3', 'rich.table', 'apsw.shell')))"
+    lazy = "import sys, bottomless_wal.cli.main; sys.exit(any(name in sys.modules for name in ('boto3', 'rich.table', 'apsw.shell')))"
     assert (
         subprocess.run([sys.executable, "-c", lazy], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=False).returncode
         == 0
@@ -162,7 +162,7 @@ def test_what_was_not_foreseen(shop: Shop, cli: Cli, monkeypatch: pytest.MonkeyP
     def explode(*arguments: object, **options: object) -> None:
         raise RuntimeError("the roof is on fire")
 
-    monkeypatch.setattr(maintenance, "listing", explode)
+    monkeypatch.setattr(admin, "listing", explode)
     result = cli(shop, "ls")
     assert result.exit_code == 3
     assert "the roof is on fire" in result.stderr
@@ -173,7 +173,7 @@ def test_what_was_not_foreseen(shop: Shop, cli: Cli, monkeypatch: pytest.MonkeyP
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(maintenance, "listing", interrupt)
+    monkeypatch.setattr(admin, "listing", interrupt)
     assert cli(shop, "ls").exit_code == 130
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from shops import Shop
 
-from bottomless_wal import demo
+from bottomless_wal.cli import demo
 
 
 def play(shop: Shop, tmp_path: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:

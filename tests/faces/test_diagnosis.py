@@ -13,10 +13,10 @@ from shops import Shop
 
 import bottomless_wal
 from bottomless_wal import Check
-from bottomless_wal.config import ENV_PREFIX
-from bottomless_wal.errors import StoreError
-from bottomless_wal.maintenance import diagnosis
-from bottomless_wal.store import Receipt, Store, open_store
+from bottomless_wal.admin import doctor
+from bottomless_wal.core.config import ENV_PREFIX
+from bottomless_wal.core.errors import StoreError
+from bottomless_wal.storage import Receipt, Store, open_store
 
 
 def states(checks: list[Check]) -> dict[str, str]:
@@ -130,7 +130,7 @@ def checks_of(
 ) -> list[Check]:
     config = make_config(shop.endpoint)
     store = Odd(open_store(config), **overrides)
-    return list(diagnosis._checks(config, store, time.perf_counter, wall))  # type: ignore[arg-type]
+    return list(doctor._checks(config, store, time.perf_counter, wall))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("seconds", "state"), [(0.0, "ok"), (3.0, "ok"), (60.0, "warning"), (-60.0, "warning"), (1000.0, "failed")])

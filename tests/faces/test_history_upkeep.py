@@ -14,13 +14,15 @@ from past import Past
 from shops import COMMITS, Cli, Shop
 
 import bottomless_wal
-from bottomless_wal import compaction, layout, maintenance
-from bottomless_wal.compaction import Vanished
-from bottomless_wal.edges import plan
-from bottomless_wal.errors import ConfigError, RestoreError
-from bottomless_wal.history import History
-from bottomless_wal.maintenance import LIST_PRICES, load_prices
-from bottomless_wal.maintenance.timeline import timeline, txid_at
+from bottomless_wal import admin
+from bottomless_wal.admin import LIST_PRICES, load_prices
+from bottomless_wal.core.errors import ConfigError, RestoreError
+from bottomless_wal.formats import keys
+from bottomless_wal.history import compaction
+from bottomless_wal.history.compaction import Vanished
+from bottomless_wal.history.log import History
+from bottomless_wal.history.planner import plan
+from bottomless_wal.history.timeline import timeline, txid_at
 
 HOUR, DAY = 3600.0, 86400.0
 
@@ -63,7 +65,7 @@ def days(tmp_path: Path) -> Past:
 
 def server_time(monkeypatch: pytest.MonkeyPatch, past: Past) -> None:
     """Every store that is opened has the clock of that past."""
-    monkeypatch.setattr("bottomless_wal.store.directory.DirectoryStore.now", lambda self: past.clock)
+    monkeypatch.setattr("bottomless_wal.storage.directory.DirectoryStore.now", lambda self: past.clock)
 
 
 # --- compact, snapshot -------------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ def test_compact_lists_again_when_edges_vanish(past: Past, monkeypatch: pytest.M
 
 
 def test_a_damaged_run_stays_and_is_told(past: Past) -> None:
-    key = layout.segment_key("app.db", 150, 151)
+    key = keys.segment_key("app.db", 150, 151)
     data = past.store.get(key, limit=1 << 20)
     assert data is not None
     past.store.put(key, data[:-1] + bytes([data[-1] ^ 1]))
@@ -121,7 +123,7 @@ def test_snapshot(past: Past) -> None:
 @pytest.mark.parametrize("command", ["compact", "snapshot", "prune", "stats", "states"])
 def test_what_is_not_there(past: Past, command: str) -> None:
     with pytest.raises(RestoreError, match=r"nothing is stored as 'other\.db'"):
-        getattr(maintenance, command)("other.db", **of(past))
+        getattr(admin, command)("other.db", **of(past))
 
 
 # --- prune, forget -----------------------------------------------------------------------------------------------------
@@ -149,7 +151,7 @@ def test_prune_keeps_what_the_settings_promise(days: Past, monkeypatch: pytest.M
     assert image(days, timestamp=moment(days.times[31])) == (28, days.states[28].image)
     with pytest.raises(RestoreError, match="the earliest that can be restored is txid 28"):
         image(days, timestamp=moment(days.times[27]))
-    told_states = maintenance.states("app.db", **of(days))
+    told_states = admin.states("app.db", **of(days))
     assert (told_states.ranges, told_states.count) == ([(28, 28), (32, 40)], 10)
     assert [state.txid for state in told_states.snapshots] == [28, 32]
 
@@ -158,19 +160,19 @@ def test_forget_stands_on_a_snapshot_of_that_moment(days: Past, monkeypatch: pyt
     server_time(monkeypatch, days)
     compaction.snapshot(days.history, days.history.edges(), 8)
     before = list(days.history.edges())
-    told = maintenance.forget("app.db", older_than=3 * DAY, dry_run=True, **of(days))
+    told = admin.forget("app.db", older_than=3 * DAY, dry_run=True, **of(days))
     assert list(days.history.edges()) == before
-    done = maintenance.forget("app.db", older_than=3 * DAY, **of(days))
+    done = admin.forget("app.db", older_than=3 * DAY, **of(days))
     assert (told.snapshot, told.segments, told.size, told.base) == (28, done.segments, done.size, 28)
     assert (done.snapshot, done.base, done.snapshots, done.segments) == (28, 28, [], 29)
     for txid in range(28, 41):
         assert image(days, txid=txid) == (txid, days.states[txid].image)
     # Nothing that is old is left to forget; what is younger than two hours, and the head, stay in any case.
-    assert maintenance.forget("app.db", older_than=3 * DAY, **of(days)).segments == 0
-    assert maintenance.forget("app.db", older_than=0, **of(days)).base == 39
+    assert admin.forget("app.db", older_than=3 * DAY, **of(days)).segments == 0
+    assert admin.forget("app.db", older_than=0, **of(days)).base == 39
     assert image(days) == (40, days.states[40].image)
     with pytest.raises(ConfigError, match="no age"):
-        maintenance.forget("app.db", older_than=-1, **of(days))
+        admin.forget("app.db", older_than=-1, **of(days))
 
 
 # --- time --------------------------------------------------------------------------------------------------------------
@@ -193,14 +195,14 @@ def test_the_timeline_is_read_from_few_headers(past: Past) -> None:
 
 def test_what_a_damaged_header_does_not_tell_another_does(past: Past) -> None:
     bottomless_wal.compact("app.db", **of(past))
-    key = layout.segment_key("app.db", 64, 128)
+    key = keys.segment_key("app.db", 64, 128)
     past.store.put(key, b"nonsense")
     assert [commit.txid for commit in timeline(past.history, past.history.edges())] == list(range(1, 201))
 
 
 def test_a_vanished_edge_is_said(past: Past) -> None:
     edges = past.history.edges()
-    past.store.delete([layout.segment_key("app.db", 4, 5)])
+    past.store.delete([keys.segment_key("app.db", 4, 5)])
     with pytest.raises(Vanished):
         list(timeline(past.history, edges))
 
@@ -233,7 +235,7 @@ def test_a_clock_that_jumps_back(tmp_path: Path) -> None:
 
 
 def test_behind_a_gap_a_reset_begins_anew(past: Past) -> None:
-    past.store.delete([layout.segment_key("app.db", 49, 50)])
+    past.store.delete([keys.segment_key("app.db", 49, 50)])
     edges = past.history.edges()
     assert [commit.txid for commit in timeline(past.history, edges)] == [*range(1, 50), *range(100, 201)]
     assert txid_at(past.history, edges, moment(past.times[70])).txid == 49
@@ -249,10 +251,10 @@ def test_a_restore_lists_again_each_time_something_is_missing(past: Past, monkey
         listings[0] += 1
         if listings[0] == 1:
             compaction.compact(past.history, found)
-            past.store.delete([layout.segment_key("app.db", number, number + 1) for number in range(150)])
+            past.store.delete([keys.segment_key("app.db", number, number + 1) for number in range(150)])
         elif listings[0] == 2:
             compaction.snapshot(past.history, found, 192)
-            past.store.delete([layout.segment_key("app.db", *ends) for ends in ((0, 64), (64, 128), (128, 192))])
+            past.store.delete([keys.segment_key("app.db", *ends) for ends in ((0, 64), (64, 128), (128, 192))])
         return found
 
     monkeypatch.setattr(History, "edges", edges)
@@ -321,7 +323,7 @@ def test_ls_tells_states_that_a_timestamp_restores(any_shop: Shop, cli: Cli) -> 
 def test_stats(shop: Shop, cli: Cli, tmp_path: Path) -> None:
     shop.trade()
     bottomless_wal.snapshot(shop.path, **shop.options)
-    usage = maintenance.stats(shop.path, **shop.options)
+    usage = admin.stats(shop.path, **shop.options)
     (listed,) = bottomless_wal.listing(shop.path, **shop.options)
     kinds = usage.kinds
     assert {name: kind.objects for name, kind in kinds.items()} == {
@@ -365,7 +367,7 @@ def test_a_process_that_has_it_open_counts_its_requests_and_what_they_cost_a_mon
     assert status.requests["create"] == 2
     assert status.sent.keys() == {"create"}
     assert status.sent["create"] == status.bytes_sent > 200
-    costs = {cost.what: cost for cost in maintenance.running_costs(replace(status, seconds=60.0))}
+    costs = {cost.what: cost for cost in admin.running_costs(replace(status, seconds=60.0))}
     assert costs.keys() == status.requests.keys()
     assert costs["create"].amount == pytest.approx(2 * 60 * 24 * 365 / 12 * 0.005 / 1000)
     assert "2 requests in the 60 s" in costs["create"].basis

@@ -12,7 +12,7 @@ from shops import COMMITS, Shop
 
 import bottomless_wal
 from bottomless_wal import Inspection
-from bottomless_wal.errors import ConfigError, StoreError
+from bottomless_wal.core.errors import ConfigError, StoreError
 
 
 def inspect(shop: Shop) -> Inspection:

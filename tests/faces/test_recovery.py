@@ -14,8 +14,10 @@ import pytest
 from shops import COMMITS, Shop
 
 import bottomless_wal
-from bottomless_wal import Restored, crashpoints, layout
-from bottomless_wal.errors import ConfigError, ConflictError, RestoreError, StoreError
+from bottomless_wal import Restored
+from bottomless_wal.core import failpoints
+from bottomless_wal.core.errors import ConfigError, ConflictError, RestoreError, StoreError
+from bottomless_wal.formats import keys
 
 
 def restore(shop: Shop, **more: object) -> Restored:
@@ -141,7 +143,7 @@ def test_whatever_fails_leaves_the_old_file(shop: Shop, fault: str, monkeypatch:
     leave_a_wal(shop.path)
     before = {entry.name: entry.read_bytes() for entry in shop.path.parent.iterdir()}
     expected: type[Exception] = RestoreError
-    named = layout.segment_key("app.db", 4, 5)
+    named = keys.segment_key("app.db", 4, 5)
     if fault == "missing":
         shop.delete(named)
     elif fault == "corrupt":
@@ -170,7 +172,7 @@ def test_killed_while_the_file_is_replaced(shop: Shop, point: str) -> None:
     leave_a_wal(shop.path)
     child = os.fork()
     if child == 0:
-        crashpoints.arm(point, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        failpoints.arm(point, lambda: os.kill(os.getpid(), signal.SIGKILL))
         restore(shop, force=True)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL

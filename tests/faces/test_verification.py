@@ -11,9 +11,10 @@ import pytest
 from shops import COMMITS, Shop
 
 import bottomless_wal
-from bottomless_wal import Report, layout
-from bottomless_wal.errors import RestoreError
-from bottomless_wal.maintenance.view_audit import ViewAudit
+from bottomless_wal import Report
+from bottomless_wal.admin.page_audit import ViewAudit
+from bottomless_wal.core.errors import RestoreError
+from bottomless_wal.formats import keys
 
 
 def found(report: Report) -> list[tuple[str, str]]:
@@ -46,7 +47,7 @@ def test_each_fault_is_named_and_the_view_is_mended(any_shop: Shop) -> None:
     connection = any_shop.open()
     connection.execute("CREATE TABLE later(x)")
     connection.close()
-    good = {key: any_shop.get(key) for key in any_shop.keys(layout.page_prefix("app.db"))}
+    good = {key: any_shop.get(key) for key in any_shop.keys(keys.page_prefix("app.db"))}
     any_shop.put(any_shop.page(1), old)
     any_shop.delete(any_shop.page(3), any_shop.page(4))
     any_shop.flip(any_shop.page(6), 20)
@@ -68,12 +69,12 @@ def test_each_fault_is_named_and_the_view_is_mended(any_shop: Shop) -> None:
     assert found(report) == expected
     assert all(problem.repaired for problem in report.problems)
     assert found(verify(any_shop)) == []
-    assert set(good) == set(any_shop.keys(layout.page_prefix("app.db")))
+    assert set(good) == set(any_shop.keys(keys.page_prefix("app.db")))
     untouched = set(good) - {any_shop.page(n) for n in (1, 3, 4, 6)}
     assert all(any_shop.get(key) == good[key] for key in untouched)
 
     # It is a database by itself again.
-    any_shop.delete(*any_shop.keys(layout.log_prefix("app.db")))
+    any_shop.delete(*any_shop.keys(keys.log_prefix("app.db")))
     done = bottomless_wal.restore(any_shop.path, output=any_shop.path.with_name("again.db"), **any_shop.options)
     assert done.head is None
     assert any_shop.rows(any_shop.path.with_name("again.db")) == COMMITS - 1
@@ -137,7 +138,7 @@ def test_a_segment_of_another_history(shop: Shop) -> None:
     for number in range(4):
         connection.execute("INSERT INTO t VALUES (?)", (number,))
     connection.close()
-    shop.put(shop.segment(4), shop.get(layout.segment_key("other.db", 3, 4)))
+    shop.put(shop.segment(4), shop.get(keys.segment_key("other.db", 3, 4)))
     report = verify(shop)
     assert found(report) == [("contradiction", shop.segment(4))]
     assert shop.segment(3) in report.problems[0].message
@@ -152,12 +153,12 @@ def test_bodies(shop: Shop) -> None:
     connection.execute("INSERT INTO sales VALUES (randomblob(10000000))")
     bottomless_wal.flush(connection)
     connection.close()
-    (body,) = shop.keys(layout.body_prefix("app.db"))
+    (body,) = shop.keys(keys.body_prefix("app.db"))
     report = verify(shop, deep=True)
     assert report.ok
     assert report.bodies == 1
     data = shop.get(body)
-    shop.put(layout.body_key("app.db", 0, 1, "cut-off"), b"nothing")
+    shop.put(keys.body_key("app.db", 0, 1, "cut-off"), b"nothing")
     assert "1 bodies" in verify(shop).notes[0]
 
     shop.put(body, data[:-1])
@@ -229,7 +230,7 @@ def test_a_repair_stops_when_the_history_goes_on(shop: Shop, monkeypatch: pytest
     assert not report.ok
     assert found(report) == [("missing", shop.page(2))]
     assert "went on during the repair" in report.notes[-1]
-    assert shop.page(2) not in shop.keys(layout.page_prefix("app.db"))
+    assert shop.page(2) not in shop.keys(keys.page_prefix("app.db"))
 
 
 def test_a_view_that_nobody_promised(shop: Shop) -> None:
@@ -296,7 +297,7 @@ def test_a_local_file_in_use_is_compared_with_its_wal(shop: Shop) -> None:
 
 def test_page_objects_without_a_log(shop: Shop) -> None:
     shop.trade()
-    log = {key: shop.get(key) for key in shop.keys(layout.log_prefix("app.db"))}
+    log = {key: shop.get(key) for key in shop.keys(keys.log_prefix("app.db"))}
     shop.delete(*log)
     report = verify(shop)
     assert [problem.kind for problem in report.problems] == ["no-log"]

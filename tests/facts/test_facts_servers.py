@@ -17,7 +17,7 @@ import botocore.handlers
 import pytest
 import urllib3
 
-from bottomless_wal.s3server import RcloneServer
+from bottomless_wal.cli.demo_server import RcloneServer
 
 
 def _client(endpoint: str, key: str = "key", secret: str = "secret", **config: Any) -> Any:

@@ -9,10 +9,11 @@ from typing import TypeVar
 
 from hypothesis import strategies as st
 
-from bottomless_wal.block import Page, encode_blocks, lock_page, page_hash
-from bottomless_wal.errors import CorruptionError
-from bottomless_wal.segment import HEAD_SIZE, Body, Commit, Header
-from bottomless_wal.wal import Position
+from bottomless_wal.core.errors import CorruptionError
+from bottomless_wal.formats.block import encode_blocks
+from bottomless_wal.formats.page import Page, lock_page, page_hash
+from bottomless_wal.formats.segment import HEAD_SIZE, Body, Commit, Header
+from bottomless_wal.formats.wal import Position
 
 PAGE_SIZES = tuple(512 << n for n in range(8))
 WRITER = bytes(range(16))

@@ -9,8 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bottomless_wal.index_format import HEADER_SIZE, MAX_INTENTS, SEAL_OFFSET, SEAL_SIZE, Backlog, Identity, IndexHeader, Intent, Seal
-from bottomless_wal.wal import Position
+from bottomless_wal.formats.index_header import (
+    HEADER_SIZE,
+    MAX_INTENTS,
+    SEAL_OFFSET,
+    SEAL_SIZE,
+    Backlog,
+    Identity,
+    IndexHeader,
+    Intent,
+    Seal,
+)
+from bottomless_wal.formats.wal import Position
 
 VECTORS = Path(__file__).parent.parent / "index_vectors"
 

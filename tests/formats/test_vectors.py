@@ -11,10 +11,11 @@ import pytest
 import zstandard
 from vectors import FOLDER, VECTORS, ZSTD, header_of
 
-from bottomless_wal import layout
-from bottomless_wal.block import encode_blocks
-from bottomless_wal.page_object import PageTrailer, decode_page_object, encode_page_object
-from bottomless_wal.segment import Page, decode, decode_header, encode, head_length, read_body
+from bottomless_wal.formats import keys
+from bottomless_wal.formats.block import encode_blocks
+from bottomless_wal.formats.page import Page
+from bottomless_wal.formats.page_object import PageTrailer, decode_page_object, encode_page_object
+from bottomless_wal.formats.segment import decode, decode_header, encode, head_length, read_body
 
 NAMES = sorted(path.name for path in FOLDER.iterdir() if path.suffix not in (".json", ".md"))
 
@@ -144,9 +145,9 @@ def test_the_page_object_reads_as_the_table_in_the_docstring_says() -> None:
 @pytest.mark.parametrize("row", json.loads((FOLDER / "names.json").read_text()), ids=lambda row: row["name"])
 def test_names_and_keys_stay_what_they_were(row: dict[str, Any]) -> None:
     name = row["name"]
-    assert layout.database_name(row["database_id"], row["path"]) == name
-    assert layout.page_key(name, row["pgno"]) == row["page_key"]
-    assert layout.segment_key(name, *row["edge"]) == row["segment_key"]
-    assert layout.body_key(name, row["edge"][0], row["edge"][1], row["unique"]) == row["body_key"]
+    assert keys.database_name(row["database_id"], row["path"]) == name
+    assert keys.page_key(name, row["pgno"]) == row["page_key"]
+    assert keys.segment_key(name, *row["edge"]) == row["segment_key"]
+    assert keys.body_key(name, row["edge"][0], row["edge"][1], row["unique"]) == row["body_key"]
     for key in (row["page_key"], row["segment_key"], row["body_key"]):
-        assert layout.parse_database_names(key) == name
+        assert keys.parse_database_names(key) == name

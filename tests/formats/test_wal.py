@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from samples import PAGE_SIZES, flips, positions
 
-from bottomless_wal.wal import (
+from bottomless_wal.formats.wal import (
     FRAME_HEADER_SIZE,
     HEADER_SIZE,
     POSITION_SIZE,

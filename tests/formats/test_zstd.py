@@ -9,7 +9,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bottomless_wal.zstd import FormatError, compress, decompress
+from bottomless_wal.formats.zstd import FormatError, compress, decompress
 
 
 @given(st.binary(max_size=5000), st.integers(1, 19), st.booleans())

@@ -19,10 +19,11 @@ from typing import Any, Final
 import zstandard
 from samples import body_of, content, header, page, xor
 
-from bottomless_wal.block import Page, encode_blocks, page_hash
-from bottomless_wal.page_object import PageTrailer, encode_page_object
-from bottomless_wal.segment import Body, Commit, Header, encode
-from bottomless_wal.wal import Position
+from bottomless_wal.formats.block import encode_blocks
+from bottomless_wal.formats.page import Page, page_hash
+from bottomless_wal.formats.page_object import PageTrailer, encode_page_object
+from bottomless_wal.formats.segment import Body, Commit, Header, encode
+from bottomless_wal.formats.wal import Position
 
 FOLDER: Final = Path(__file__).parent.parent / "vectors"
 ZSTD: Final = ".".join(map(str, zstandard.ZSTD_VERSION))

@@ -12,10 +12,10 @@ import pytest
 from endpoints import Endpoint, MakeConfig
 from faultproxy import Fault, FaultProxy
 
-from bottomless_wal.config import Config
-from bottomless_wal.errors import StoreError
-from bottomless_wal.store import Store, open_store, s3_client, s3_http
-from bottomless_wal.store.s3_http import ANSWER_BYTES, ERROR_BYTES
+from bottomless_wal.core.config import Config
+from bottomless_wal.core.errors import StoreError
+from bottomless_wal.storage import Store, open_store, s3_client, s3_http
+from bottomless_wal.storage.s3_http import ANSWER_BYTES, ERROR_BYTES
 
 HEAD = b"HTTP/1.1 %d X\r\nContent-Type: application/xml\r\nETag: x\r\nConnection: close\r\n\r\n"
 LISTING = b"<ListBucketResult><IsTruncated>false</IsTruncated><Name>"

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 import pytest
 from endpoints import Endpoint, MakeConfig, endpoint_of
 
-from bottomless_wal.config import Config
-from bottomless_wal.errors import ConfigError, CorruptionError, StoreError
-from bottomless_wal.parallel import each
-from bottomless_wal.store import Entry, Store, open_store, s3_client
+from bottomless_wal.core.config import Config
+from bottomless_wal.core.errors import ConfigError, CorruptionError, StoreError
+from bottomless_wal.core.pool import each
+from bottomless_wal.storage import Entry, Store, open_store, s3_client
 
 ABSENT = "no-such-object"
 

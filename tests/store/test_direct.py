@@ -11,8 +11,8 @@ from botocore.exceptions import ClientError
 from endpoints import Endpoint, MakeConfig
 from faultproxy import Fault, FaultProxy
 
-from bottomless_wal.store import open_store, s3_client
-from bottomless_wal.store.s3_direct import DIRECT, DirectClient
+from bottomless_wal.storage import open_store, s3_client
+from bottomless_wal.storage.s3_direct import DIRECT, DirectClient
 
 KEYS = ["plain", "a/b/c", "with space", "plus+and%25and&", "a=b?c#d", "Zürich/東京", "tilde~(1)!*'", "semi;colon:@,$"]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from endpoints import MakeConfig
 
-from bottomless_wal.errors import ConfigError, StoreError
-from bottomless_wal.store import Store, open_store
-from bottomless_wal.store import directory as module
+from bottomless_wal.core.errors import ConfigError, StoreError
+from bottomless_wal.storage import Store, open_store
+from bottomless_wal.storage import directory as module
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from endpoints import Endpoint, MakeConfig
 from faketime import FakeTime
 from faultproxy import Fault, FaultProxy, answer, hang, lost_answer, reset
 
-from bottomless_wal.config import Config
-from bottomless_wal.errors import StoreError, TransientError
-from bottomless_wal.parallel import each
-from bottomless_wal.store import Store, open_store
+from bottomless_wal.core.config import Config
+from bottomless_wal.core.errors import StoreError, TransientError
+from bottomless_wal.core.pool import each
+from bottomless_wal.storage import Store, open_store
 
-LOG = "bottomless_wal.store.retry"
+LOG = "bottomless_wal.storage.retry"
 
 
 @pytest.fixture

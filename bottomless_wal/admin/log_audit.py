@@ -1,0 +1,257 @@
+"""Is the log sound? Its segments one by one, what they say of each other, and the way through them to the head.
+
+Along that way the page hashes of every state are gathered (`TableReplay`), and must give the state hash that each segment promises. Only
+keys, heads and tables are needed for that; the pages themselves are decoded when `deep` is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from ..core import pool
+from ..core.errors import BottomlessError, CorruptionError
+from ..formats import keys
+from ..formats.segment import Header
+from ..history.log import Head
+from ..history.page_table import TableReplay
+from ..history.planner import plan, reachable
+from ..history.restore import Progress
+from ..history.retention import oldest_promised
+from ..history.segment_list import Edge
+from ..history.timeline import ranges
+from .stored_database import Target
+
+__all__ = ["LogAudit", "Problem"]
+
+_READ_AHEAD: Final = 48 << 20
+_FRESH_SECONDS: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is not as it should be. `object` is the key of the object (the first of them), or the path of the local file.
+
+    `kind`: gap, corrupt, contradiction, body, no-log; stale, missing, superfluous, damaged (page objects); integrity; local.
+    """
+
+    kind: str
+    object: str
+    message: str
+    repaired: bool = False
+
+
+class LogAudit:
+    """The segments of one history. What is found goes to `problems` and `notes`; `hashes` follows the way to the head.
+
+    `txid`: the head's; `restorable`: the highest txid that sound segments lead to; `chain`: the way to the head, if there is one.
+    """
+
+    def __init__(self, target: Target, hashes: TableReplay, *, deep: bool, progress: Progress | None) -> None:
+        self.target = target
+        self.history = target.history
+        self.hashes = hashes
+        self.deep = deep
+        self.progress = progress
+        self.problems: list[Problem] = []
+        self.notes: list[str] = []
+        self.segments = self.bodies = self.txid = self.restorable = 0
+        self.chain: list[Edge] = []
+        self._made = 0.0
+        self._resets: set[tuple[int, int]] = set()
+        self.told: Head | None = None  # the head as its own segment tells it
+
+    def run(self) -> Head | None:
+        """The head, if sound segments lead there.
+
+        Raises:
+            StoreError: the bucket is missing or cannot be reached.
+        """
+        edges = self.history.edges()
+        self.segments = len(edges)
+        if not edges:
+            return None
+        self.txid = last = max(edge.post for edge in edges)
+        sound = self._sound(edges)
+        self._find_gaps(edges, sound)
+        self._find_holes(edges, sound)
+        while (chain := plan(sound, last) or self._from_a_reset(sound, last)) is not None:
+            misfit = self._follow(chain)
+            if misfit is None:
+                self.chain, self.restorable = chain, last
+                return self._head()
+            sound.remove(misfit)
+        self.restorable = max(reachable(sound))
+        self.notes.append(
+            f"the head cannot be rebuilt from the log, up to txid {self.restorable} can "
+            f"(bottomless-wal restore --txid {self.restorable}); page objects and local file were not compared"
+        )
+        return None
+
+    def _from_a_reset(self, sound: Sequence[Edge], last: int) -> list[Edge] | None:
+        """A chain that begins with a reset, which makes whatever came before it superfluous; None without one."""
+        resets = self.history.resets(sound, width=self.target.config.concurrency)
+        return plan(sound, last, wholes={(edge.pre, edge.post) for edge in resets}) if resets else None
+
+    def advance(self) -> Head:
+        """The head as it is now, `hashes` and `chain` following: the history may have gone on since `run`."""
+        edges = self.history.edges(since=self.txid)
+        for edge in plan(edges, max((edge.post for edge in edges), default=self.txid), start=self.txid) or []:
+            if self._apply(edge) is not None:
+                self._follow(self.chain)  # back to what was sound
+                break
+            self.chain.append(edge)
+            self.txid = self.restorable = edge.post
+        return self._head()
+
+    def fresh(self) -> bool:
+        """Was the head made only just now, by the server's clock?"""
+        return self.target.store.now() - self._made < _FRESH_SECONDS
+
+    def _head(self) -> Head:
+        return Head(self.txid, self.hashes.state_hash, self.hashes.page_size, self.hashes.db_size)
+
+    def _problem(self, kind: str, key: str, message: str) -> None:
+        if not any(known.object == key and known.kind == kind for known in self.problems):
+            self.problems.append(Problem(kind, key, message.removeprefix(f"{key} ").removeprefix(f"{key}: ")))
+
+    # --- each segment by itself, and all of them together ---------------------------------------------------------------
+
+    def _sound(self, edges: Sequence[Edge]) -> list[Edge]:
+        prefix = keys.log_prefix(self.history.name)
+        stored = {
+            entry.key.removeprefix(prefix): entry.size
+            for entry in self.target.store.list(keys.body_prefix(self.history.name))
+            if keys.parse_body_key(self.history.name, entry.key) is not None
+        }
+        self.bodies = len(stored)
+        named: set[str] = set()
+        sound: list[Edge] = []
+        states: dict[int, tuple[int, str]] = {0: (0, "")}
+        width = self.target.config.concurrency
+        if self.deep:
+            width = max(1, min(width, _READ_AHEAD // (max(edge.size for edge in edges) + 1)))
+        for at, (edge, header) in enumerate(zip(edges, pool.ordered(self._load, edges, width), strict=True), 1):
+            if self.progress is not None:
+                self.progress(at, len(edges))
+            key = keys.segment_key(self.history.name, edge.pre, edge.post)
+            if header is None:
+                continue  # retention has taken it away since it was listed
+            if isinstance(header, BottomlessError):
+                self._problem("body" if header.message.startswith(f"{prefix}body/") else "corrupt", *_named(header, key))
+                continue
+            if header.body is not None:
+                named.add(header.body.name)
+                if stored.get(header.body.name) != header.body.size:
+                    found = stored.get(header.body.name)
+                    what = "is missing" if found is None else f"is {found} bytes long, not {header.body.size}"
+                    self._problem("body", prefix + header.body.name, f"{what}: it holds the pages of {key}")
+                    continue
+            if edge.post == self.txid:
+                self.told = Head(header.post, header.post_hash, header.page_size, header.db_size)
+            if self._agrees(header, key, states):
+                sound.append(edge)
+                if header.reset:
+                    self._resets.add(edge[:2])
+        if orphans := stored.keys() - named:
+            self.notes.append(f"{len(orphans)} bodies that no sound segment names (uploads cut off; retention removes them)")
+        return sound
+
+    def _load(self, edge: Edge) -> Header | CorruptionError | None:
+        try:
+            if not self.deep:
+                return self.history.header(edge.pre, edge.post)
+            found = self.history.segment(edge.pre, edge.post)
+            if found is None:
+                return None
+            for _ in self.history.blocks(found, width=2):
+                pass
+            return found.header
+        except CorruptionError as error:
+            return error
+
+    def _agrees(self, header: Header, key: str, states: dict[int, tuple[int, str]]) -> bool:
+        told = {header.pre: header.pre_hash, **{commit.txid: commit.post for commit in header.commits}}
+        for txid, state in told.items():
+            known, by = states.get(txid, (state, ""))
+            if known != state:
+                self._problem(
+                    "contradiction", key, f"says that txid {txid} has the state {state:016x}; {by or 'every history'} says {known:016x}"
+                )
+                return False
+        for txid, state in told.items():
+            states.setdefault(txid, (state, key))
+        return True
+
+    def _find_gaps(self, edges: Sequence[Edge], sound: Sequence[Edge]) -> None:
+        """Where no sound segment leads on. What is there but not sound has been told already."""
+        last = self.txid
+        reached = max(reachable(sound))
+        while reached < last:
+            beyond = [edge.pre for edge in sound if edge.pre > reached]
+            resumed = min(beyond, default=last)
+            if not any(edge.pre == reached for edge in edges):
+                until = f"; the next segment begins at txid {resumed}" if beyond else ""
+                self._problem(
+                    "gap",
+                    keys.segment_key(self.history.name, reached, reached + 1),
+                    f"is missing: nothing leads on from txid {reached}{until}",
+                )
+            reached = max(reachable(sound, start=resumed))
+
+    def _find_holes(self, edges: Sequence[Edge], sound: Sequence[Edge]) -> None:
+        """Commits that `retention` promises, and that something longer passes, so that the head does without them."""
+        config = self.target.config
+        oldest = oldest_promised(edges, now=self.target.store.now(), retention=config.retention)
+        base = max((edge.post for edge in sound if edge.pre == 0 and edge.post <= oldest), default=1)
+        begins = [edge._replace(pre=0) for edge in sound if edge[:2] in self._resets]
+        within = {txid for txid in reachable(sorted([*sound, *begins])) if txid >= base}
+        if self.txid not in within:
+            return  # that has been told
+        passed = [txid for txid in range(base, self.txid) if txid not in within]
+        unsound = {edge[:2] for edge in edges} - {edge[:2] for edge in sound} if passed else set()
+        begun = {pre for pre, _ in unsound}  # those have been told
+        for first, last in ranges(passed):
+            if first - 1 not in begun:
+                which = f"txid {first}" if first == last else f"txids {first} to {last}"
+                self._problem(
+                    "gap",
+                    keys.segment_key(self.history.name, first - 1, first),
+                    f"is missing: {which} cannot be restored, though no older than retention={config.retention:g}; what follows can",
+                )
+
+    # --- the way to the head --------------------------------------------------------------------------------------------
+
+    def _follow(self, chain: list[Edge]) -> Edge | None:
+        """Gathers the page hashes along `chain`. The first edge that is not sound or does not lead where it says, or None."""
+        self.hashes.clear()
+        for edge in chain:
+            wrong = self._apply(edge)
+            if wrong is not None:
+                self._problem(*wrong)
+                return edge
+        return None
+
+    def _apply(self, edge: Edge) -> tuple[str, str, str] | None:
+        key = keys.segment_key(self.history.name, edge.pre, edge.post)
+        before = self.hashes.state_hash
+        try:
+            found = self.history.segment(edge.pre, edge.post)
+            if found is None:
+                return "gap", key, "vanished while the history was verified"
+            if not found.header.whole and found.header.pre_hash != before:
+                return "corrupt", key, f"does not follow the state {before:016x}"
+            self.hashes.apply(found.name, found.header, self.history.tables(found))
+        except CorruptionError as error:
+            return "corrupt", *_named(error, key)
+        self._made = found.header.commits[-1].time_ms / 1000
+        if self.hashes.state_hash != found.header.post_hash:
+            return "corrupt", key, f"leads to the state {self.hashes.state_hash:016x}, not to {found.header.post_hash:016x} as it says"
+        return None
+
+
+def _named(error: BottomlessError, key: str) -> tuple[str, str]:
+    """(key, message): an error about a body names the body, not the segment that was asked for."""
+    first = error.message.split(maxsplit=1)[0].rstrip(":,")
+    return (first if "/" in first and first != key else key), error.message

@@ -1,0 +1,56 @@
+"""APSW's SQLite shell with the VFS registered: `.open file:test.db?vfs=bottomless` works there, and a FILE is opened replicated."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+
+import apsw
+import apsw.shell
+
+from ..runtime import api, vfs
+from ..runtime.registry import registry
+from .output import complain
+
+__all__ = ["run"]
+
+
+def run(file: str | None, sql: Sequence[str], options: Mapping[str, object]) -> int:
+    """Runs the shell on stdin, or the statements in `sql`; then closes everything, which sends what is pending.
+
+    Returns an exit code: 0, or what `.exit` says; 1 when an error ended it (`.bail on`); 3 when commits could not be stored.
+
+    Raises:
+        BottomlessError, apsw.Error: `file` cannot be opened.
+    """
+    vfs.install(options)
+    connection = api.connect(file) if file is not None else None
+    shell = apsw.shell.Shell(db=connection)
+    code = 0
+    try:
+        if sql:
+            for statement in sql:
+                shell.process_complete_line(statement)  # type: ignore[no-untyped-call]
+        else:
+            shell.cmdloop()  # type: ignore[no-untyped-call]
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else 0
+    except (apsw.Error, shell.Error) as error:
+        code = 1
+        if not getattr(error, "_handle_exception_saw_this", False):  # else the shell has shown it
+            complain(error)
+    # Not whatever is open in this process: the replicas have connections of their own, which they need until the end.
+    return _close({connection, *shell.db_references}) or code
+
+
+def _close(connections: Iterable[apsw.Connection | None]) -> int:
+    """Closes them. 3 when commits stay behind that could not be stored."""
+    replicas = registry.all()
+    for connection in connections:
+        if connection is not None:
+            with contextlib.suppress(apsw.Error):  # what it could not send is in the replica's last error
+                connection.close(True)
+    failed = [error for replica in replicas if (error := replica.worker.last_error) is not None]
+    for error in failed:
+        complain(error)
+    return 3 if failed else 0

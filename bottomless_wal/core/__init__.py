@@ -1,0 +1,1 @@
+"""Errors, configuration, threads, logs and locks: what every other package stands on. Knows neither SQLite nor storage."""

@@ -1,0 +1,298 @@
+"""A state of the history, rebuilt into a file: the cheapest chain of edges, applied in order, verified, and only then put in place.
+
+Invariants:
+
+* Links are exact: an edge is applied only to the state whose hash it names, and must give the state hash it promises. An edge that
+  does not is set aside and the way is planned anew without it; overlapping edges are tried only when no exact chain is left.
+* The file is complete, verified and synced under a temporary name (mode 0600) before anything sees it. A failure leaves
+  the previous file as it was, and names the object that is missing or wrong.
+* Memory does not grow with the database: page hashes live in the local index, which is filled on the way.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from ..core import pool
+from ..core.errors import BottomlessError, CorruptionError, RestoreError
+from ..core.failpoints import reach
+from ..core.logs import get_logger
+from ..formats import keys
+from ..formats.page import Page, lock_page, page_hash, pages_between
+from ..formats.page_object import PAGE_OBJECT_LIMIT, PageTrailer, decode_page_object
+from ..formats.segment import Header, Segment
+from .integrity import integrity_fault
+from .log import History
+from .page_table import PageTable, TableReplay
+from .planner import Suspects, plan
+from .scratch import Scratch
+from .segment_list import Edge
+
+__all__ = ["Progress", "Rebuilt", "rebuild", "rebuild_from_pages"]
+
+logger = get_logger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes read so far, bytes expected); the second number may still grow."""
+
+_ATTEMPTS: Final = 12
+_LOOKS: Final = 2  # listings more, before it is believed that nothing leads there
+_READ_AHEAD: Final = 48 << 20
+
+
+@dataclass(slots=True)
+class Rebuilt:
+    """The state that a file under construction has: txid, state hash, page size in bytes, size in pages."""
+
+    txid: int = 0
+    state: int = 0
+    page_size: int = 0
+    db_size: int = 0
+    view_txid: int = 0
+    requests: int = 0
+
+
+class _Misfit(Exception):
+    """An edge does not belong where the plan put it, or vanished meanwhile."""
+
+    def __init__(self, edge: Edge, cause: str, error: BottomlessError | None = None, *, before: Edge | None = None) -> None:
+        super().__init__(cause)
+        self.edge = edge
+        self.before = before  # the one that it does not follow
+        self.cause = cause
+        self.error = error
+
+
+def rebuild(
+    history: History,
+    into: Scratch,
+    target: int,
+    edges: Sequence[Edge],
+    *,
+    width: int = 8,
+    progress: Progress | None = None,
+) -> Rebuilt:
+    """Fills `into` with the state of txid `target`, synced and verified.
+
+    Raises:
+        RestoreError: no chain of sound edges leads to `target`; the message names what is missing or wrong.
+    """
+    suspects = Suspects()
+    first: _Misfit | None = None
+    for attempt in range(_ATTEMPTS):
+        usable = suspects.without(edges)
+        chain = plan(usable, target)
+        overlapping = False
+        if chain is None and first is None and attempt < _LOOKS:
+            # Where somebody prunes, a listing may show what lies before a new snapshot no more, and the snapshot not yet.
+            edges = history.edges()
+            continue
+        if chain is None:
+            # A reset makes everything before it superfluous, gaps included; only its header tells that it is one.
+            wholes = {(e.pre, e.post) for e in history.resets([e for e in usable if e.post <= target], width=width)}
+            chain = plan(usable, target, wholes=wholes) if wholes else None
+        if chain is None:
+            chain = plan(usable, target, overlapping=True)
+            overlapping = chain is not None
+        if chain is None:
+            raise _no_way(history, target, edges, first)
+        state = Rebuilt()
+        try:
+            _apply_chain(history, into, chain, state, overlapping=overlapping, width=width, progress=progress)
+            _require_listed(history, edges, chain, state)
+        except _Misfit as misfit:
+            first = first or misfit
+            logger.warning("restoring %s: %s", history.name, misfit.cause)
+            suspects.blame(misfit.edge, misfit.before, edges, target)
+            into.pages.clear()
+            os.ftruncate(into.fd, 0)
+            if attempt + 1 < _ATTEMPTS:
+                edges = history.edges()  # retention may have replaced what was listed, each time anew
+            continue
+        os.fsync(into.fd)
+        return state
+    raise _no_way(history, target, edges, first)
+
+
+def rebuild_from_pages(history: History, into: Scratch, *, width: int = 8, progress: Progress | None = None) -> Rebuilt | None:
+    """Fills `into` from the page view alone; None when the bucket holds no page object of this database.
+
+    Raises:
+        RestoreError: the objects are no single state (the XOR of their hashes is not what the newest of them tells), or a page is missing.
+        CorruptionError: an object is damaged.
+    """
+    listed = [
+        (pgno, entry.key, entry.size)
+        for entry in history.store.list(keys.page_prefix(history.name))
+        if (pgno := keys.parse_page_key(history.name, entry.key)) is not None
+    ]
+    if not listed:
+        return None
+    total = sum(size for _, _, size in listed)
+
+    def load(item: tuple[int, str, int]) -> tuple[int, bytes, PageTrailer | None, int]:
+        pgno, key, size = item
+        data = history.store.get(key, limit=PAGE_OBJECT_LIMIT)
+        if data is None:
+            raise RestoreError(f"{key} vanished during the restore", hint="Another program deletes objects. Try again.")
+        return pgno, *decode_page_object(data, name=key, pgno=pgno), size
+
+    newest: PageTrailer | None = None
+    hashes: dict[int, int] = {}
+    page_size, done, bare = 0, 0, 0
+    for pgno, page, trailer, size in pool.ordered(load, listed, width):
+        page_size = page_size or len(page)
+        if len(page) != page_size:
+            raise RestoreError(
+                f"{keys.page_key(history.name, pgno)} holds a page of {len(page)} bytes, the pages before it have {page_size}",
+                hint="Objects of two databases are mixed under one name. Remove the older ones, then try again.",
+            )
+        bare += trailer is None
+        if trailer is not None and (newest is None or trailer.txid > newest.txid):
+            newest = trailer
+        hashes[pgno] = page_hash(pgno, page)
+        os.pwrite(into.fd, page, (pgno - 1) * page_size)
+        reach("within restore")
+        done += size
+        if progress is not None:
+            progress(done, total)
+    if newest is not None and not 0 < newest.txid < keys.MAX_TXID:
+        raise RestoreError(
+            f"a page object of {history.name!r} says that it was written at txid {newest.txid}, which no history has",
+            hint="Remove the page objects that are not of this program.",
+        )
+    db_size = newest.db_size if newest is not None else max(hashes)
+    lock = lock_page(page_size)
+    missing = pages_between(0, db_size, page_size) - sum(pgno <= db_size and pgno != lock for pgno in hashes)
+    if missing:
+        first = next(pgno for pgno in itertools.count(1) if pgno not in hashes and pgno != lock)
+        raise RestoreError(
+            f"{keys.page_key(history.name, first)} is missing: page {first} of {db_size} ({missing} missing in all)",
+            hint="The page objects are no complete database, and there is no log to restore from.",
+        )
+    state = 0
+    pgnos = [pgno for pgno in range(1, db_size + 1) if pgno != lock]
+    for pgno in pgnos:
+        state ^= hashes[pgno]
+    if newest is not None and not bare and state != newest.post_hash:
+        raise RestoreError(
+            f"the page objects of {history.name!r} are no single state: state hash {state:016x}, but the newest of them "
+            f"(txid {newest.txid}) says {newest.post_hash:016x}",
+            hint="A commit was cut off while they were written, and there is no log to restore from. Restore an older copy of the bucket.",
+        )
+    os.ftruncate(into.fd, db_size * page_size)
+    os.fsync(into.fd)
+    if newest is None or bare:
+        logger.warning("%s: page objects without trailers: no state hash to verify; running integrity_check", history.name)
+        fault = integrity_fault(into.path)
+        if fault is not None:
+            raise RestoreError(f"the page objects are not a sound database: {fault}", hint="Restore an older copy of the bucket.")
+    txid = newest.txid if newest is not None and not bare else 1
+    into.pages.record(pgnos, [hashes[pgno] for pgno in pgnos], txid)
+    return Rebuilt(txid, state, page_size, db_size, view_txid=txid)
+
+
+def _apply_chain(
+    history: History, into: Scratch, chain: list[Edge], state: Rebuilt, *, overlapping: bool, width: int, progress: Progress | None
+) -> None:
+    ahead = max(1, min(width, _READ_AHEAD // max(edge.size + 1 for edge in chain))) if chain else 1
+    done, total = 0, sum(edge.size for edge in chain)
+
+    def load(edge: Edge) -> Segment | BottomlessError | None:
+        try:
+            return history.segment(edge.pre, edge.post)
+        except CorruptionError as error:
+            return error
+
+    replay = TableReplay(into.pages)
+    before: Edge | None = None
+    for edge, found in zip(chain, pool.ordered(load, chain, ahead), strict=True):
+        key = keys.segment_key(history.name, edge.pre, edge.post)
+        if found is None:
+            raise _Misfit(edge, f"{key} is missing")
+        if isinstance(found, BottomlessError):
+            raise _Misfit(edge, found.message, found)
+        header = found.header
+        if not header.whole and (header.page_size != state.page_size or (header.pre_hash != state.state and not overlapping)):
+            raise _Misfit(
+                edge,
+                f"{key} does not follow state {state.state:016x} (txid {state.txid}): it says {header.pre_hash:016x} before it",
+                before=before,
+            )
+        before = edge
+        state.requests += 1
+        if header.body is not None:
+            total += header.body.size
+        try:
+            _apply(into, replay, key, header, history.blocks(found, width=min(width, 4)))
+        except CorruptionError as error:
+            raise _Misfit(edge, error.message, error) from error
+        reach("within restore")
+        state.txid, state.state, state.view_txid = header.post, replay.state_hash, header.view_txid
+        state.page_size, state.db_size = replay.page_size, replay.db_size
+        if state.state != header.post_hash:
+            raise _Misfit(edge, f"{key} leads to state hash {state.state:016x}, not to {header.post_hash:016x} as it says")
+        done += edge.size + (header.body.size if header.body is not None else 0)
+        if progress is not None:
+            progress(done, total)
+    _require_every_page(into.pages, state, chain)
+
+
+def _require_listed(history: History, edges: Sequence[Edge], chain: list[Edge], state: Rebuilt) -> None:
+    """An earlier state is one of the history if what leads on from it says so."""
+    told = history.listed(edges, state.txid) if edges and state.txid < max(edge.post for edge in edges) else None
+    if told is not None and told != state.state:
+        key = keys.segment_key(history.name, chain[-1].pre, chain[-1].post)
+        raise _Misfit(
+            chain[-1],
+            f"{key} leads to state hash {state.state:016x}, and the history has {told:016x} at txid {state.txid}: it is no part of it",
+        )
+
+
+def _apply(into: Scratch, replay: TableReplay, name: str, header: Header, blocks: Iterator[list[Page]]) -> None:
+    """Apply one segment to the file and to the table of page hashes."""
+    if header.whole:
+        os.ftruncate(into.fd, 0)
+    replay.begin(header)
+    for block in blocks:
+        replay.add(header, [(page.pgno, page.hash) for page in block])
+        start = 0
+        for at in range(1, len(block) + 1):
+            if at == len(block) or block[at].pgno != block[at - 1].pgno + 1:
+                data = b"".join(page.data for page in block[start:at])
+                if os.pwrite(into.fd, data, (block[start].pgno - 1) * header.page_size) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                start = at
+    replay.finish(name, header)
+    os.ftruncate(into.fd, header.db_size * header.page_size)
+
+
+def _require_every_page(pages: PageTable, state: Rebuilt, chain: list[Edge]) -> None:
+    lock = lock_page(state.page_size) if state.page_size else 0
+    for first, hashes, _ in pages.batches(1, state.db_size):
+        for pgno, known in enumerate(hashes, first):
+            if not known and pgno != lock:
+                raise _Misfit(chain[-1], f"no edge up to txid {state.txid} has page {pgno} of {state.db_size}")
+
+
+def _no_way(history: History, target: int, edges: Sequence[Edge], first: _Misfit | None) -> RestoreError:
+    if first is not None:
+        return RestoreError(
+            f"cannot rebuild txid {target} of {history.name!r}: {first.cause}",
+            hint=(first.error.hint if first.error is not None else "")
+            or "No other way leads there. `bottomless-wal verify` shows what can still be restored.",
+        )
+    reached = 0
+    for edge in sorted(edges, key=lambda e: (e.pre, e.post)):
+        if edge.pre <= reached < edge.post <= target:
+            reached = edge.post
+    return RestoreError(
+        f"cannot rebuild txid {target} of {history.name!r}: nothing leads on from txid {reached}; "
+        f"{keys.segment_key(history.name, reached, reached + 1)} is missing",
+        hint=f"Restore the state before the gap: bottomless-wal restore --txid {reached}." if reached else "Check the bucket's name.",
+    )

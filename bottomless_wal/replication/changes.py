@@ -1,0 +1,236 @@
+"""What is to become the next commit, read and encoded: the frames after a position, or the difference of a whole snapshot.
+
+Both give a `Change`: the pages whose hash differs from the index's, staged for upload, and the state they lead to. Nothing is written
+to the index here. Memory: a few bytes a page, and the pages themselves only while they are few.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final
+
+from ..core.errors import ConflictError
+from ..core.logs import get_logger
+from ..formats.page import Page, lock_page, page_hash
+from ..formats.wal import FRAME_HEADER_SIZE, Position, WalHeader
+from ..history.log import History, Staged
+from ..history.page_table import IndexCorrupt
+from ..sqlite.database_reader import LocalDatabase, Shape, SnapshotLost, Tip
+from ..sqlite.wal_reader import FrameMap
+from .index import IndexHeader, LocalIndex
+from .wal_position import position_of
+
+__all__ = ["Change", "stage_frames", "stage_scan"]
+
+logger = get_logger(__name__)
+
+_PIECE_BYTES: Final = 64 << 20  # of frames in one commit, unless one transaction alone is larger
+_LOOKED_UP_BYTES: Final = 1 << 20  # of pages of a scan that are held while their hashes are looked up
+_KEPT_BYTES: Final = 4 << 20  # of pages kept for the page view, instead of being read twice
+_MOST_POSITIONS: Final = 1 << 16  # that a scanned commit lists, the last ones
+
+
+@dataclass(slots=True)
+class Change:
+    """The next commit. `pages` gives its pages once more; it raises SnapshotLost if they are no longer there."""
+
+    staged: Staged
+    pgnos: Sequence[int]
+    hashes: Sequence[int]
+    post_hash: int
+    page_size: int
+    db_size: int
+    change_counter: int
+    position: Position | None
+    positions: tuple[Position, ...]
+    reset: bool
+    pages: Callable[[], Iterable[Page]]
+
+
+class _Collector:
+    """Keeps number and hash of each page that passes, and the page itself while they are few."""
+
+    def __init__(self, page_size: int, again: Callable[[int], bytes]) -> None:
+        self.pgnos = array("I")
+        self.hashes = array("Q")
+        self._again = again
+        self._most = max(1, _KEPT_BYTES // page_size)
+        self._kept: list[Page] | None = []
+
+    def add(self, page: Page) -> Page:
+        self.pgnos.append(page.pgno)
+        self.hashes.append(page.hash)
+        if self._kept is not None:
+            if len(self._kept) < self._most:
+                self._kept.append(page)
+            else:
+                self._kept = None
+        return page
+
+    def pages(self) -> Iterable[Page]:
+        return self._kept if self._kept is not None else self._read_again()
+
+    def _read_again(self) -> Iterator[Page]:
+        for pgno, known in zip(self.pgnos, self.hashes, strict=True):
+            data = self._again(pgno)
+            if page_hash(pgno, data) != known:
+                raise SnapshotLost(f"page {pgno} is no longer what it was")
+            yield Page(pgno, known, data)
+
+
+def stage_frames(local: LocalDatabase, index: LocalIndex, history: History, header: IndexHeader, tip: Tip, *, level: int) -> Change | None:
+    """The commits after the header's position, up to a bounded number of frames. None: only a scan can tell the difference.
+
+    Raises:
+        SnapshotLost: the WAL was restarted while it was read.
+    """
+    wal, position = tip.header, header.position
+    if wal is None or position is None:
+        raise AssertionError("frames without a WAL")
+    if header.txid == 0 or header.page_size != wal.page_size:
+        return None  # a first commit is the whole database, and so is one with another page size
+    newest, commits, db_size = _newest_frames(local, wal, position.frame, tip.frames)
+    lock = lock_page(wal.page_size)
+    if any(not newest.get(pgno) for pgno in range(header.db_size + 1, db_size + 1) if pgno != lock):
+        return None  # it grew by pages that are in no frame
+    pgnos = newest.pages(db_size)
+    counter, state = header.change_counter, header.state ^ _tail(index, header, db_size)
+    passed = _Collector(wal.page_size, lambda pgno: local.frame_page(wal, newest.get(pgno)))
+
+    def changed() -> Iterator[Page]:
+        nonlocal counter, state
+        for start in range(0, len(pgnos), 4096):
+            some = pgnos[start : start + 4096]
+            for pgno, old in zip(some, index.pages.hashes(some), strict=True):
+                if not old and pgno <= header.db_size:
+                    # A state hash is built on the old ones: a wrong one, once stored, could never be restored.
+                    raise IndexCorrupt(f"{index.path} has lost the hash of page {pgno}")
+                data = local.frame_page(wal, newest.get(pgno))
+                new = page_hash(pgno, data)
+                if pgno == 1:
+                    counter = int.from_bytes(data[24:28], "big")
+                known = old if pgno <= header.db_size else 0
+                if new != known:
+                    state ^= known ^ new
+                    yield passed.add(Page(pgno, new, data))
+
+    staged = history.stage(header.txid, header.txid + 1, changed(), wal.page_size, level=level)
+    if not local.unchanged(wal):
+        raise SnapshotLost(f"the WAL of {local.path} was restarted while it was read")
+    return Change(
+        staged, passed.pgnos, passed.hashes, state, wal.page_size, db_size, counter, commits[-1], tuple(commits), False, passed.pages
+    )
+
+
+def _newest_frames(local: LocalDatabase, wal: WalHeader, after: int, upto: int) -> tuple[FrameMap, list[Position], int]:
+    """(page -> its last frame, where each commit ends, database size after the last), of whole commits beyond `after`."""
+    newest = FrameMap(wal)
+    commits: list[Position] = []
+    db_size = 0
+    # From the beginning of a WAL on, frames may be read that an earlier scan has covered: whole, they lead to the state that is
+    # there; cut into pieces, the first of them would lead back.
+    enough = _PIECE_BYTES // (FRAME_HEADER_SIZE + wal.page_size) if after else upto + 1
+    for frame, found in local.frame_headers(wal, after + 1, upto):
+        newest.add(found.pgno, frame)
+        if found.db_size:
+            db_size = found.db_size
+            commits.append(found.position(frame))
+            if frame - after >= enough:
+                break
+    if not commits or (commits[-1].frame < upto and commits[-1].frame - after < enough):
+        raise SnapshotLost(f"the committed frames of {local.path} do not end with a commit")
+    return newest, commits, db_size
+
+
+def stage_scan(
+    local: LocalDatabase, index: LocalIndex, history: History, header: IndexHeader, tip: Tip, shape: Shape, *,
+    whole: bool, reset: bool, pre: int, post: int, level: int, even_if_same: bool,
+) -> Change | None:  # fmt: skip
+    """The pages of the snapshot that differ from the index, or all of them (`whole`). None when there is no difference (an empty change
+    with `even_if_same`).
+
+    Call it within `LocalDatabase.snapshot`.
+
+    Raises:
+        IndexCorrupt: the index's entries are not the state that its header tells. ConflictError: a page changed that the WAL, which is
+        the same as before, has no frame of. SnapshotLost, CorruptionError: as `LocalDatabase.pages`.
+    """
+    passed = _Collector(shape.page_size, lambda pgno: _page_again(local, tip, pgno, shape.page_size))
+    state, unexplained = 0, 0
+    indexed = 0 if whole else _tail(index, header, shape.db_size)
+    frames = None if whole else _frames_since(local, header.position, tip)
+    began = time.monotonic()
+
+    def changed() -> Iterator[Page]:
+        nonlocal state, indexed, unexplained
+        source = local.pages(tip, shape)
+        while some := list(islice(source, max(1, _LOOKED_UP_BYTES // shape.page_size))):
+            for (pgno, data), old in zip(some, index.pages.hashes([pgno for pgno, _ in some]), strict=True):
+                new = page_hash(pgno, data)
+                state ^= new
+                if pgno <= header.db_size:
+                    indexed ^= old
+                if whole or pgno > header.db_size or new != old:
+                    if frames is not None and header.position is not None and pgno <= header.db_size:
+                        unexplained = unexplained or (pgno if frames.get(pgno) <= header.position.frame else 0)
+                    yield passed.add(Page(pgno, new, data))
+
+    staged = history.stage(pre, post, changed(), shape.page_size, level=level)
+    if tip.header is not None and not local.unchanged(tip.header):
+        raise SnapshotLost(f"the WAL of {local.path} was restarted while it was scanned")
+    seconds = time.monotonic() - began
+    logger.info("%s: scanned %d pages in %.2f s, %d differ", local.path, shape.db_size, seconds, len(passed.pgnos))
+    if not whole:
+        if indexed != header.state:
+            # Entries that a power loss tore: what differs from them is not what differs from the log.
+            raise IndexCorrupt(f"{index.path} contradicts itself")
+        if unexplained:
+            raise ConflictError(
+                f"page {unexplained} of {local.path} is not what it was at txid {header.txid}, and nothing in its WAL, which has gone on "
+                "since, has changed it: the file was replaced, or written to, by other means than SQLite. Nothing of it was stored",
+                hint="To go on from the remote history: close every connection, and move the file and its -wal away. To make the local "
+                "file the truth, if it is sound: `bottomless-wal reset --from-local`.",
+            )
+        if not passed.pgnos and shape.db_size == header.db_size and not even_if_same:
+            return None
+    position = position_of(local, tip)
+    positions: tuple[Position, ...] = (position,) if position is not None else ()
+    if tip.header is not None and tip.frames:
+        # Each of them is a state that a power loss may lead back to.
+        positions = tuple(row.position(frame) for frame, row in local.frame_headers(tip.header, 1, tip.frames) if row.db_size)[
+            -_MOST_POSITIONS:
+        ]
+    return Change(
+        staged, passed.pgnos, passed.hashes, state, shape.page_size, shape.db_size, shape.change_counter, position, positions,
+        reset, passed.pages,
+    )  # fmt: skip
+
+
+def _frames_since(local: LocalDatabase, position: Position | None, tip: Tip) -> FrameMap | None:
+    """The frames of the WAL, if it is the one that the index's position stands in: then what has changed since has a frame beyond it."""
+    wal = tip.header
+    if position is None or wal is None or (position.salt1, position.salt2) != (wal.salt1, wal.salt2) or position.frame > tip.frames:
+        return None
+    return local.frame_map(wal, tip.frames) if local.wal.position(wal, position.frame) == position else None
+
+
+def _page_again(local: LocalDatabase, tip: Tip, pgno: int, page_size: int) -> bytes:
+    data = local.page(tip, pgno, page_size)
+    if data is None:
+        raise SnapshotLost(f"page {pgno} of {local.path} vanished")
+    return data
+
+
+def _tail(index: LocalIndex, header: IndexHeader, db_size: int) -> int:
+    """XOR of the hashes of the pages that a shrinking database loses. Raises IndexCorrupt when one of them is not there."""
+    gone, lock = 0, lock_page(header.page_size or 512)
+    for first in range(db_size + 1, header.db_size + 1, 65536):
+        for pgno, old in enumerate(index.pages.entries(first, min(65536, header.db_size - first + 1))[0], first):
+            if not old and pgno != lock:
+                raise IndexCorrupt(f"{index.path} has lost the hash of page {pgno}")
+            gone ^= old
+    return gone

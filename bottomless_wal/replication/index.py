@@ -1,0 +1,244 @@
+"""The local index: what of this database is already in the log, kept in `<db>-bottomless` beside it.
+
+Like SQLite's `-shm` it is only a cache: when it is missing, stale, dirty or damaged, one scan of the database rebuilds it.
+Its file is also the replicator's lock between threads and processes. The bytes are told by `index_format`.
+
+Invariants:
+
+* Entries are written before the header that counts on them. A crash between the two leaves entries of txid + 1 under a
+  header of txid with intents: the stored segment is then adopted, which writes them again.
+* Whoever reads or writes holds the lock; but for the *seal*, which a WAL restart leaves behind while it holds SQLite's write lock,
+  and that lock alone: it must never wait for an upload. Plain pread and pwrite: a truncated mapping would kill the process.
+* An identity of the main file is settled (see `index_format`) only if this file was touched, and seen to be of a later tick, before
+  the main file's timestamps were read.
+* Nothing here is needed for correctness, and so nothing is synced but at a clean close: after a power loss the boot id differs.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+import time
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from ..core.file_lock import FileLock
+from ..core.logs import get_logger
+from ..formats.index_header import (
+    HEADER_SIZE,
+    MAGIC,
+    MAX_INTENTS,
+    SEAL_OFFSET,
+    SEAL_SIZE,
+    Backlog,
+    Identity,
+    IndexHeader,
+    Intent,
+    Seal,
+)
+from ..formats.wal import Position
+from ..history.page_table import ENTRY_SIZE, IndexCorrupt, PageTable, entry_is_valid
+
+__all__ = [
+    "ENTRY_SIZE",
+    "HEADER_SIZE",
+    "MAX_INTENTS",
+    "Backlog",
+    "Identity",
+    "IndexCorrupt",
+    "IndexHeader",
+    "Intent",
+    "LocalIndex",
+    "Seal",
+    "boot_id",
+    "is_index",
+]
+
+logger = get_logger(__name__)
+
+_TICK_LOOKS: Final = 2  # the second one tells, where the kernel keeps fine timestamps for files that were looked at
+_PATIENT_LOOKS: Final = 25
+_LOOK_SECONDS: Final = 0.001  # a kernel's tick is 1 to 10 ms
+_MAGIC: Final = MAGIC[:-1]  # of every version
+_LOOK_SIZE: Final = HEADER_SIZE + 64 * ENTRY_SIZE
+
+R = TypeVar("R")
+
+
+def boot_id() -> bytes:
+    """16 bytes that change when the machine restarts; where the system does not tell, others at each call: nothing is believed then."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return bytes.fromhex(file.read().strip().replace("-", ""))
+    except (OSError, ValueError):
+        return secrets.token_bytes(16)
+
+
+def is_index(data: bytes) -> bool:
+    """Return whether a file that begins with `data` (its first 17 KiB) is an index, a damaged one too, and not a file of another program.
+
+    An index may be empty, or short and all zeros after a power loss. Otherwise one of these is intact: the magic, the header's checksum
+    with the magic put right, the seal's checksum, or the check of a page's entry.
+    """
+    if data[: len(_MAGIC)] == _MAGIC[: len(data)]:
+        return True
+    if not any(data) and len(data) < _LOOK_SIZE:
+        return True  # of a longer file, which may begin with zeros as others do, an entry must tell
+    if IndexHeader.decode(MAGIC + data[len(MAGIC) : HEADER_SIZE]) is not None:
+        return True
+    if Seal.decode(data[SEAL_OFFSET : SEAL_OFFSET + SEAL_SIZE]) is not None:
+        return True
+    return entry_is_valid(data[HEADER_SIZE:])
+
+
+class LocalIndex(FileLock):
+    """The file `<db>-bottomless`: lock, header and entries.
+
+    `path` is the index's own path. Every method but `locked` expects the lock to be held. Raises OSError as the system does.
+    """
+
+    def __init__(self, path: str, *, beside: str) -> None:
+        super().__init__(path, beside=beside)
+        self.pages = PageTable(path, lambda: self._fd, offset=HEADER_SIZE)
+
+    def _is_own(self, fd: int) -> bool:
+        return is_index(os.pread(fd, _LOOK_SIZE, 0))
+
+    def load(self) -> IndexHeader | None:
+        """The header, with what the last seal says; None when the file is empty or damaged."""
+        return _header(self._fd)
+
+    def seal_sequence(self) -> int:
+        """The number of the last seal: whoever scans from now on need not look at it."""
+        seal = _read(self._fd)[1]
+        return seal.sequence if seal is not None else 0
+
+    def save(self, header: IndexHeader) -> None:
+        """Writes the header in one write: a killed process leaves the old one or the new one."""
+        data = header.encode()
+        if os.pwrite(self._fd, data, 0) != len(data):
+            raise OSError(f"short write to {self.path}")
+
+    def identify(self, header: IndexHeader, main: str) -> None:
+        """Record in `header`, which is left to be saved, what the main file at `main` is now."""
+        header.identity, header.is_settled = _identify(self.path, self._fd, main, _TICK_LOOKS)
+
+    def clear(self) -> None:
+        """Forgets everything: the next look at the database is a scan."""
+        os.ftruncate(self._fd, 0)
+
+    def sync(self) -> None:
+        """Makes what was written durable."""
+        os.fsync(self._fd)
+
+    @staticmethod
+    def peek(path: str) -> IndexHeader | None:
+        """As `load`, of the index at `path`, without its lock: for a look that must not wait."""
+        return _with_file(path, os.O_RDONLY, _header)
+
+    @staticmethod
+    def peek_header(path: str) -> IndexHeader | None:
+        """As `peek`, without what the last seal says."""
+        return _with_file(path, os.O_RDONLY, lambda fd: _read(fd)[0])
+
+    @staticmethod
+    def leave_seal(
+        path: str, main: str, judge: Callable[[IndexHeader, Identity | None], tuple[Position | None, bool, bool] | None], *, is_last: bool
+    ) -> None:
+        """Writes the next seal of the index at `path`, if there is one. For the holder of SQLite's write lock, who alone does so.
+
+        `judge` is given the header as it stands, and the identity of the file at `main`, and answers (position after it, covered,
+        witnessed), or None to leave everything as it is. A header that cannot be read is answered by a seal that asks for a scan.
+
+        `is_last`: the WAL goes, and from here on the identity alone tells whether the file was written to. It is worth waiting, for some
+        milliseconds, until the identity is settled: the lock that is held keeps writers out.
+        """
+
+        def write(fd: int) -> None:
+            header, last = _read(fd)
+            sequence = (last.sequence if last is not None else 0) + 1
+            if header is None:
+                os.pwrite(fd, Seal(sequence, None, None, covered=False, anywhere=True).encode(), SEAL_OFFSET)
+                return
+            sequence = max(sequence, header.seal_sequence + 1)
+            unabsorbed = None if header.position is None else (header.position.salt1, header.position.salt2)
+            header.absorb(last)
+            identity, is_settled = _identify(path, fd, main, _PATIENT_LOOKS if is_last else _TICK_LOOKS)
+            verdict = judge(header, identity)
+            if verdict is None:
+                return
+            after, covered, is_witnessed = verdict
+            covered = covered and not header.needs_scan
+            record = Seal(sequence, unabsorbed, after, covered, identity=identity, is_settled=is_settled, is_witnessed=is_witnessed)
+            os.pwrite(fd, record.encode(), SEAL_OFFSET)
+
+        _with_own_file(path, write)
+
+    @staticmethod
+    def ask_for_scan(path: str) -> None:
+        """A seal that says: whatever the position was, it proves nothing any more. As `leave_seal`."""
+
+        def write(fd: int) -> None:
+            header, last = _read(fd)
+            sequence = max(last.sequence if last is not None else 0, header.seal_sequence if header is not None else 0) + 1
+            os.pwrite(fd, Seal(sequence, None, None, covered=False, anywhere=True).encode(), SEAL_OFFSET)
+
+        _with_own_file(path, write)
+
+
+def _read(fd: int) -> tuple[IndexHeader | None, Seal | None]:
+    data = os.pread(fd, HEADER_SIZE, 0)
+    return IndexHeader.decode(data), Seal.decode(data[SEAL_OFFSET : SEAL_OFFSET + SEAL_SIZE])
+
+
+def _header(fd: int) -> IndexHeader | None:
+    header, seal = _read(fd)
+    if header is not None:
+        header.absorb(seal)
+    return header
+
+
+def _identify(path: str, fd: int, main: str, looks: int) -> tuple[Identity | None, bool]:
+    """(identity of the file at `main`, whether it is settled); `fd` is the index at `path`."""
+    identity = None
+    for look in range(looks):
+        if look >= _TICK_LOOKS:
+            time.sleep(_LOOK_SECONDS)
+        os.utime(fd)
+        # In this order: what is written after the second look is of the witness's tick, or of a later one.
+        witness = Identity.of(path)
+        identity = Identity.of(main)
+        if identity is None or identity.is_settled_by(witness):
+            return identity, identity is not None
+    return identity, False
+
+
+def _with_file(path: str, flags: int, function: Callable[[int], R]) -> R | None:
+    """Call `function` with a descriptor of the file at `path`; None when no regular file is there."""
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            return None
+        raise
+    try:
+        return function(fd) if stat.S_ISREG(os.fstat(fd).st_mode) else None
+    finally:
+        os.close(fd)
+
+
+def _with_own_file(path: str, write: Callable[[int], None]) -> None:
+    """Call `write` with the index at `path`, unless it was replaced by a file of another program.
+
+    Such a file has no header that could be read, so that the next batch finds out anew where the local state stands.
+    """
+
+    def checked(fd: int) -> None:
+        if is_index(os.pread(fd, _LOOK_SIZE, 0)):
+            write(fd)
+        else:
+            logger.warning("%s is not an index any more: it is left as it is", path)
+
+    _with_file(path, os.O_RDWR, checked)

@@ -1,0 +1,149 @@
+"""The local index of a state that is the head, made anew: from the tables of the log alone, or from the local file where that is the head.
+
+Either way no more is believed than what gives the head's state hash. The header is left to be saved by the caller, when all is in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Final
+
+from ..core.errors import CorruptionError, RestoreError
+from ..core.failpoints import reach
+from ..core.logs import get_logger
+from ..formats.block import check_growth
+from ..formats.page import page_hash
+from ..history.log import Head, History
+from ..history.planner import Suspects, newest, plan
+from ..history.segment_list import Edge
+from ..sqlite.database_reader import LocalDatabase, SnapshotLost
+from .index import IndexHeader, LocalIndex
+from .page_objects import UNKNOWN_SIZE
+
+__all__ = ["learn", "learn_locally"]
+
+logger = get_logger(__name__)
+
+_ATTEMPTS: Final = 8
+
+
+def learn(history: History, index: LocalIndex, header: IndexHeader, head: Head, edges: Sequence[Edge], *, width: int) -> None:
+    """The head's page hashes, from the tables of a chain of edges; no page is kept. `header` is left to be saved.
+
+    Raises:
+        RestoreError: no chain of edges leads to the head.
+        CorruptionError: the hashes are not the head's state.
+    """
+    suspects = Suspects()
+    first: CorruptionError | None = None
+    for _ in range(_ATTEMPTS):
+        usable = suspects.without(edges)
+        chain = plan(usable, head.txid)
+        if chain is None:
+            resets = history.resets(usable, width=width)
+            chain = plan(usable, head.txid, wholes={(edge.pre, edge.post) for edge in resets})
+        if chain is None:
+            break
+        index.pages.clear()
+        try:
+            _learn_chain(history, index, header, chain)
+            break
+        except _Misfit as misfit:
+            logger.warning("%s", misfit.error.message)
+            first = first or misfit.error
+            suspects.blame(misfit.edge, misfit.before, edges, head.txid)
+    else:
+        chain = None
+    if chain is None and first is not None:
+        raise first
+    if chain is None:
+        raise RestoreError(
+            f"the history of {history.name!r} has a gap before txid {head.txid}",
+            hint="`bottomless-wal verify` shows where. `bottomless-wal reset --from-local` starts over from the local file.",
+        )
+    header.txid, header.state = head.txid, head.state
+    header.page_size, header.db_size = head.page_size, head.db_size
+    header.view_size = UNKNOWN_SIZE
+    state = index.pages.state_hash(head.db_size)
+    if state != head.state:
+        raise CorruptionError(
+            f"the segments of {history.name!r} give the state {state:016x} at txid {head.txid}, not {head.state:016x}",
+            hint="`bottomless-wal verify` shows which is wrong.",
+        )
+
+
+class _Misfit(Exception):
+    """`edge` is not sound, or does not follow `before`."""
+
+    def __init__(self, edge: Edge, before: Edge | None, error: CorruptionError) -> None:
+        super().__init__(error.message)
+        self.edge, self.before, self.error = edge, before, error
+
+
+def _learn_chain(history: History, index: LocalIndex, header: IndexHeader, chain: Sequence[Edge]) -> None:
+    size, state = 0, 0
+    before: Edge | None = None
+    for edge in chain:
+        try:
+            found = history.segment(edge.pre, edge.post)
+            if found is None:
+                raise RestoreError(f"the edge {edge.pre} -> {edge.post} vanished while it was read", hint="Try again.")
+            if found.header.whole:
+                index.pages.clear()
+                size = 0
+            elif found.header.pre_hash != state:
+                raise _Misfit(
+                    edge,
+                    before,
+                    CorruptionError(f"{found.name} does not follow state {state:016x}", hint="`bottomless-wal verify` shows more."),
+                )
+            table = history.tables(found)
+            grown = 0
+            while some := list(islice(table, 65536)):
+                grown += sum(pgno > size for pgno, _ in some)
+                index.pages.record([pgno for pgno, _ in some], [known for _, known in some], edge.post)
+            check_growth(found.name, size, found.header.db_size, grown, found.header.page_size)
+        except CorruptionError as error:
+            raise _Misfit(edge, None, error) from error
+        size, state, before = found.header.db_size, found.header.post_hash, edge
+        reach("within learn")
+        header.view_txid = min(found.header.view_txid, edge.post)
+
+
+def learn_locally(
+    local: LocalDatabase, history: History, index: LocalIndex, header: IndexHeader, head: Head, edges: Sequence[Edge]
+) -> None:
+    """The local file is the head: its own pages give the index. Only what the page view has missed is asked of the log."""
+    last = newest(edges)
+    found = history.header(last.pre, last.post)
+    view_txid = min(found.view_txid, head.txid) if found is not None else 0
+    with local.snapshot() as tip:
+        rows = ((pgno, page_hash(pgno, page)) for pgno, page in local.pages(tip, local.shape(tip)))
+        while some := list(islice(rows, 4096)):
+            index.pages.record([pgno for pgno, _ in some], [known for _, known in some], view_txid)
+    if index.pages.state_hash(head.db_size) != head.state:
+        raise SnapshotLost(f"{local.path} was written to meanwhile")
+    chain = plan(edges, head.txid, start=view_txid)
+    if chain is None or not _note_missed(history, index, chain, head):
+        logger.info("%s: the page view is put anew, for nothing tells what it has missed", local.path)
+        view_txid = 0
+        for first in range(1, head.db_size + 1, 65536):
+            hashes = index.pages.entries(first, min(65536, head.db_size - first + 1))[0]
+            index.pages.record(range(first, first + len(hashes)), hashes, head.txid)
+    header.txid, header.state = head.txid, head.state
+    header.page_size, header.db_size = head.page_size, head.db_size
+    header.view_txid, header.view_size = view_txid, UNKNOWN_SIZE
+
+
+def _note_missed(history: History, index: LocalIndex, chain: Sequence[Edge], head: Head) -> bool:
+    """Which pages the edges of `chain` changed last. False when one of them is gone."""
+    for edge in chain:
+        segment = history.segment(edge.pre, edge.post)
+        if segment is None:
+            return False
+        table = history.tables(segment)
+        while some := list(islice(table, 65536)):
+            pgnos = [pgno for pgno, _ in some if pgno <= head.db_size]
+            index.pages.record(pgnos, index.pages.hashes(pgnos), edge.post)
+    return True

@@ -1,0 +1,63 @@
+"""What opening does: where does the local state stand in the remote history? Git's fast-forward logic, as a pure function.
+
+| local file | remote | relation | action |
+|---|---|---|---|
+| empty or missing | nothing | - | START: the first commit is 0 -> 1 |
+| empty or missing | page objects only | - | RESTORE_PAGES |
+| empty or missing | a history | - | RESTORE its head |
+| not empty | no history | - | INITIAL replication: 0 -> 1 is the whole database |
+| not empty | a history | HEAD: the local state is the head's | RESUME |
+| | | EARLIER: it is an earlier state of that history | FAST_FORWARD |
+| | | DESCENDS: it came from the head by local commits | CATCH_UP: the difference is the next commit |
+| | | UNKNOWN | the policy: `error` CONFLICT, `force` RESET, `skip` KEEP_LOCAL |
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import Final
+
+from .lineage import Relation
+
+__all__ = ["POLICY", "Action", "Remote", "decide"]
+
+
+class Remote(Enum):
+    """What the bucket holds of this database."""
+
+    NOTHING = auto()
+    PAGES = auto()
+    HISTORY = auto()
+
+
+class Action(Enum):
+    """What opening does."""
+
+    START = auto()
+    RESTORE = auto()
+    RESTORE_PAGES = auto()
+    INITIAL = auto()
+    RESUME = auto()
+    FAST_FORWARD = auto()
+    CATCH_UP = auto()
+    CONFLICT = auto()
+    RESET = auto()
+    KEEP_LOCAL = auto()
+
+
+POLICY: Final = {"error": Action.CONFLICT, "force": Action.RESET, "skip": Action.KEEP_LOCAL}
+
+
+def decide(empty: bool, remote: Remote, relation: Relation | None, policy: str) -> Action:
+    """The table above. `relation` is looked at only where there are two states to compare."""
+    if empty:
+        return {Remote.NOTHING: Action.START, Remote.PAGES: Action.RESTORE_PAGES, Remote.HISTORY: Action.RESTORE}[remote]
+    if remote is not Remote.HISTORY:
+        return Action.INITIAL
+    if relation is Relation.HEAD:
+        return Action.RESUME
+    if relation is Relation.EARLIER:
+        return Action.FAST_FORWARD
+    if relation is Relation.DESCENDS:
+        return Action.CATCH_UP
+    return POLICY[policy]

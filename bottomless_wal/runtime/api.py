@@ -1,0 +1,103 @@
+"""What an application calls: open a replicated database, flush it, look at it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Final
+
+import apsw
+
+from ..core.errors import ConfigError
+from . import vfs
+from .preload import load
+from .registry import registry
+from .replica import Replica, Status
+
+__all__ = ["Status", "connect", "flush", "register", "status"]
+
+_BUSY_TIMEOUT_MS: Final = 5000
+
+
+def register(**defaults: object) -> str:
+    """Registers the VFS and returns its name, `bottomless`. May be called again, from any thread; later defaults win.
+
+    `defaults` are options (see README, "Configuration") for every database that is opened through it. Everything that their endpoint needs
+    later is loaded now, for a process that gives up its privileges after this call.
+
+    Raises:
+        ConfigError: an unknown option or a bad value.
+    """
+    vfs.install(defaults)
+    load(vfs.defaults())
+    return vfs.VFS_NAME
+
+
+def connect(
+    path: str | os.PathLike[str],
+    *,
+    page_size: int | None = None,
+    flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE | apsw.SQLITE_OPEN_URI,
+    **options: object,
+) -> apsw.Connection:
+    """Opens the database at `path` (or a `file:` URI): in WAL mode, replicated, ready.
+
+    `page_size` (bytes) is for a new database; an existing one keeps its own. The busy timeout is 5 s.
+
+    Raises:
+        ConfigError: an unknown option or a bad value. ConflictError: local file and remote history diverged.
+        StoreError: the bucket cannot be reached. RestoreError, CorruptionError: it holds no sound history.
+    """
+    vfs.install({})
+    text = os.fspath(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{text!r} is no UTF-8, which SQLite demands of file names", hint="Rename the file.") from error
+    if "\0" in text:
+        raise ConfigError(f"{text!r} has a NUL in it, which no file name can have", hint="Give the path of a file.")
+    if text in ("", ":memory:") or text.startswith("file::memory:"):
+        raise ConfigError(f"{text!r} is no file: there is nothing to replicate", hint="Give a path, or use apsw.Connection for it.")
+    with vfs.arguments(options, page_size=None if page_size is None else int(page_size)):
+        connection = apsw.Connection(text, flags=flags, vfs=vfs.VFS_NAME)
+    try:
+        connection.set_busy_timeout(_BUSY_TIMEOUT_MS)
+        if not connection.readonly("main"):
+            if connection.execute("PRAGMA journal_mode").get != "wal":
+                connection.execute("PRAGMA journal_mode=wal").fetchall()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def flush(database: apsw.Connection | str | os.PathLike[str], timeout: float | None = None) -> None:
+    """Waits until everything committed is in the log and the page view is complete.
+
+    `database` is an open connection (its `main`), or the path of a file that is open in this process; `timeout` in seconds.
+
+    Raises:
+        ReplicationError: the store gave up, or the time is over; what is pending stays pending.
+        FencedError, ConflictError: this replica has stopped. ConfigError: not open here.
+    """
+    with _borrowed(database) as replica:
+        replica.worker.flush(timeout)
+
+
+def status(database: apsw.Connection | str | os.PathLike[str]) -> Status:
+    """Where the replication of `database` (as in `flush`) stands. Sends nothing."""
+    with _borrowed(database) as replica:
+        return replica.status()
+
+
+@contextlib.contextmanager
+def _borrowed(database: apsw.Connection | str | os.PathLike[str]) -> Iterator[Replica]:
+    path = database.db_filename("main") if isinstance(database, apsw.Connection) else os.path.realpath(database)
+    replica = registry.borrow(path)
+    if replica is None:
+        raise ConfigError(f"{path or 'this connection'} is not open through vfs=bottomless in this process", hint="connect() it.")
+    try:
+        yield replica
+    finally:
+        registry.release(replica)

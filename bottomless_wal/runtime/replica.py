@@ -1,0 +1,437 @@
+"""One replicated database in this process: its parts, and its life from the first open to the last close.
+
+    first open   boot, under the index's lock until the file is open
+    commits      phase two ──► worker
+    last close   drained, our connections closed, the index marked clean
+
+Who opens and closes it, and what a fork and an exit do to it, is the `registry`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import apsw
+
+from ..core.config import Config
+from ..core.errors import BottomlessError, ConfigError, CorruptionError, FencedError, FilesLostError, ReplicationError, RestoreError
+from ..core.failpoints import reach
+from ..core.logs import get_logger
+from ..core.threads import has_exited, is_own_thread
+from ..formats import keys
+from ..formats.wal import Position, WalHeader
+from ..history.log import History
+from ..replication.index import Identity, IndexHeader, LocalIndex
+from ..replication.replicator import Replicator
+from ..replication.wal_position import seal
+from ..sqlite.checkpointer import RESTART_FRAMES, Checkpointer
+from ..sqlite.database_reader import LocalDatabase, Tip
+from ..storage import open_store
+from .commit_worker import Worker
+
+if TYPE_CHECKING:
+    from ..history.restore import Progress
+    from ..replication.recovery import Boot
+
+__all__ = ["INDEX_SUFFIX", "Replica", "Status"]
+
+logger = get_logger(__name__)
+
+INDEX_SUFFIX: Final = "-bottomless"
+_LOOK_SECONDS: Final = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Where the replication of one database stands, in this process.
+
+    `pending_frames` counts committed WAL frames that are not in the log; None when only a scan could tell. `lag` is the age, in seconds, of
+    the oldest such commit that was made here. `log_error` is a gap that was found in the log and is not mended yet; `log_repairs` counts
+    the snapshots that mended one. `requests` and the bytes (`sent` by kind of request) are counted since the database was
+    opened here, `seconds` ago.
+    """
+
+    path: str
+    name: str
+    store: str
+    txid: int
+    state_hash: int
+    pending_frames: int | None
+    view_txid: int
+    lag: float
+    last_error: BottomlessError | None
+    log_error: RestoreError | None
+    log_repairs: int
+    requests: Mapping[str, int]
+    sent: Mapping[str, int]
+    bytes_sent: int
+    bytes_received: int
+    retries: int
+    seconds: float
+
+
+class Replica:
+    """The database at `path` (resolved). `connect` opens a connection of our own through the VFS."""
+
+    def __init__(self, path: str, config: Config, connect: Callable[[str], apsw.Connection]) -> None:
+        from ..replication.log_check import LogCheck  # as in `_boot`
+        from .compactor import Upkeep
+
+        self.path = path
+        self.config = config
+        self.name = keys.database_name(config.database_id, path)
+        self.pid = os.getpid()
+        self._since = time.monotonic()
+        self._connect = connect
+        self._local = config.ack == "local"
+        self.look_seconds = _LOOK_SECONDS if self._local else 0.0
+        """How long a look at the files of a connection is good for."""
+        self.wals: dict[int, tuple[int, int]] = {}
+        """(inode, device) of the WAL that each connection of this process has open."""
+        self.opens = 0
+        self.dropped: deque[None] = deque()
+        """One entry for each open that is over and not yet subtracted from `opens`: appending takes no lock."""
+        self.closing = False
+        self.closed_by: int | None = None
+        """The thread that closes it."""
+        self._at_work = False  # is it being opened or closed?
+        self._closed = False
+        self.lifecycle = threading.RLock()
+        self.booted = False
+        self.store = open_store(config)
+        self.history = History(self.store, self.name)
+        self.local = LocalDatabase(path, lambda: connect(path))
+        self.index = LocalIndex(path + INDEX_SUFFIX, beside=path)
+        self.replicator = Replicator(config, self.local, self.index, self.history)
+        self.checkpointer = Checkpointer(path, lambda: connect(path), local=self._local)
+        self.log_check = LogCheck(self.replicator, lambda: LocalDatabase(path, lambda: connect(path)))
+        self.upkeep = Upkeep(config, self.history, self.log_check)
+        self.replicator.on_head = self.upkeep.told
+        self.worker = Worker(config, self.replicator, self.index, self.local, self._reboot)
+
+    # --- opening -------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def opening(self, *, progress: Progress | None = None, reset: bool = False) -> Iterator[None]:
+        """Boots when it is the first time; the index stays locked while the caller opens the file.
+
+        Raises:
+            BottomlessError: as `Boot.run`; and ConfigError when nothing can be written beside the file.
+        """
+        with self.lifecycle:
+            if self._at_work:
+                raise ConfigError(
+                    f"{self.path} is being opened or closed by this very thread",
+                    hint="Open no database in a signal handler or a finalizer (__del__, weakref).",
+                )
+            if self._closed:
+                raise ConfigError(f"{self.path} cannot be opened: the interpreter is ending", hint="Open it before the exit.")
+            if self.booted:
+                yield
+                return
+            self._at_work = True
+            try:
+                with self._first_open(progress, reset=reset):
+                    yield
+            finally:
+                self._at_work = False
+
+    @contextlib.contextmanager
+    def _first_open(self, progress: Progress | None, *, reset: bool) -> Iterator[None]:
+        if self.config.create_bucket:
+            self.store.prepare()
+        existed = os.path.lexists(self.index.path)
+        try:
+            self.replicator.view.lock.require_free()
+            with self.replicator.view.locked_to_commit(), self.index.locked():
+                boot = self._boot(progress)
+                header = boot.run(reset=reset)
+                if boot.goes_on:
+                    self.log_check.at_open(boot.listed, header.txid)
+                reach("after open")
+                yield
+                self.local.opened()
+                # SQLite may just have created the database.
+                self.index.follow()
+                self.replicator.view.lock.follow()
+            self.booted = True
+            self.worker.nudge(header)
+            self.upkeep.opened()
+        except OSError as error:
+            raise ConfigError(f"cannot write beside {self.path}: {error}", hint=_hint(error)) from error
+        finally:
+            if not self.booted:
+                self._forget(existed)
+
+    def _forget(self, existed: bool) -> None:
+        self.local.close()
+        self.index.close()
+        self.replicator.view.lock.remove()
+        if not existed and not os.path.exists(self.path):
+            with contextlib.suppress(OSError):
+                os.unlink(self.index.path)
+
+    def _reboot(self) -> IndexHeader:
+        return self._boot().run()
+
+    def _boot(self, progress: Progress | None = None) -> Boot:
+        from ..replication.recovery import Boot  # what it takes to restore is loaded when a database is opened, not with the package
+
+        return Boot(self.replicator, policy=self.config.initial_replication, progress=progress)
+
+    # --- while it is open ----------------------------------------------------------------------------------------------
+
+    def committed(self) -> None:
+        """A commit stands locally: replicate it, and wait as `ack` says.
+
+        Raises:
+            ReplicationError, FencedError, ConflictError: see `Worker.wait`.
+        """
+        self.check_process()
+        worker = self.worker
+        if has_exited():
+            raise worker.shut_down()
+        if self._local:
+            if not worker.dirty:
+                worker.submit(must_run=True)
+            # What an outage leaves is sent later; what stands in lost files never is.
+            failure = worker.fatal or worker.files_lost
+            if failure is not None:
+                raise type(failure)(failure.message, hint=failure.hint)
+            return
+        ticket = worker.submit()
+        try:
+            self._wait(ticket)
+        except BottomlessError as error:
+            error.ticket = ticket
+            raise
+
+    def _wait(self, ticket: int) -> None:
+        # A signal handler or a finalizer commits in the middle of what its thread was doing.
+        if is_own_thread():
+            raise self._cannot_wait("it is a thread of the replication")
+        if self.local.is_asking():
+            raise self._cannot_wait("it was interrupted in the middle of another commit to this database")
+        if self.worker.needs_this_thread():
+            raise self._cannot_wait("it holds a lock that the replication needs")
+        tip = self.local.tip()
+        place = Position(tip.header.salt1, tip.header.salt2, tip.frames, 0, 0) if tip.header is not None else None
+        try:
+            self.worker.wait(ticket, place, for_pages=self.config.ack == "pages")
+        except BottomlessError:
+            self.checkpointer.ask(tip.frames)
+            raise
+
+    def storing(self, error: BaseException) -> Callable[[], bool]:
+        """Return a function that tells whether the commit that has ended with `error` is stored by now."""
+        if isinstance(error, BottomlessError):
+            ticket = error.ticket
+        else:
+            # The wait was ended by Ctrl-C or by a signal handler, perhaps before the commit was submitted.
+            ticket = self.worker.submit()
+        return lambda: bool(ticket) and self.worker.has_done(ticket)
+
+    def _cannot_wait(self, cause: str) -> ReplicationError:
+        return ReplicationError(
+            f"the commit to {self.path} stands and is pending: this thread cannot wait for it, because {cause}",
+            hint="It is sent in the background. Do not repeat the statement. Commit outside of signal handlers and finalizers, or flush().",
+        )
+
+    def wal_in_place(self) -> bool:
+        """Is the file at `<db>-wal` the one that every connection here has open? Nobody deletes it while one has."""
+        try:
+            there = os.stat(self.path + "-wal")[1:3]
+        except FileNotFoundError:
+            return False
+        return all(mine == there for mine in list(self.wals.values()))
+
+    def mark_scan(self) -> None:
+        """The main file was written past the WAL (a switch of the journal mode): the next batch scans."""
+        LocalIndex.ask_for_scan(self.index.path)
+
+    def seal(self, new: WalHeader | None) -> None:
+        """The WAL is about to be restarted with the header `new`, or truncated or deleted (None). See `standing.seal`."""
+        try:
+            seal(self.index.path, self.path, new)
+        except OSError as error:
+            # Without a seal the position proves nothing, and the next batch scans.
+            logger.warning("%s: no seal could be left: %s", self.path, error)
+
+    def check_process(self) -> None:
+        """Raises ReplicationError in a child that inherited the connection by a fork."""
+        if os.getpid() != self.pid:
+            raise ReplicationError(
+                f"this connection to {self.path} was opened before a fork, by process {self.pid}",
+                hint="Open a connection of its own in each process, after the fork.",
+            )
+
+    def checkpointed(self, frames: int) -> None:
+        """A passive checkpoint has run on a WAL of `frames` frames."""
+        if has_exited():
+            return
+        self.worker.poke()
+        if frames >= RESTART_FRAMES:
+            self.checkpointer.ask(frames)
+
+    def status(self) -> Status:
+        """See `Status`."""
+        failure = self.worker.last_error
+        tip: Tip | None = None
+        try:
+            tip = self.local.tip()
+        except ReplicationError as error:
+            failure = failure or error
+        except (apsw.NotADBError, apsw.CorruptError) as error:
+            raise CorruptionError(f"{self.path} is damaged: {error}", hint="Restore it: bottomless-wal restore --force.") from error
+        header = LocalIndex.peek(self.index.path)
+        try:
+            self.local.has_content(is_new=header is None or not header.txid)
+        except ReplicationError as error:
+            failure = failure or error
+        if header is None:
+            raise ConfigError(f"{self.index.path} is missing or damaged", hint="The next commit rebuilds it.")
+        pending: int | None = None
+        position = header.position
+        if tip is not None and not header.needs_scan:
+            if position is None or tip.header is None:
+                pending = tip.frames
+            elif (position.salt1, position.salt2) == (tip.header.salt1, tip.header.salt2):
+                pending = max(0, tip.frames - position.frame)
+        stats = self.store.stats
+        return Status(
+            path=self.path,
+            name=self.name,
+            store=self.store.describe(),
+            txid=header.txid,
+            state_hash=header.state,
+            pending_frames=pending,
+            view_txid=header.view_complete,
+            lag=self.worker.lag(),
+            last_error=failure,
+            log_error=self.log_check.error,
+            log_repairs=self.log_check.repairs,
+            requests=stats.requests,
+            sent=stats.sent,
+            bytes_sent=stats.bytes_sent,
+            bytes_received=stats.bytes_received,
+            retries=stats.retries,
+            seconds=time.monotonic() - self._since,
+        )
+
+    # --- closing -------------------------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Send what is pending and end the worker. What could not be sent is logged and stays pending."""
+        self.worker.stop(drain=True)
+        error = self.worker.last_error
+        if isinstance(error, FencedError):
+            logger.error("%s is closed: %s", self.path, error.message)
+        elif error is not None:
+            logger.error("%s is closed with commits that are not stored: %s", self.path, error.message)
+
+    def close(self) -> None:
+        """After the application's last close: drain, let SQLite check-point and delete the WAL, mark the index clean.
+
+        Whatever fails is logged, and the rest is done all the same: SQLite's own close does not fail either when the disk is full, and
+        leaves the WAL to the next open. Ctrl-C ends it; a second call does what is left.
+
+        Raises:
+            FilesLostError: after all is closed, if commits of ack=local will never be stored. (With another `ack` each has said so.)
+        """
+        with self.lifecycle:
+            if self._at_work or self._closed:
+                return
+            self._at_work = True
+            was_pending = self._local and self.booted and self.worker.pending
+            try:
+                if self.booted:
+                    self._close_local()
+                else:
+                    self._try("the upkeep", self.upkeep.stop)  # begun by what a boot had stored before it failed
+                self._try("the store", self.store.close)
+                self.booted, self._closed = False, True
+            finally:
+                self._at_work = False
+        lost = self.worker.files_lost
+        if lost is not None and was_pending:
+            raise FilesLostError(lost.message, hint=lost.hint)
+
+    def _close_local(self) -> None:
+        drained = self._try("the worker", self.drain)
+        self._try("the upkeep", self.upkeep.stop)
+        self._try("the checkpoints", self.checkpointer.stop)
+        stored = drained and self.worker.last_error is None
+        if stored and self.opens > len(self.dropped):
+            self._try("the checkpoint", self._leave_nothing_to_do)
+        if self.worker.pending and self.worker.fatal is None and self.worker.files_lost is None:
+            self._try("the note of what is pending", self.replicator.note_pending)
+        reach("before close")
+        # A WAL copied into a file that was cut to nothing would look like a database; that of another file is not ours to delete.
+        self._try("the database", lambda: self.local.close(checkpoint=self.local.is_in_place()))
+        reach("after close")
+        if stored:
+            self._try("the index", self._mark_clean)
+        self._try("the index", self.index.close)
+        self._try("the page view", self.replicator.view.lock.remove)
+
+    def _try(self, what: str, step: Callable[[], None]) -> bool:
+        """Does one step of a close; False when it failed."""
+        try:
+            step()
+        except Exception as error:
+            expected = isinstance(error, BottomlessError | apsw.Error | OSError)
+            logger.warning("%s: closing %s failed: %s", self.path, what, error, exc_info=not expected)
+            return False
+        return True
+
+    def _leave_nothing_to_do(self) -> None:
+        """At exit, while the application's connections are still open: whatever closes them later finds nothing to copy, and leaves
+        the main file as the index describes it.
+
+        Not TRUNCATE: a thread that still commits would begin a WAL with random salts (SQLite keeps the count of restarts in each
+        connection), and no longer be known as the one that goes on from here.
+        """
+        try:
+            with contextlib.closing(self._connect(self.path)) as connection:
+                connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+                connection.execute("PRAGMA schema_version").fetchall()
+                connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_FULL)
+        except (apsw.BusyError, apsw.LockedError) as error:
+            # The application's connections may be busy. The WAL that stays is sound, and the next open looks at it.
+            logger.debug("%s: no checkpoint at exit: %s", self.path, error)
+
+    def _mark_clean(self) -> None:
+        try:
+            with self.index.locked():
+                self.index.follow()
+                header = self.index.load()
+                if header is None:
+                    return
+                if header.position is not None:
+                    # Others have it open, or an exit has left its connections. A WAL proves itself; checkpoints have changed the file.
+                    self.index.identify(header, self.path)
+                # Else it was recorded when the WAL went, under SQLite's lock: a file that is another by now was written to since.
+                if not header.needs_scan and header.identity == Identity.of(self.path) is not None:
+                    header.clean = True
+                    self.index.save(header)
+                    self.index.sync()
+        except (OSError, ConfigError) as error:
+            logger.warning("%s: not marked as cleanly closed: %s", self.path, error)
+
+    def abandon(self) -> None:
+        """In the child of a fork: let go of the lock without releasing it for the parent, and close nothing."""
+        self.index.abandon()
+        self.replicator.view.lock.abandon()
+
+
+def _hint(error: OSError) -> str:
+    if isinstance(error, PermissionError) and error.filename and os.path.exists(error.filename):
+        return f"Give {error.filename} the owner, group and mode of the database, or let its owner open the database once."
+    return "The directory must be writable. To read only, open the file with mode=ro."

@@ -1,0 +1,85 @@
+"""Putting a verified file in the place of a database: only when nobody has it open, and with nothing of the old one left beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+
+import apsw
+
+from ..core.errors import ConflictError
+from ..core.failpoints import reach
+from ..core.logs import get_logger
+from ..core.ownership import succeed
+
+__all__ = ["aside", "nobody_else", "open_elsewhere", "put_in_place"]
+
+logger = get_logger(__name__)
+
+
+def open_elsewhere(path: str) -> ConflictError:
+    return ConflictError(
+        f"{path} has to be replaced by the state in the bucket, and is open elsewhere",
+        hint="Close every connection to it, in all processes, and open it again.",
+    )
+
+
+@contextlib.contextmanager
+def nobody_else(path: str) -> Iterator[None]:
+    """Holds SQLite's exclusive lock on the file at `path`, if there is one, while it is replaced.
+
+    Raises:
+        ConflictError: a connection, of whatever process, has it open.
+    """
+    if not os.path.exists(path):
+        yield
+        return
+    file = apsw.VFSFile("", path, [apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_MAIN_DB, 0])
+    try:
+        try:
+            file.xLock(apsw.SQLITE_LOCK_SHARED)
+            file.xLock(apsw.SQLITE_LOCK_EXCLUSIVE)
+        except apsw.BusyError as error:
+            raise open_elsewhere(path) from error
+        try:
+            yield
+        finally:
+            file.xUnlock(apsw.SQLITE_LOCK_NONE)
+    finally:
+        file.xClose()
+
+
+def aside(path: str) -> None:
+    """Renames leftovers of an earlier file at `path`: beside a restored file a stale WAL would silently open the old database."""
+    for ending in ("-wal", "-journal"):
+        # A symbolic link too, wherever it leads: SQLite would write its WAL through it.
+        if os.path.lexists(path + ending) and os.lstat(path + ending).st_size == 0:
+            os.unlink(path + ending)
+        if os.path.lexists(path + ending):
+            target = f"{path}{ending}-stale-{secrets.token_hex(4)}"
+            logger.warning("%s belongs to no database: renamed to %s", path + ending, target)
+            os.rename(path + ending, target)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path + "-shm")
+
+
+def put_in_place(temporary: str, fd: int, path: str) -> None:
+    """Renames the complete and synced file `temporary` (open as `fd`) to `path`, with owner, group and mode of the file it replaces, or
+    those SQLite gives a new one. Call it within `nobody_else`.
+    """
+    succeed(fd, path)
+    aside(path)
+    reach("before rename")
+    os.rename(temporary, path)
+    _sync_directory(path)
+    reach("after rename")
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
