@@ -19,7 +19,7 @@ import apsw
 from . import layout
 from .crashpoints import reach
 from .decision import POLICY, Action, Remote, decide
-from .edges import Edge, newest
+from .edges import Edge, leading_to, newest
 from .errors import ConflictError, CorruptionError, ReplicationError, StoreError
 from .history import Head
 from .learning import learn, learn_locally
@@ -27,7 +27,7 @@ from .local_database import SnapshotLost
 from .local_index import Backlog, Identity, IndexHeader, IndexLost, boot_id
 from .logs import get_logger
 from .pageview import UNKNOWN_SIZE
-from .placing import LocalState, Relation, is_earlier, local_state, relate
+from .placing import LocalState, Place, Relation, earlier_txid, local_state, relate
 from .rebuild import Progress, Rebuilt, Scratch, rebuild, rebuild_from_pages, scratch
 from .replacement import aside, nobody_else, open_elsewhere, put_in_place
 from .replicator import Replicator
@@ -111,16 +111,16 @@ class Boot:
             self.action = Action.RESET
             return self._reset(head_state)
         local: LocalState | None = None
-        relation: Relation | None = None
+        place: Place | None = None
         if not empty and head_state is not None:
             local = local_state(self.local, known)
-            relation = relate(
+            place = relate(
                 local, head_state, edges, self.local, self.index, self.history,
                 home=self.replicator.home, width=self.replicator.config.concurrency,
             )  # fmt: skip
-            if relation is Relation.UNKNOWN and self._restarted_since(local):
+            if place.relation is Relation.UNKNOWN and self._restarted_since(local):
                 raise SnapshotLost("its WAL was restarted while its place in the history was looked for")
-        self.action = decide(empty, remote, relation, self.policy)
+        self.action = decide(empty, remote, place.relation if place is not None else None, self.policy)
         logger.info("%s: %s", path, self.action.name.lower().replace("_", " "))
         if self.action is Action.START:
             return self._start()
@@ -133,18 +133,20 @@ class Boot:
             raise AssertionError("every other action needs a history")
         if self.action is Action.RESTORE:
             return self._restore(head_state, edges)
-        if local is None:
+        if local is None or place is None:
             raise AssertionError("every other action needs a local state")
         if self.action is Action.FAST_FORWARD:
-            return self._fast_forward(local, head_state, edges)
+            return self._fast_forward(local, place.txid, head_state, edges)
         if self.action in (Action.RESUME, Action.CATCH_UP):
             try:
                 return self._catch_up(local, head_state, edges)
             except ConflictError:
                 # It is not a descendant after all.
-                if is_earlier(local, head_state, edges, self.history, self.replicator.config.concurrency):
+                leading = leading_to(edges, head_state.txid)
+                txid = earlier_txid(local, leading, self.history, self.replicator.config.concurrency)
+                if txid is not None:
                     self.action = Action.FAST_FORWARD
-                    return self._fast_forward(local, head_state, edges)
+                    return self._fast_forward(local, txid, head_state, edges)
                 self.action = POLICY[self.policy]
                 if self.action is Action.CONFLICT:
                     raise
@@ -333,7 +335,8 @@ class Boot:
         learn(self.history, self.index, header, head, edges, width=self.replicator.config.concurrency)
         header.proved_ms = self._listed_ms
 
-    def _fast_forward(self, local: LocalState, head: Head, edges: Sequence[Edge]) -> IndexHeader:
+    def _fast_forward(self, local: LocalState, txid: int | None, head: Head, edges: Sequence[Edge]) -> IndexHeader:
+        """Replace the local file, which is at `txid` (None: a fast-forward was cut off, so it is not known), by the head."""
         # By its hash the index now says that this is an earlier state (see `placing`): the place in the WAL, which may be all that told
         # it, goes before the file does.
         self.local.close()
@@ -353,7 +356,14 @@ class Boot:
                 raise open_elsewhere(self.local.path) from error
         reach("after fold")
         self.identity = Identity.of(self.local.path)
-        return self._restore(head, edges, header)
+        header = self._restore(head, edges, header)
+        logger.warning(
+            "%s was at %s, an earlier state of its history: moved forward to the head, txid %d",
+            self.local.path,
+            f"txid {txid}" if txid is not None else f"state {local.state:016x}",
+            head.txid,
+        )
+        return header
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
