@@ -20,11 +20,12 @@ from . import layout
 from .crashpoints import reach
 from .decision import POLICY, Action, Remote, decide
 from .edges import Edge, leading_to, newest
-from .errors import ConflictError, CorruptionError, ReplicationError, StoreError
+from .errors import BottomlessError, ConflictError, CorruptionError, ReplicationError, RestoreError, StoreError
 from .history import Head
 from .learning import learn, learn_locally
 from .local_database import SnapshotLost
 from .local_index import Backlog, Identity, IndexHeader, IndexLost, boot_id
+from .log_check import find_gap
 from .logs import get_logger
 from .pageview import UNKNOWN_SIZE
 from .placing import LocalState, Place, Relation, earlier_txid, local_state, relate
@@ -86,7 +87,8 @@ class Boot:
 
         Raises:
             ConflictError: the policy is `error` and the local file is no state of the history; or it has to be replaced and is open.
-            StoreError, RestoreError, CorruptionError: nothing was changed.
+            RestoreError: the head cannot be restored. The local file may be an earlier state of the history, from which nothing leads on.
+            StoreError, CorruptionError: nothing was changed.
         """
         path = self.local.path
         self.identity = Identity.of(path)
@@ -154,7 +156,7 @@ class Boot:
             return self._reset(head_state)
         if self.action is Action.KEEP_LOCAL:
             return self._keep_local(head_state, edges)
-        raise self._conflict(local, head_state)
+        raise self._conflict(local, head_state, edges)
 
     def _say_what_is_gone(self) -> None:
         """The bucket holds no history where the index knows one: somebody has deleted it, or an expiry rule has."""
@@ -356,12 +358,10 @@ class Boot:
                 raise open_elsewhere(self.local.path) from error
         reach("after fold")
         self.identity = Identity.of(self.local.path)
-        header = self._restore(head, edges, header)
+        place = f"txid {txid}" if txid is not None else f"state {local.state:016x}"
+        header = self._restore(head, edges, header, place)
         logger.warning(
-            "%s was at %s, an earlier state of its history: moved forward to the head, txid %d",
-            self.local.path,
-            f"txid {txid}" if txid is not None else f"state {local.state:016x}",
-            head.txid,
+            "%s was at %s, an earlier state of its history: moved forward to the head, txid %d", self.local.path, place, head.txid
         )
         return header
 
@@ -374,10 +374,17 @@ class Boot:
                 raise SnapshotLost(f"{self.local.path} was written to meanwhile")
             yield
 
-    def _restore(self, head: Head, edges: Sequence[Edge], header: IndexHeader | None = None) -> IndexHeader:
+    def _restore(self, head: Head, edges: Sequence[Edge], header: IndexHeader | None = None, place: str = "") -> IndexHeader:
+        """Put the head in place of the local file, which is at `place` if it is not empty."""
+        width, path = self.replicator.config.concurrency, shlex.quote(self.local.path)
         with self._alone(), scratch(self.local.path, self.index) as into:
             header = header or self.replicator.fresh()
-            rebuilt = rebuild(self.history, into, head.txid, edges, width=self.replicator.config.concurrency, progress=self.progress)
+            try:
+                rebuilt = rebuild(self.history, into, head.txid, edges, width=width, progress=self.progress, arguments=path)
+            except RestoreError as error:
+                if place:
+                    raise self._cut_off(place, error) from error
+                raise
             return self._put_in_place(into, rebuilt, header)
 
     def _restore_pages(self) -> IndexHeader:
@@ -426,7 +433,22 @@ class Boot:
         logger.info("%s: restored at txid %d (%d pages)", path, header.txid, header.db_size)
         return self._opened(header)
 
-    def _conflict(self, local: LocalState, head: Head) -> ConflictError:
+    def _cut_off(self, place: str, cause: RestoreError) -> RestoreError:
+        path = shlex.quote(self.local.path)
+        return RestoreError(
+            f"{self.local.path} is at {place} of its history and cannot be moved forward to the head: {cause.message.rstrip('.')}. "
+            "Its content was not changed",
+            hint=f"Make the local file the head: `bottomless-wal reset --from-local {path}`. "
+            f"`bottomless-wal ls {path}` shows the states that can be restored before.",
+        )
+
+    def _conflict(self, local: LocalState, head: Head, edges: Sequence[Edge]) -> BottomlessError:
+        gap = find_gap(self.history, is_thorough=False)
+        if gap is not None:
+            # No edge before the gap leads on to the head, so `relate` has not looked there.
+            txid = earlier_txid(local, reversed(edges), self.history, self.replicator.config.concurrency)
+            if txid is not None:
+                return self._cut_off(f"txid {txid}", gap)
         return ConflictError(
             f"{self.local.path} (state {local.state:016x}, {local.db_size} pages) is no state of the history of {self.history.name!r} "
             f"in {self.history.store.describe()} (head: txid {head.txid}, state {head.state:016x}, {head.db_size} pages). "

@@ -31,7 +31,7 @@ from .replicator import Replicator
 from .segment import WRITER_ID_SIZE, Commit, Header, Page, page_hash
 from .standing import position_of
 
-__all__ = ["Finding", "LogCheck"]
+__all__ = ["Finding", "LogCheck", "find_gap"]
 
 logger = get_logger(__name__)
 
