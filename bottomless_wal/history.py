@@ -305,12 +305,12 @@ class History:
             if data is None:
                 raise CorruptionError(
                     f"{key}, which holds the pages of {name}, is missing",
-                    hint="Objects of this history were deleted. `bottomless-wal verify` shows what can still be restored.",
+                    hint="Objects of this history were deleted. `bottomless-wal verify DB` shows what can still be restored.",
                 )
             if len(data) != length:
                 raise CorruptionError(
                     f"{key} is {start + len(data)} bytes long; {name} says {body.size}",
-                    hint="The object was damaged. `bottomless-wal verify` shows what can still be restored.",
+                    hint="The object was damaged. `bottomless-wal verify DB` shows what can still be restored.",
                 )
             return data
 

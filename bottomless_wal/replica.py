@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import threading
 import time
 from collections import deque
@@ -289,7 +290,9 @@ class Replica:
         except ReplicationError as error:
             failure = failure or error
         except (apsw.NotADBError, apsw.CorruptError) as error:
-            raise CorruptionError(f"{self.path} is damaged: {error}", hint="Restore it: bottomless-wal restore --force.") from error
+            raise CorruptionError(
+                f"{self.path} is damaged: {error}", hint=f"Restore it: `bottomless-wal restore --force {shlex.quote(self.path)}`."
+            ) from error
         header = LocalIndex.peek(self.index.path)
         try:
             self.local.has_content(is_new=header is None or not header.txid)

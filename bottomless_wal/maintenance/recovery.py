@@ -217,7 +217,7 @@ def _rebuild(
         if txid is not None and not 0 < txid <= head:
             raise RestoreError(
                 f"{target.name!r} in {target.store.describe()} has no txid {txid}: its history goes from 1 to {head}",
-                hint="`bottomless-wal ls` with the database's name shows what can be restored.",
+                hint="`bottomless-wal ls DB` shows what can be restored.",
             )
         try:
             return rebuild(target.history, into, head if txid is None else txid, edges, width=width, progress=progress, arguments=arguments)
@@ -259,7 +259,7 @@ def _removed(target: Target, txid: int | None) -> RestoreError | None:
     shown = ", ".join(runs if len(runs) <= _RANGES else [*runs[:2], "...", *runs[2 - _RANGES :]])
     return RestoreError(
         f"nothing leads to txid {txid} of {target.name!r}, which is not kept any more, or missing; what can be restored: {shown}",
-        hint="`retention` and `keep_snapshots` say what is kept. `bottomless-wal ls` with the database's name shows the states.",
+        hint="`retention` and `keep_snapshots` say what is kept. `bottomless-wal ls DB` shows the states.",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import shlex
 import signal
 import stat
 from pathlib import Path
@@ -294,3 +295,21 @@ def test_a_restore_of_an_earlier_state_says_that_an_open_goes_on_to_the_head(sho
     assert f"goes on to txid {COMMITS}: opening the file through vfs=bottomless takes it there" in told.output
     shop.open().close()
     assert shop.rows() == COMMITS - 1
+
+
+def test_the_hint_of_a_gap_can_be_pasted(shop: Shop, cli: Cli) -> None:
+    shop.trade()
+    shop.delete(shop.segment(5))
+    copy = shop.path.with_name("a copy.db")
+    with pytest.raises(RestoreError, match="gap after txid 4") as caught:
+        restore(shop, output=copy)
+    command = caught.value.hint.split("`")[1]
+    assert cli(shop, *shlex.split(command)[1:]).exit_code == 0
+    assert shop.rows(copy) == 3
+    for entry in shop.path.parent.glob("app.db*"):
+        entry.unlink()
+    with pytest.raises(RestoreError, match="gap after txid 4") as caught:
+        shop.open()
+    command = caught.value.hint.split("`")[1]
+    assert cli(shop, *shlex.split(command)[1:]).exit_code == 0
+    assert shop.rows() == 3
