@@ -14,6 +14,7 @@ import os
 import shlex
 import threading
 import time
+import urllib.parse
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ class Replica:
             self.worker.nudge(header)
             self.upkeep.opened()
         except OSError as error:
-            raise ConfigError(f"cannot write beside {self.path}: {error}", hint=_hint(error)) from error
+            raise ConfigError(f"cannot write beside {self.path}: {error}", hint=_hint(error, self.path)) from error
         finally:
             if not self.booted:
                 self._forget(existed)
@@ -434,7 +435,22 @@ class Replica:
         self.replicator.view.lock.abandon()
 
 
-def _hint(error: OSError) -> str:
+def _hint(error: OSError, path: str) -> str:
     if isinstance(error, PermissionError) and error.filename and os.path.exists(error.filename):
         return f"Give {error.filename} the owner, group and mode of the database, or let its owner open the database once."
-    return "The directory must be writable. To read only, open the file with mode=ro."
+    return f"Make the directory writable.{_reading_hint(path)}"
+
+
+def _reading_hint(path: str) -> str:
+    """How to read the database at `path` where nothing can be written.
+
+    SQLite opens a database in WAL mode with `mode=ro` only if its WAL and shared memory exist. With `immutable=1` it ignores the WAL.
+    """
+    if not os.path.exists(path):
+        return ""
+    uri = f"file:{urllib.parse.quote(path)}"
+    if not os.path.exists(path + "-wal"):
+        return f" To read only, open '{uri}?immutable=1' while no program writes to it."
+    if not os.path.exists(path + "-shm"):
+        return " To read only, copy the file and its -wal to a directory that is writable."
+    return f" To read only, open '{uri}?mode=ro'."
