@@ -17,6 +17,7 @@ its first 8 bytes before it gathers or allocates anything, and hands out no page
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,6 +42,7 @@ __all__ = [
     "pages_per_block",
     "read_blocks",
     "read_tables",
+    "repr_in_hex",
     "rows_of",
     "split",
     "state_hash",
@@ -73,6 +75,23 @@ class Page(NamedTuple):
 def page_hash(pgno: int, page: Bytes) -> int:
     """The hash of page `pgno` (1-based) with the content `page`: 64 bits."""
     return _from_bytes(_sha256(_pack_pgno(pgno) + page).digest()[:8], "big")
+
+
+def repr_in_hex(name: str) -> Callable[[type[T]], type[T]]:
+    """Return a class decorator for a dataclass or a named tuple: its repr shows the field `name`, a hash, as 16 hex digits."""
+
+    def decorated(cls: type[T]) -> type[T]:
+        names = getattr(cls, "_fields", None) or [field.name for field in dataclasses.fields(cls) if field.repr]  # type: ignore[arg-type]
+
+        def shown(self: T) -> str:
+            values = ((known, getattr(self, known)) for known in names)
+            texts = (f"{known}={value:#018x}" if known == name else f"{known}={value!r}" for known, value in values)
+            return f"{cls.__qualname__}({', '.join(texts)})"
+
+        cls.__repr__ = shown  # type: ignore[assignment, method-assign]
+        return cls
+
+    return decorated
 
 
 def state_hash(page_size: int, pages: Iterable[tuple[int, Bytes]]) -> int:

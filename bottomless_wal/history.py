@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple, ParamSpec, TypeVar
 
 from . import layout, parallel, segment
+from .block import repr_in_hex
 from .crashpoints import reach
 from .edges import Edge, Edges, leading_to
 from .errors import CorruptionError, RestoreError
@@ -79,6 +80,7 @@ class Stream(NamedTuple):
     blocks: Callable[[], Iterator[list[Page]]]
 
 
+@repr_in_hex("state")
 class Head(NamedTuple):
     """The state at the end of a history."""
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 import apsw
 
 from . import layout
+from .block import repr_in_hex
 from .checkpointer import RESTART_FRAMES, Checkpointer
 from .config import Config
 from .crashpoints import reach
@@ -50,6 +51,7 @@ INDEX_SUFFIX: Final = "-bottomless"
 _LOOK_SECONDS: Final = 0.02
 
 
+@repr_in_hex("state_hash")
 @dataclass(frozen=True, slots=True)
 class Status:
     """Where the replication of one database stands, in this process.

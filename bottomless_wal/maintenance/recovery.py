@@ -25,6 +25,7 @@ from typing import Final
 import apsw
 
 from .. import api, layout, vfs
+from ..block import repr_in_hex
 from ..compaction import Vanished
 from ..companions import succeed
 from ..crashpoints import reach
@@ -50,6 +51,7 @@ logger = get_logger(__name__)
 _RANGES: Final = 8  # that a message lists
 
 
+@repr_in_hex("state_hash")
 @dataclass(frozen=True, slots=True)
 class Restored:
     """What `restore` did. `head`: the history's last txid (None: there was no log, the page objects alone were used). `pages` of

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
 from .. import parallel
+from ..block import repr_in_hex
 from ..compaction import Vanished
 from ..edges import Edge, reachable
 from ..errors import ConfigError, CorruptionError, RestoreError
@@ -35,6 +36,7 @@ _MOST_LIES: Final = 8  # edges that do not list what they should, before a state
 _LISTINGS: Final = 5
 
 
+@repr_in_hex("state_hash")
 @dataclass(frozen=True, slots=True)
 class State:
     """A state that can be restored. `time` by the server's clock; `size` in bytes, of the edge that leads there: of a snapshot, or of the

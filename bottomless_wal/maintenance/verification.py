@@ -22,6 +22,7 @@ from typing import Final
 import apsw
 
 from .. import layout
+from ..block import repr_in_hex
 from ..errors import CorruptionError, RestoreError
 from ..history import Head
 from ..local_database import LocalDatabase, SnapshotLost
@@ -41,6 +42,7 @@ _LOOKS_AGAIN: Final = 6
 _PAUSE: Final = 0.2
 
 
+@repr_in_hex("state_hash")
 @dataclass(slots=True)
 class Report:
     """What `verify` found. `txid`, `state_hash`, `pages` (of `page_size` bytes) are the head's; `restorable` is the highest txid that
