@@ -95,7 +95,8 @@ def _endpoint(config: Config, clock: Callable[[], float]) -> Check:
         directory = urllib.parse.unquote(parts.path)
         if os.path.isdir(directory) or config.create_bucket:
             return Check("endpoint", "ok", f"the directory {directory}")
-        return Check("endpoint", "failed", f"there is no directory {directory}", "Is the disk mounted? Else make it.")
+        hint = "Is the disk mounted? If it is, set create_bucket=1 (LIBSQL_BOTTOMLESS_CREATE_BUCKET=1) to have the directory made."
+        return Check("endpoint", "failed", f"there is no directory {directory}", hint)
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     began = clock()
     try:

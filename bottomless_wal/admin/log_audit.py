@@ -6,6 +6,7 @@ keys, heads and tables are needed for that; the pages themselves are decoded whe
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -83,9 +84,11 @@ class LogAudit:
                 return self._head()
             sound.remove(misfit)
         self.restorable = max(reachable(sound))
+        database = shlex.quote(self.target.path or self.target.name)
+        can = f"txid {self.restorable} can (`bottomless-wal restore --txid {self.restorable} {database} -o PATH`)"
         self.notes.append(
-            f"the head cannot be rebuilt from the log, up to txid {self.restorable} can "
-            f"(bottomless-wal restore --txid {self.restorable}); page objects and local file were not compared"
+            f"the head cannot be restored from the log, {can if self.restorable else 'no state can'}; "
+            "page objects and local file were not compared"
         )
         return None
 

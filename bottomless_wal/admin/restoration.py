@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import os
 import secrets
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,12 +29,14 @@ from ..core.failpoints import reach
 from ..core.logs import get_logger
 from ..core.ownership import succeed
 from ..formats import keys
+from ..formats.page import repr_in_hex
 from ..history.compaction import Vanished
 from ..history.restore import Progress, Rebuilt, rebuild, rebuild_from_pages
 from ..history.scratch import Scratch, scratch, translated
 from ..history.segment_list import Edge
 from ..history.timeline import ranges, relisted, restorable, txid_at
 from ..replication.index import Backlog, IndexHeader, LocalIndex, boot_id
+from ..replication.log_check import find_gap
 from ..replication.page_objects import UNKNOWN_SIZE
 from ..replication.replicator import home_of
 from ..runtime.registry import registry
@@ -49,10 +52,15 @@ logger = get_logger(__name__)
 _RANGES: Final = 8  # that a message lists
 
 
+@repr_in_hex("state_hash")
 @dataclass(frozen=True, slots=True)
 class Restored:
     """What `restore` did. `head`: the history's last txid (None: there was no log, the page objects alone were used). `pages` of
-    `page_size` bytes; `received`: bytes of content downloaded. `committed`: when that state was made, where a moment was asked for."""
+    `page_size` bytes; `received`: bytes of content downloaded. `committed`: when that state was made, where a moment was asked for.
+
+    `log_error`: why the log does not lead to the head, so that an open cannot move the file forward. It is looked for after the
+    restore of an earlier state that the next open would move forward.
+    """
 
     path: str
     name: str
@@ -65,6 +73,7 @@ class Restored:
     requests: int
     seconds: float
     committed: datetime | None = None
+    log_error: RestoreError | None = None
 
 
 def restore(
@@ -100,9 +109,13 @@ def restore(
         head = max(edge.post for edge in edges) if edges else None
         # The lock that keeps others from opening the new file is let go last: closing our descriptor of it would drop SQLite's locks.
         with contextlib.ExitStack() as last, _temporary_index(destination) as index, scratch(destination, index.pages) as into:
-            rebuilt = _rebuild(target, into, edges, head, txid, progress)
+            arguments = _arguments(path, output, force=force)
+            rebuilt = _rebuild(target, into, edges, head, txid, progress, arguments)
+            belongs = target.name == keys.database_name(target.config.database_id, destination)
             # Opening the very database that was restored need not look through it once more.
-            own = rebuilt.txid == head and target.name == keys.database_name(target.config.database_id, destination)
+            own = belongs and rebuilt.txid == head
+            # Before the file is replaced: a store that fails here leaves all as it was.
+            log_error = find_gap(target.history) if belongs and head is not None and rebuilt.txid < head else None
             old = last.enter_context(_nobody_opens(destination))
             _check(destination, force=force)
             _put_in_place(destination, into, index, old, _index_header(target, rebuilt, edges.listed_ms) if own else None)
@@ -119,7 +132,14 @@ def restore(
             requests=target.requests,
             seconds=time.monotonic() - began,
             committed=committed,
+            log_error=log_error,
         )
+
+
+def _arguments(path: str | os.PathLike[str], output: str | os.PathLike[str] | None, *, force: bool) -> str:
+    """The arguments of the command that restores as is asked for, the state apart."""
+    words = [os.fspath(path), *(["-o", os.fspath(output)] if output is not None else []), *(["--force"] if force else [])]
+    return shlex.join(words)
 
 
 def _destination(target: Target, output: str | os.PathLike[str] | None) -> str:
@@ -172,17 +192,17 @@ def _temporary_index(destination: str) -> Iterator[LocalIndex]:
 
 
 def _rebuild(
-    target: Target, into: Scratch, edges: Sequence[Edge], head: int | None, txid: int | None, progress: Progress | None
+    target: Target, into: Scratch, edges: Sequence[Edge], head: int | None, txid: int | None, progress: Progress | None, arguments: str
 ) -> Rebuilt:
     width = target.config.concurrency
     if head is not None:
         if txid is not None and not 0 < txid <= head:
             raise RestoreError(
                 f"{target.name!r} in {target.store.describe()} has no txid {txid}: its history goes from 1 to {head}",
-                hint="`bottomless-wal ls` with the database's name shows what can be restored.",
+                hint="`bottomless-wal ls DB` shows what can be restored.",
             )
         try:
-            return rebuild(target.history, into, head if txid is None else txid, edges, width=width, progress=progress)
+            return rebuild(target.history, into, head if txid is None else txid, edges, width=width, progress=progress, arguments=arguments)
         except RestoreError as error:
             raise (_removed(target, txid) or error) from error
     rebuilt = rebuild_from_pages(target.history, into, width=width, progress=progress)
@@ -221,7 +241,7 @@ def _removed(target: Target, txid: int | None) -> RestoreError | None:
     shown = ", ".join(runs if len(runs) <= _RANGES else [*runs[:2], "...", *runs[2 - _RANGES :]])
     return RestoreError(
         f"nothing leads to txid {txid} of {target.name!r}, which is not kept any more, or missing; what can be restored: {shown}",
-        hint="`retention` and `keep_snapshots` say what is kept. `bottomless-wal ls` with the database's name shows the states.",
+        hint="`retention` and `keep_snapshots` say what is kept. `bottomless-wal ls DB` shows the states.",
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from ..core.logs import get_logger
+from ..formats.page import repr_in_hex
 from ..formats.segment import Commit
 from ..history.compaction import Vanished
 from ..history.timeline import moment_of, ranges, relisted, restorable, timeline
@@ -18,6 +19,7 @@ __all__ = ["State", "States", "states"]
 logger = get_logger(__name__)
 
 
+@repr_in_hex("state_hash")
 @dataclass(frozen=True, slots=True)
 class State:
     """A state that can be restored. `time` by the server's clock; `size` in bytes, of the edge that leads there: of a snapshot, or of the

@@ -23,7 +23,7 @@ import apsw
 
 from ..core.errors import CorruptionError, RestoreError
 from ..formats import keys
-from ..formats.page import page_hash
+from ..formats.page import page_hash, repr_in_hex
 from ..history.integrity import integrity_fault
 from ..history.log import Head
 from ..history.page_table import PageTable, TableReplay
@@ -42,6 +42,7 @@ _LOOKS_AGAIN: Final = 6
 _PAUSE: Final = 0.2
 
 
+@repr_in_hex("state_hash")
 @dataclass(slots=True)
 class Report:
     """What `verify` found. `txid`, `state_hash`, `pages` (of `page_size` bytes) are the head's; `restorable` is the highest txid that

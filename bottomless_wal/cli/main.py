@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -157,8 +158,16 @@ def restore(
         speaker.print(f"  It was committed at {moment_text(done.committed)}.")
     speaker.print(f"  {human_bytes(done.received)} in {done.requests} requests, {done.seconds:.2f} s", style="dim")
     if done.head is not None and done.txid < done.head and output is None:
-        speaker.print(f"  The history goes on to txid {done.head}: opening the file through vfs=bottomless takes it there.")
-        speaker.print(f"  To go on from txid {done.txid} instead: bottomless-wal reset --from-local {database}")
+        instead = ""
+        if done.log_error is None:
+            instead = " instead"
+            speaker.print(f"  The history goes on to txid {done.head}: opening the file through vfs=bottomless takes it there.")
+        else:
+            message = done.log_error.message.rstrip(".")
+            speaker.print(
+                f"  The history goes on to txid {done.head}, but opening the file cannot take it there: {message}.", style="yellow"
+            )
+        speaker.print(f"  To go on from txid {done.txid}{instead}: bottomless-wal reset --from-local {shlex.quote(database)}")
 
 
 @main.command()

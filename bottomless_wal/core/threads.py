@@ -9,12 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol
 
-__all__ = ["EXITED", "ForkAware", "as_own_thread", "fork_aware", "has_exited", "is_held_here", "is_own_thread", "mark_own_thread"]
+__all__ = [
+    "EXITED",
+    "ForkAware",
+    "UntilCleared",
+    "as_own_thread",
+    "fork_aware",
+    "has_exited",
+    "is_held_here",
+    "is_own_thread",
+    "mark_own_thread",
+]
 
 
 class ForkAware(Protocol):
@@ -61,6 +72,28 @@ def is_held_here(lock: threading.RLock) -> bool:
 
 EXITED: Final[list[None]] = []
 """Not empty once the exit's handlers have run. A list, because `EXITED.append` is a handler that Ctrl-C cannot interrupt."""
+
+
+class UntilCleared:
+    """A context that ends quietly what fails because the interpreter, at its end, has cleared the modules that it needs.
+
+    A connection that is deallocated so late finds None in place of functions and modules. All other errors pass. An instance has to be
+    reached through an object: a global name is cleared, too.
+    """
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: object,
+        error: BaseException | None,
+        traceback: object,
+        is_finalizing: Callable[[], bool] = sys.is_finalizing,  # bound here, for `sys` is cleared as well
+    ) -> bool:
+        return isinstance(error, AttributeError | TypeError) and is_finalizing() and "NoneType" in str(error)
 
 
 def has_exited() -> bool:

@@ -59,7 +59,7 @@ def check_growth(name: str, before: int, after: int, grown: int, page_size: int)
     if grown != pages_between(before, after, page_size):
         raise CorruptionError(
             f"{name} says that the database grew from {before} to {after} pages, and has {grown} new ones",
-            hint="`bottomless-wal verify` shows what can still be restored.",
+            hint="`bottomless-wal verify DB` shows what can still be restored.",
         )
 
 
@@ -199,5 +199,5 @@ def corrupt(name: str, error: FormatError) -> CorruptionError:
         return CorruptionError(f"{name}: {error}", hint="Upgrade bottomless-wal.")
     return CorruptionError(
         f"{name} is not sound: {error}",
-        hint="The object was damaged, or is not of this program. `bottomless-wal verify` shows what can still be restored.",
+        hint="The object was damaged, or is not of this program. `bottomless-wal verify DB` shows what can still be restored.",
     )

@@ -44,6 +44,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+from .page import repr_in_hex
 from .wal import Position
 
 __all__ = ["ENTRY_SIZE", "HEADER_SIZE", "MAX_INTENTS", "SEAL_OFFSET", "SEAL_SIZE", "Backlog", "Identity", "IndexHeader", "Intent", "Seal"]
@@ -147,6 +148,7 @@ class Seal(NamedTuple):
         )
 
 
+@repr_in_hex("state")
 @dataclass(slots=True)
 class IndexHeader:
     """The index's header, as a value. `position` None: there is no WAL, the main file holds everything."""

@@ -7,16 +7,19 @@ state hash  XOR of the hashes of all pages but the one at offset 0x40000000 (SQL
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import struct
-from collections.abc import Iterable
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Final, NamedTuple, TypeVar
 
 from .zstd import Bytes
 
-__all__ = ["Page", "lock_page", "page_hash", "pages_between", "state_hash"]
+__all__ = ["Page", "lock_page", "page_hash", "pages_between", "repr_in_hex", "state_hash"]
 
 _PGNO: Final = struct.Struct(">I")
+
+T = TypeVar("T")
 
 _sha256 = hashlib.sha256
 _pack_pgno = _PGNO.pack
@@ -34,6 +37,23 @@ class Page(NamedTuple):
 def page_hash(pgno: int, page: Bytes) -> int:
     """The hash of page `pgno` (1-based) with the content `page`: 64 bits."""
     return _from_bytes(_sha256(_pack_pgno(pgno) + page).digest()[:8], "big")
+
+
+def repr_in_hex(name: str) -> Callable[[type[T]], type[T]]:
+    """Return a class decorator for a dataclass or a named tuple: its repr shows the field `name`, a hash, as 16 hex digits."""
+
+    def decorated(cls: type[T]) -> type[T]:
+        names = getattr(cls, "_fields", None) or [field.name for field in dataclasses.fields(cls) if field.repr]  # type: ignore[arg-type]
+
+        def shown(self: T) -> str:
+            values = ((known, getattr(self, known)) for known in names)
+            texts = (f"{known}={value:#018x}" if known == name else f"{known}={value!r}" for known, value in values)
+            return f"{cls.__qualname__}({', '.join(texts)})"
+
+        cls.__repr__ = shown  # type: ignore[assignment, method-assign]
+        return cls
+
+    return decorated
 
 
 def state_hash(page_size: int, pages: Iterable[tuple[int, Bytes]]) -> int:

@@ -37,7 +37,7 @@ _PREAMBLE: Final = struct.pack("<II", 0x184D2A5B, 56) + b"BWPG"
 _FIELDS: Final = struct.Struct(">4sHHIIQQQI4x")
 _SIZE: Final = 8 + _FIELDS.size + 8
 _NEWER_HINT: Final = "Upgrade bottomless-wal."
-_DAMAGED_HINT: Final = "`bottomless-wal verify --repair-view` writes the page anew from the log, which alone is authoritative."
+_DAMAGED_HINT: Final = "`bottomless-wal verify --repair-view DB` writes the page anew from the log, which alone is authoritative."
 
 
 class PageTrailer(NamedTuple):

@@ -142,7 +142,7 @@ def snapshot(history: History, edges: Iterable[Edge], target: int, *, level: int
         if chain is None:
             raise RestoreError(
                 f"no snapshot of {history.name!r} can be made: its history has a gap before txid {target}",
-                hint="`bottomless-wal verify` shows where.",
+                hint="`bottomless-wal verify DB` shows where.",
             )
         if len(chain) == 1 and chain[0].pre == 0:
             return None
@@ -188,7 +188,7 @@ def _require_listed(history: History, edges: Sequence[Edge], last: Edge) -> None
         raise CorruptionError(
             f"{keys.segment_key(history.name, last.pre, last.post)} leads to state hash {header.post_hash:016x}, and the history has "
             f"{told:016x} at txid {last.post}: it is no part of it",
-            hint="It was left by a writer that was away. `bottomless-wal prune` removes it in time.",
+            hint="It was left by a writer that was away. `bottomless-wal prune DB` removes it in time.",
         )
 
 
@@ -219,7 +219,7 @@ def merge(history: History, chain: list[Edge], *, whole: bool = False, level: in
             raise CorruptionError(
                 f"{other.name} does not follow {one.name}: before it the state hash is {other.header.pre_hash:016x}, after that one "
                 f"{one.header.post_hash:016x}",
-                hint="`bottomless-wal verify` shows what can still be restored.",
+                hint="`bottomless-wal verify DB` shows what can still be restored.",
             )
     last = headers[-1]
     # What lies before the last reset is in none of the pages, only in the list of commits.
@@ -250,7 +250,7 @@ def merge(history: History, chain: list[Edge], *, whole: bool = False, level: in
     if header.whole and state != header.post_hash:
         raise CorruptionError(
             f"the edges from {parts[begin].name} to {parts[-1].name} give the state hash {state:016x}, not {header.post_hash:016x}",
-            hint="`bottomless-wal verify` shows what can still be restored.",
+            hint="`bottomless-wal verify DB` shows what can still be restored.",
         )
     reach("before merged")
     receipt = history.append(header, staged.blocks)

@@ -21,7 +21,7 @@ from ..core.errors import CorruptionError, RestoreError
 from ..core.failpoints import reach
 from ..core.logs import get_logger
 from ..formats import keys, segment
-from ..formats.page import Page
+from ..formats.page import Page, repr_in_hex
 from ..formats.segment import LISTED_ROWS, Body, Header, Mapper, Segment
 from ..storage import Entry, Store
 from .planner import leading_to
@@ -82,6 +82,7 @@ class Stream(NamedTuple):
     blocks: Callable[[], Iterator[list[Page]]]
 
 
+@repr_in_hex("state")
 class Head(NamedTuple):
     """The state at the end of a history."""
 
@@ -308,12 +309,12 @@ class History:
             if data is None:
                 raise CorruptionError(
                     f"{key}, which holds the pages of {name}, is missing",
-                    hint="Objects of this history were deleted. `bottomless-wal verify` shows what can still be restored.",
+                    hint="Objects of this history were deleted. `bottomless-wal verify DB` shows what can still be restored.",
                 )
             if len(data) != length:
                 raise CorruptionError(
                     f"{key} is {start + len(data)} bytes long; {name} says {body.size}",
-                    hint="The object was damaged. `bottomless-wal verify` shows what can still be restored.",
+                    hint="The object was damaged. `bottomless-wal verify DB` shows what can still be restored.",
                 )
             return data
 

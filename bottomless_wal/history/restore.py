@@ -76,8 +76,11 @@ def rebuild(
     *,
     width: int = 8,
     progress: Progress | None = None,
+    arguments: str = "DB",
 ) -> Rebuilt:
     """Fills `into` with the state of txid `target`, synced and verified.
+
+    `arguments`: those of `bottomless-wal restore` that a hint names, the txid apart.
 
     Raises:
         RestoreError: no chain of sound edges leads to `target`; the message names what is missing or wrong.
@@ -100,7 +103,7 @@ def rebuild(
             chain = plan(usable, target, overlapping=True)
             overlapping = chain is not None
         if chain is None:
-            raise _no_way(history, target, edges, first)
+            raise _no_way(history, target, edges, first, arguments)
         state = Rebuilt()
         try:
             _apply_chain(history, into, chain, state, overlapping=overlapping, width=width, progress=progress)
@@ -116,7 +119,7 @@ def rebuild(
             continue
         os.fsync(into.fd)
         return state
-    raise _no_way(history, target, edges, first)
+    raise _no_way(history, target, edges, first, arguments)
 
 
 def rebuild_from_pages(history: History, into: Scratch, *, width: int = 8, progress: Progress | None = None) -> Rebuilt | None:
@@ -280,19 +283,21 @@ def _require_every_page(pages: PageTable, state: Rebuilt, chain: list[Edge]) -> 
                 raise _Misfit(chain[-1], f"no edge up to txid {state.txid} has page {pgno} of {state.db_size}")
 
 
-def _no_way(history: History, target: int, edges: Sequence[Edge], first: _Misfit | None) -> RestoreError:
+def _no_way(history: History, target: int, edges: Sequence[Edge], first: _Misfit | None, arguments: str) -> RestoreError:
     if first is not None:
         return RestoreError(
-            f"cannot rebuild txid {target} of {history.name!r}: {first.cause}",
+            f"cannot restore {history.name!r} to txid {target}: {first.cause}",
             hint=(first.error.hint if first.error is not None else "")
-            or "No other way leads there. `bottomless-wal verify` shows what can still be restored.",
+            or "No other way leads there. `bottomless-wal verify DB` shows what can still be restored.",
         )
     reached = 0
     for edge in sorted(edges, key=lambda e: (e.pre, e.post)):
         if edge.pre <= reached < edge.post <= target:
             reached = edge.post
     return RestoreError(
-        f"cannot rebuild txid {target} of {history.name!r}: nothing leads on from txid {reached}; "
-        f"{keys.segment_key(history.name, reached, reached + 1)} is missing",
-        hint=f"Restore the state before the gap: bottomless-wal restore --txid {reached}." if reached else "Check the bucket's name.",
+        f"cannot restore {history.name!r} to txid {target}: the log has a gap after txid {reached} "
+        f"(missing object {keys.segment_key(history.name, reached, reached + 1)})",
+        hint=f"Restore the state before the gap: `bottomless-wal restore --txid {reached} {arguments}`."
+        if reached
+        else "Check the bucket's name.",
     )

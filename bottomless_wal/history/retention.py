@@ -83,7 +83,8 @@ def superfluous(edges: Sequence[Edge], *, now: float, retention: float, keep_sna
         if head not in after or before != len(after):
             raise CorruptionError(
                 f"nothing was deleted: without what is old, some state of {base} to {head} could not be restored any more",
-                hint="The history has a gap. `bottomless-wal verify` shows where; a reset (`reset --from-local`) and a snapshot close it.",
+                hint="The history has a gap. `bottomless-wal verify DB` shows where. "
+                "`bottomless-wal reset --from-local DB` and `bottomless-wal snapshot DB` close it.",
             )
     return gone, base
 
@@ -139,7 +140,7 @@ def _require_sound(history: History, edges: Sequence[Edge], base: int, breathe: 
             if follows is not None and not follows.reset and follows.pre_hash != found.header.post_hash:
                 raise CorruptionError(
                     f"nothing was deleted: {keys.segment_key(history.name, *after[:2])} does not follow {found.name}",
-                    hint="`bottomless-wal verify` shows what can still be restored.",
+                    hint="`bottomless-wal verify DB` shows what can still be restored.",
                 )
 
 

@@ -106,11 +106,11 @@ def txid_at(history: History, edges: Sequence[Edge], moment: datetime, *, width:
     if best is not None:
         return best
     if first is None:
-        raise RestoreError(f"no state of {history.name!r} can be restored", hint="`bottomless-wal verify` shows what is wrong.")
+        raise RestoreError(f"no state of {history.name!r} can be restored", hint="`bottomless-wal verify DB` shows what is wrong.")
     raise RestoreError(
         f"{history.name!r} has no state of {_text(moment)}: the earliest that can be restored is txid {first.txid}, "
         f"of {_text(moment_of(first))}",
-        hint="Ask for a later moment. `bottomless-wal ls` with the database's name shows what there is.",
+        hint="Ask for a later moment. `bottomless-wal ls DB` shows what there is.",
     )
 
 

@@ -6,6 +6,7 @@ to the index here. Memory: a few bytes a page, and the pages themselves only whi
 
 from __future__ import annotations
 
+import shlex
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -193,7 +194,7 @@ def stage_scan(
                 f"page {unexplained} of {local.path} is not what it was at txid {header.txid}, and nothing in its WAL, which has gone on "
                 "since, has changed it: the file was replaced, or written to, by other means than SQLite. Nothing of it was stored",
                 hint="To go on from the remote history: close every connection, and move the file and its -wal away. To make the local "
-                "file the truth, if it is sound: `bottomless-wal reset --from-local`.",
+                f"file the truth, if it is sound: `bottomless-wal reset --from-local {shlex.quote(local.path)}`.",
             )
         if not passed.pgnos and shape.db_size == header.db_size and not even_if_same:
             return None

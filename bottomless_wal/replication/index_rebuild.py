@@ -60,7 +60,7 @@ def learn(history: History, index: LocalIndex, header: IndexHeader, head: Head, 
     if chain is None:
         raise RestoreError(
             f"the history of {history.name!r} has a gap before txid {head.txid}",
-            hint="`bottomless-wal verify` shows where. `bottomless-wal reset --from-local` starts over from the local file.",
+            hint="`bottomless-wal verify DB` shows where. `bottomless-wal reset --from-local DB` starts over from the local file.",
         )
     header.txid, header.state = head.txid, head.state
     header.page_size, header.db_size = head.page_size, head.db_size
@@ -69,7 +69,7 @@ def learn(history: History, index: LocalIndex, header: IndexHeader, head: Head, 
     if state != head.state:
         raise CorruptionError(
             f"the segments of {history.name!r} give the state {state:016x} at txid {head.txid}, not {head.state:016x}",
-            hint="`bottomless-wal verify` shows which is wrong.",
+            hint="`bottomless-wal verify DB` shows which is wrong.",
         )
 
 
@@ -96,7 +96,7 @@ def _learn_chain(history: History, index: LocalIndex, header: IndexHeader, chain
                 raise _Misfit(
                     edge,
                     before,
-                    CorruptionError(f"{found.name} does not follow state {state:016x}", hint="`bottomless-wal verify` shows more."),
+                    CorruptionError(f"{found.name} does not follow state {state:016x}", hint="`bottomless-wal verify DB` shows more."),
                 )
             table = history.tables(found)
             grown = 0

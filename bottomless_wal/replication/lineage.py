@@ -16,10 +16,10 @@ that follows: a page has changed that the WAL has no frame of. Then it is EARLIE
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Final
+from typing import Final, NamedTuple
 
 from ..core import pool
 from ..core.errors import CorruptionError
@@ -34,7 +34,7 @@ from ..sqlite.database_reader import LocalDatabase, Shape
 from .index import Identity, IndexHeader, LocalIndex
 from .wal_position import position_of
 
-__all__ = ["LocalState", "Relation", "is_earlier", "local_state", "relate"]
+__all__ = ["LocalState", "Place", "Relation", "earlier_txid", "local_state", "relate"]
 
 logger = get_logger(__name__)
 
@@ -48,6 +48,13 @@ class Relation(Enum):
     EARLIER = auto()
     DESCENDS = auto()
     UNKNOWN = auto()
+
+
+class Place(NamedTuple):
+    """The relation of a local state to a history; of an EARLIER one its txid, if the log tells it."""
+
+    relation: Relation
+    txid: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,30 +95,31 @@ def relate(
     *,
     home: bytes,
     width: int,
-) -> Relation:
-    """The relation of `found` to the history with `edges` and `head`; `index` is locked and of `home`, `width` requests go at once.
+) -> Place:
+    """The place of `found` in the history with `edges` and `head`; `index` is locked and of `home`, `width` requests go at once.
 
     Raises:
         StoreError: the history could not be read. (Segments that are damaged are passed over, with a warning.)
     """
     if (found.state, found.page_size, found.db_size) == (head.state, head.page_size, head.db_size):
-        return Relation.HEAD
+        return Place(Relation.HEAD)
     ended = _end_of(head, edges, history)
     if _outruns(found, ended, local):
-        return Relation.DESCENDS
+        return Place(Relation.DESCENDS)
     header = _header_of(index, home)
     if header is not None and _was_left_so(found, head, header, local):
-        return Relation.DESCENDS
+        return Place(Relation.DESCENDS)
     if header is not None and (_is_known_pending(found, head, header) or _descends(found, head, header, local)):
-        return Relation.DESCENDS
-    if is_earlier(found, head, edges, history, width):
-        return Relation.EARLIER
+        return Place(Relation.DESCENDS)
+    txid = earlier_txid(found, leading_to(edges, head.txid), history, width)
+    if txid is not None:
+        return Place(Relation.EARLIER, txid)
     header = _header_of(index, home)  # that took its time, and whoever restarts the WAL leaves a seal without asking for the lock
     if header is not None and not header.txid and header.state == found.state:
-        return Relation.EARLIER  # a fast-forward was cut off after its WAL had gone
+        return Place(Relation.EARLIER)  # a fast-forward was cut off after its WAL had gone
     if header is not None and _descends(found, head, header, local):
-        return Relation.DESCENDS
-    return Relation.DESCENDS if _continues(head, ended, local) else Relation.UNKNOWN
+        return Place(Relation.DESCENDS)
+    return Place(Relation.DESCENDS if _continues(head, ended, local) else Relation.UNKNOWN)
 
 
 def _header_of(index: LocalIndex, home: bytes) -> IndexHeader | None:
@@ -153,14 +161,20 @@ def _is_known_pending(found: LocalState, head: Head, header: IndexHeader) -> boo
     return is_at_head and header.identity is not None and any(found.state == intent.post_hash for intent in header.intents)
 
 
-def is_earlier(found: LocalState, head: Head, edges: Sequence[Edge], history: History, width: int) -> bool:
-    """Is the local state, by its hash or by its place in a WAL, one that a segment lists? Newest first."""
-    for header in _listed(list(leading_to(edges, head.txid)), history, width):
-        if any(commit.post == found.state for commit in header.commits) or (header.pre and header.pre_hash == found.state):
-            return True
+def earlier_txid(found: LocalState, edges: Iterable[Edge], history: History, width: int) -> int | None:
+    """Return the txid that `edges`, the newest first, list for the local state; None if they do not list it.
+
+    A place in a WAL tells the segment that holds the commit. Its end is returned.
+    """
+    for header in _listed(list(edges), history, width):
+        txids = [commit.txid for commit in header.commits if commit.post == found.state]
+        if txids:
+            return max(txids)
+        if header.pre and header.pre_hash == found.state:
+            return header.pre
         if found.position is not None and found.position in header.positions:
-            return True
-    return False
+            return header.post
+    return None
 
 
 def _listed(edges: Sequence[Edge], history: History, width: int) -> Iterator[Header]:

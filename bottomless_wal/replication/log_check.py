@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum, auto
 from typing import Final
@@ -35,7 +36,7 @@ from .index import IndexHeader
 from .replicator import Replicator
 from .wal_position import position_of
 
-__all__ = ["Finding", "LogCheck"]
+__all__ = ["Finding", "LogCheck", "find_gap"]
 
 logger = get_logger(__name__)
 
@@ -145,7 +146,8 @@ class LogCheck:
             reader.close()
         raise ReplicationError(
             f"cannot mend the log of {self._history.name!r}: {reader.path} kept changing",
-            hint="The next commit tries again. `bottomless-wal reset --from-local` stores the whole database at once.",
+            hint="The next commit tries again. "
+            f"`bottomless-wal reset --from-local {shlex.quote(reader.path)}` stores the whole database at once.",
         )
 
     def _pinned_state(self, reader: LocalDatabase, held: contextlib.ExitStack) -> tuple[IndexHeader, Tip] | None:

@@ -16,13 +16,13 @@ from typing import Final
 
 import apsw
 
-from ..core.errors import ConflictError, CorruptionError, ReplicationError, StoreError
+from ..core.errors import BottomlessError, ConflictError, CorruptionError, ReplicationError, RestoreError, StoreError
 from ..core.failpoints import reach
 from ..core.logs import get_logger
 from ..formats import keys
 from ..history.log import Head
 from ..history.page_table import IndexCorrupt
-from ..history.planner import newest
+from ..history.planner import leading_to, newest
 from ..history.restore import Progress, Rebuilt, rebuild, rebuild_from_pages
 from ..history.scratch import Scratch, scratch
 from ..history.segment_list import Edge
@@ -30,7 +30,8 @@ from ..sqlite.database_reader import SnapshotLost
 from ..sqlite.replace import aside, nobody_else, open_elsewhere, put_in_place
 from .index import Backlog, Identity, IndexHeader, boot_id
 from .index_rebuild import learn, learn_locally
-from .lineage import LocalState, Relation, is_earlier, local_state, relate
+from .lineage import LocalState, Place, Relation, earlier_txid, local_state, relate
+from .log_check import find_gap
 from .page_objects import UNKNOWN_SIZE
 from .recovery_plan import POLICY, Action, Remote, decide
 from .replicator import Replicator
@@ -89,7 +90,8 @@ class Boot:
 
         Raises:
             ConflictError: the policy is `error` and the local file is no state of the history; or it has to be replaced and is open.
-            StoreError, RestoreError, CorruptionError: nothing was changed.
+            RestoreError: the head cannot be restored. The local file may be an earlier state of the history, from which nothing leads on.
+            StoreError, CorruptionError: nothing was changed.
         """
         path = self.local.path
         self.identity = Identity.of(path)
@@ -114,16 +116,16 @@ class Boot:
             self.action = Action.RESET
             return self._reset(head_state)
         local: LocalState | None = None
-        relation: Relation | None = None
+        place: Place | None = None
         if not empty and head_state is not None:
             local = local_state(self.local, known)
-            relation = relate(
+            place = relate(
                 local, head_state, edges, self.local, self.index, self.history,
                 home=self.replicator.home, width=self.replicator.config.concurrency,
             )  # fmt: skip
-            if relation is Relation.UNKNOWN and self._restarted_since(local):
+            if place.relation is Relation.UNKNOWN and self._restarted_since(local):
                 raise SnapshotLost("its WAL was restarted while its place in the history was looked for")
-        self.action = decide(empty, remote, relation, self.policy)
+        self.action = decide(empty, remote, place.relation if place is not None else None, self.policy)
         logger.info("%s: %s", path, self.action.name.lower().replace("_", " "))
         if self.action is Action.START:
             return self._start()
@@ -136,18 +138,20 @@ class Boot:
             raise AssertionError("every other action needs a history")
         if self.action is Action.RESTORE:
             return self._restore(head_state, edges)
-        if local is None:
+        if local is None or place is None:
             raise AssertionError("every other action needs a local state")
         if self.action is Action.FAST_FORWARD:
-            return self._fast_forward(local, head_state, edges)
+            return self._fast_forward(local, place.txid, head_state, edges)
         if self.action in (Action.RESUME, Action.CATCH_UP):
             try:
                 return self._catch_up(local, head_state, edges)
             except ConflictError:
                 # It is not a descendant after all.
-                if is_earlier(local, head_state, edges, self.history, self.replicator.config.concurrency):
+                leading = leading_to(edges, head_state.txid)
+                txid = earlier_txid(local, leading, self.history, self.replicator.config.concurrency)
+                if txid is not None:
                     self.action = Action.FAST_FORWARD
-                    return self._fast_forward(local, head_state, edges)
+                    return self._fast_forward(local, txid, head_state, edges)
                 self.action = POLICY[self.policy]
                 if self.action is Action.CONFLICT:
                     raise
@@ -155,7 +159,7 @@ class Boot:
             return self._reset(head_state)
         if self.action is Action.KEEP_LOCAL:
             return self._keep_local(head_state, edges)
-        raise self._conflict(local, head_state)
+        raise self._conflict(local, head_state, edges)
 
     def _say_what_is_gone(self) -> None:
         """The bucket holds no history where the index knows one: somebody has deleted it, or an expiry rule has."""
@@ -336,7 +340,8 @@ class Boot:
         learn(self.history, self.index, header, head, edges, width=self.replicator.config.concurrency)
         header.proved_ms = self._listed_ms
 
-    def _fast_forward(self, local: LocalState, head: Head, edges: Sequence[Edge]) -> IndexHeader:
+    def _fast_forward(self, local: LocalState, txid: int | None, head: Head, edges: Sequence[Edge]) -> IndexHeader:
+        """Replace the local file, which is at `txid` (None: a fast-forward was cut off, so it is not known), by the head."""
         # By its hash the index now says that this is an earlier state (see `placing`): the place in the WAL, which may be all that told
         # it, goes before the file does.
         self.local.close()
@@ -356,7 +361,12 @@ class Boot:
                 raise open_elsewhere(self.local.path) from error
         reach("after fold")
         self.identity = Identity.of(self.local.path)
-        return self._restore(head, edges, header)
+        place = f"txid {txid}" if txid is not None else f"state {local.state:016x}"
+        header = self._restore(head, edges, header, place)
+        logger.warning(
+            "%s was at %s, an earlier state of its history: moved forward to the head, txid %d", self.local.path, place, head.txid
+        )
+        return header
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -367,10 +377,17 @@ class Boot:
                 raise SnapshotLost(f"{self.local.path} was written to meanwhile")
             yield
 
-    def _restore(self, head: Head, edges: Sequence[Edge], header: IndexHeader | None = None) -> IndexHeader:
+    def _restore(self, head: Head, edges: Sequence[Edge], header: IndexHeader | None = None, place: str = "") -> IndexHeader:
+        """Put the head in place of the local file, which is at `place` if it is not empty."""
+        width, path = self.replicator.config.concurrency, shlex.quote(self.local.path)
         with self._alone(), scratch(self.local.path, self.index.pages) as into:
             header = header or self.replicator.fresh()
-            rebuilt = rebuild(self.history, into, head.txid, edges, width=self.replicator.config.concurrency, progress=self.progress)
+            try:
+                rebuilt = rebuild(self.history, into, head.txid, edges, width=width, progress=self.progress, arguments=path)
+            except RestoreError as error:
+                if place:
+                    raise self._cut_off(place, error) from error
+                raise
             return self._put_in_place(into, rebuilt, header)
 
     def _restore_pages(self) -> IndexHeader:
@@ -419,7 +436,22 @@ class Boot:
         logger.info("%s: restored at txid %d (%d pages)", path, header.txid, header.db_size)
         return self._opened(header)
 
-    def _conflict(self, local: LocalState, head: Head) -> ConflictError:
+    def _cut_off(self, place: str, cause: RestoreError) -> RestoreError:
+        path = shlex.quote(self.local.path)
+        return RestoreError(
+            f"{self.local.path} is at {place} of its history and cannot be moved forward to the head: {cause.message.rstrip('.')}. "
+            "Its content was not changed",
+            hint=f"Make the local file the head: `bottomless-wal reset --from-local {path}`. "
+            f"`bottomless-wal ls {path}` shows the states that can be restored before.",
+        )
+
+    def _conflict(self, local: LocalState, head: Head, edges: Sequence[Edge]) -> BottomlessError:
+        gap = find_gap(self.history, is_thorough=False)
+        if gap is not None:
+            # No edge before the gap leads on to the head, so `relate` has not looked there.
+            txid = earlier_txid(local, reversed(edges), self.history, self.replicator.config.concurrency)
+            if txid is not None:
+                return self._cut_off(f"txid {txid}", gap)
         return ConflictError(
             f"{self.local.path} (state {local.state:016x}, {local.db_size} pages) is no state of the history of {self.history.name!r} "
             f"in {self.history.store.describe()} (head: txid {head.txid}, state {head.state:016x}, {head.db_size} pages). "

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import shlex
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -441,7 +442,8 @@ class Replicator:
     def _fence(self, message: str) -> None:
         self._fenced = FencedError(
             message,
-            hint="This replica has stopped and overwrites nothing. Re-base it with `bottomless-wal restore --force`, or make it the "
+            hint="This replica has stopped and overwrites nothing. Re-base it with "
+            f"`bottomless-wal restore --force {shlex.quote(self.local.path)}`, or make it the "
             "truth by opening it with initial_replication=force.",
         )
         raise self._fenced

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import threading
 import time
+import urllib.parse
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from ..core.failpoints import reach
 from ..core.logs import get_logger
 from ..core.threads import has_exited, is_own_thread
 from ..formats import keys
+from ..formats.page import repr_in_hex
 from ..formats.wal import Position, WalHeader
 from ..history.log import History
 from ..replication.index import Identity, IndexHeader, LocalIndex
@@ -48,6 +51,7 @@ INDEX_SUFFIX: Final = "-bottomless"
 _LOOK_SECONDS: Final = 0.02
 
 
+@repr_in_hex("state_hash")
 @dataclass(frozen=True, slots=True)
 class Status:
     """Where the replication of one database stands, in this process.
@@ -165,7 +169,7 @@ class Replica:
             self.worker.nudge(header)
             self.upkeep.opened()
         except OSError as error:
-            raise ConfigError(f"cannot write beside {self.path}: {error}", hint=_hint(error)) from error
+            raise ConfigError(f"cannot write beside {self.path}: {error}", hint=_hint(error, self.path)) from error
         finally:
             if not self.booted:
                 self._forget(existed)
@@ -289,7 +293,9 @@ class Replica:
         except ReplicationError as error:
             failure = failure or error
         except (apsw.NotADBError, apsw.CorruptError) as error:
-            raise CorruptionError(f"{self.path} is damaged: {error}", hint="Restore it: bottomless-wal restore --force.") from error
+            raise CorruptionError(
+                f"{self.path} is damaged: {error}", hint=f"Restore it: `bottomless-wal restore --force {shlex.quote(self.path)}`."
+            ) from error
         header = LocalIndex.peek(self.index.path)
         try:
             self.local.has_content(is_new=header is None or not header.txid)
@@ -431,7 +437,22 @@ class Replica:
         self.replicator.view.lock.abandon()
 
 
-def _hint(error: OSError) -> str:
+def _hint(error: OSError, path: str) -> str:
     if isinstance(error, PermissionError) and error.filename and os.path.exists(error.filename):
         return f"Give {error.filename} the owner, group and mode of the database, or let its owner open the database once."
-    return "The directory must be writable. To read only, open the file with mode=ro."
+    return f"Make the directory writable.{_reading_hint(path)}"
+
+
+def _reading_hint(path: str) -> str:
+    """How to read the database at `path` where nothing can be written.
+
+    SQLite opens a database in WAL mode with `mode=ro` only if its WAL and shared memory exist. With `immutable=1` it ignores the WAL.
+    """
+    if not os.path.exists(path):
+        return ""
+    uri = f"file:{urllib.parse.quote(path)}"
+    if not os.path.exists(path + "-wal"):
+        return f" To read only, open '{uri}?immutable=1' while no program writes to it."
+    if not os.path.exists(path + "-shm"):
+        return " To read only, copy the file and its -wal to a directory that is writable."
+    return f" To read only, open '{uri}?mode=ro'."

@@ -33,6 +33,7 @@ import apsw
 from ..core.config import Config
 from ..core.errors import BottomlessError, ConfigError, ReplicationError
 from ..core.logs import get_logger
+from ..core.threads import UntilCleared
 from ..formats.wal import WalHeader
 from ..sqlite.checkpointer import AUTOCHECKPOINT_FRAMES
 from ..sqlite.database_path import require_free_name, require_same_name
@@ -72,6 +73,8 @@ _opened: dict[int, weakref.ref[apsw.Connection]] = {}
 class _MainFile(apsw.VFSFile):
     """A main file. `replica` None: one of our own connections, or a read-only one."""
 
+    _until_cleared: Final = UntilCleared()
+
     def __init__(self, filename: Any, flags: list[int], replica: Replica | None) -> None:
         self._replica = replica
         self._connection = 0
@@ -108,18 +111,21 @@ class _MainFile(apsw.VFSFile):
         super().xLock(level)
 
     def xClose(self) -> None:
-        late = parked.take(self._connection, self._replica.path) if self._replica is not None else None
+        late: parked.Parked | None = None
+        with self._until_cleared:
+            late = parked.take(self._connection, self._replica.path) if self._replica is not None else None
         super().xClose()
-        replica, self._replica = self._replica, None
-        if replica is not None and replica.pid == os.getpid():
-            opened = _opened.get(self._connection)
-            if opened is not None and opened() is None:
-                # The connection is deallocated, by the collector or in the middle of whatever dropped it: nothing may be waited for there.
-                registry.hand_over(replica)
-            else:
-                registry.release(replica)
-        if late is not None and late.is_due():
-            raise late.late_copy("The connection is closed.")
+        with self._until_cleared:
+            replica, self._replica = self._replica, None
+            if replica is not None and replica.pid == os.getpid():
+                opened = _opened.get(self._connection)
+                if opened is not None and opened() is None:
+                    # The connection is deallocated, by the collector or in the middle of whatever dropped it: nothing may be waited for.
+                    registry.hand_over(replica)
+                else:
+                    registry.release(replica)
+            if late is not None and late.is_due():
+                raise late.late_copy("The connection is closed.")
 
     def _phase_two(self, replica: Replica) -> None:
         connection = self._find()
@@ -235,6 +241,8 @@ class _MainFile(apsw.VFSFile):
 class _WalFile(apsw.VFSFile):
     """The WAL of a replicated database."""
 
+    _until_cleared: Final = UntilCleared()
+
     def __init__(self, filename: Any, flags: list[int], replica: Replica) -> None:
         self._replica = replica
         self._pid = replica.pid
@@ -265,15 +273,18 @@ class _WalFile(apsw.VFSFile):
             os.fsync(self._fd)
 
     def xClose(self) -> None:
-        self._replica.wals.pop(id(self), None)
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        with self._until_cleared:
+            self._replica.wals.pop(id(self), None)
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
         super().xClose()
 
 
 class _Bottomless(apsw.VFS):
     """The VFS itself. `defaults` are the arguments of `register()`."""
+
+    _until_cleared: Final = UntilCleared()
 
     def __init__(self, defaults: Mapping[str, object], name: str = VFS_NAME) -> None:
         self.defaults = dict(defaults)
@@ -291,10 +302,15 @@ class _Bottomless(apsw.VFS):
 
     def xDelete(self, name: str, syncdir: bool) -> None:
         if name.endswith("-wal"):
-            replica = registry.get(name.removesuffix("-wal"))
-            if replica is not None:
-                replica.check_process()
-                replica.seal(None)
+            is_sealed = False
+            with self._until_cleared:
+                replica = registry.get(name.removesuffix("-wal"))
+                if replica is not None:
+                    replica.check_process()
+                    replica.seal(None)
+                is_sealed = True
+            if not is_sealed:
+                return  # the WAL stays: it proves itself at the next open
         super().xDelete(name, syncdir)
 
     def xFullPathname(self, name: str) -> str:

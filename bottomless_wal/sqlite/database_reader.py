@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import struct
 import threading
 import time
@@ -395,7 +396,7 @@ class LocalDatabase:
         if actual < stated:
             raise CorruptionError(
                 f"{self.path} is cut short: {actual} pages of the {stated} that its header tells",
-                hint="Restore it: bottomless-wal restore --force.",
+                hint=f"Restore it: `bottomless-wal restore --force {shlex.quote(self.path)}`.",
             )
         return Shape(page_size, stated, counter)
 
@@ -444,7 +445,7 @@ class LocalDatabase:
                 else:
                     raise CorruptionError(
                         f"page {pgno} of {self.path} is neither in the file nor in its WAL",
-                        hint="Restore it: bottomless-wal restore --force.",
+                        hint=f"Restore it: `bottomless-wal restore --force {shlex.quote(self.path)}`.",
                     )
 
     def _main_file(self) -> apsw.VFSFile:

@@ -6,6 +6,8 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
+import shutil
 import struct
 import subprocess
 import threading
@@ -464,6 +466,41 @@ except bottomless_wal.BottomlessError as error:
     assert "ConfigError" in out or "RestoreError" in out
     assert "hint" in out
     assert here.files() == {}
+
+
+@pytest.mark.parametrize("left", ["nothing", "-wal and -shm", "-wal"])
+def test_what_is_said_of_a_directory_that_cannot_be_written_helps_to_read(world: World, left: str) -> None:
+    here = world.machine()
+    source = world.machine()
+    con = source.connect()
+    con.execute("CREATE TABLE t(x); INSERT INTO t VALUES (1)")
+    if left == "nothing":
+        con.close()
+    for ending in ("", *re.findall("-[a-z]+", left)):
+        shutil.copy(source.path() + ending, here.path() + ending)
+    con.close()
+    for path in (*world.root.rglob("*"), world.root):
+        os.chmod(path, 0o777)
+    for path in world.root.parents:
+        if os.stat(path).st_uid == os.getuid() and not os.stat(path).st_mode & 0o5:
+            os.chmod(path, os.stat(path).st_mode | 0o055)
+    for path in here.directory.iterdir():
+        os.chmod(path, 0o444)
+    os.chmod(here.directory, 0o555)
+    script = """
+try:
+    connect(argv[0])
+except bottomless_wal.ConfigError as error:
+    hint = error.hint
+    print(hint)
+if "'" in hint:
+    print("rows:", connect(hint.split("'")[1]).execute("SELECT count(*) FROM t").get)
+"""
+    out = _as_nobody(script, here.path(), world=world).stdout
+    if left == "-wal":
+        assert "copy the file and its -wal" in out, out
+    else:
+        assert "rows: 1" in out, out
 
 
 def test_a_missing_directory(world: World) -> None:

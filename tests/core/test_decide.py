@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import shutil
 
 import apsw
@@ -11,6 +12,7 @@ from worlds import Machine, World, child, refusal, rows
 
 import bottomless_wal
 from bottomless_wal import ConflictError, FencedError, ReplicationError
+from bottomless_wal.core import logs
 from bottomless_wal.replication.lineage import Relation
 from bottomless_wal.replication.recovery import Boot
 from bottomless_wal.replication.recovery_plan import Action, Remote, decide
@@ -177,8 +179,9 @@ def test_the_head_here(two_worlds: World, actions: list[str], policy: str, index
 
 @EVERYWHERE
 @pytest.mark.parametrize("index", ["kept", "lost"])
-def test_an_earlier_state_here(two_worlds: World, actions: list[str], policy: str, index: str) -> None:
+def test_an_earlier_state_here(two_worlds: World, actions: list[str], policy: str, index: str, caplog: pytest.LogCaptureFixture) -> None:
     old = _history(two_worlds)
+    earlier = two_worlds.bucket.edges("app.db")[-1][1]
     there = two_worlds.machine()
     _made(two_worlds, there, 5)
     if index == "lost":
@@ -187,6 +190,10 @@ def test_an_earlier_state_here(two_worlds: World, actions: list[str], policy: st
     actions.clear()
     con = old.connect(initial_replication=policy)
     assert actions == ["FAST_FORWARD"]
+    logs.drain(5)
+    (said,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+    assert f"was at txid {earlier}," in said
+    assert f"head, txid {two_worlds.bucket.edges('app.db')[-1][1]}" in said
     assert rows(con) == 8
     assert two_worlds.bucket.content() == before
     con.execute("INSERT INTO t VALUES (3)")

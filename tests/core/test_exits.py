@@ -14,6 +14,7 @@ import pytest
 from worlds import World, child, rows, spawn
 
 import bottomless_wal
+from bottomless_wal.core.threads import UntilCleared
 from bottomless_wal.replication.index import LocalIndex
 
 OURS = ("Traceback", "Exception ignored", "Fatal Python error", "terminate called")
@@ -439,6 +440,29 @@ def opens(): refused(lambda: connect(argv[0]), bottomless_wal.ConfigError)
     con = here.connect()
     bottomless_wal.flush(con)
     world.stored(con)
+
+
+@pytest.mark.parametrize("keeper", ["apsw", "sys", "threading", "bottomless_wal"])
+@pytest.mark.parametrize("options", [{}, LOCAL], ids=["pages", "local"])
+def test_a_connection_that_outlives_the_modules_closes_silently(world: World, keeper: str, options: dict[str, Any]) -> None:
+    """It is deallocated when the interpreter has cleared them: in place of each function there is None."""
+    here = world.machine()
+    script = OPEN + f"con.execute('INSERT INTO t VALUES (1)')\n{keeper}.kept = con\ndel con"
+    done = child(script, here.path(), options={**world.options, **options})
+    assert not [word for word in OURS if word in done.stderr], done.stderr
+    con = here.connect()
+    assert rows(con) == 1
+    con.execute("INSERT INTO t VALUES (2)")
+    bottomless_wal.flush(con)
+    world.stored(con)
+    con.close()
+    world.comes_back(here)
+
+
+@pytest.mark.parametrize("error", [TypeError("'NoneType' object is not callable"), AttributeError("'NoneType' object has no attribute")])
+def test_the_same_error_before_the_end_of_the_interpreter_is_raised(error: Exception) -> None:
+    with pytest.raises(type(error)), UntilCleared():
+        raise error
 
 
 def test_ctrl_c_at_the_very_first_step_of_the_exit(world: World) -> None:

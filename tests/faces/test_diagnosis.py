@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import boto3
 import pytest
@@ -91,8 +92,13 @@ def test_nobody_there(own_environment: None) -> None:
     assert "refused" in check.detail
 
 
-def test_no_such_directory(own_environment: None) -> None:
-    failed(bottomless_wal.diagnose(endpoint="file:///no/such/directory"), "endpoint")
+def test_no_such_directory(own_environment: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = (tmp_path / "no" / "such").as_uri()
+    check = failed(bottomless_wal.diagnose(endpoint=endpoint), "endpoint")
+    assert ENV_PREFIX + "CREATE_BUCKET=1" in check.hint
+    monkeypatch.setenv(ENV_PREFIX + "CREATE_BUCKET", "1")
+    assert all(check.ok for check in bottomless_wal.diagnose(endpoint=endpoint))
+    assert (tmp_path / "no" / "such").is_dir()
 
 
 def test_wrong_credentials(rclone_endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:

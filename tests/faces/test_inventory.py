@@ -8,7 +8,7 @@ from pathlib import Path
 
 import apsw
 import pytest
-from shops import COMMITS, Shop
+from shops import COMMITS, Cli, Shop
 
 import bottomless_wal
 from bottomless_wal import Inspection
@@ -133,3 +133,23 @@ def test_the_index_of_another_bucket(shop: Shop) -> None:
     seen = inspect(shop)
     assert not seen.in_step
     assert "belongs to another bucket" in seen.relation
+
+
+def test_a_repr_shows_state_hashes_as_the_commands_do(shop: Shop, cli: Cli) -> None:
+    """As 16 hex digits. The attributes are integers."""
+    shop.trade()
+    connection = shop.open()
+    status = bottomless_wal.status(connection)
+    connection.close()
+    digits = f"{status.state_hash:016x}"
+    assert digits in cli(shop, "status", shop.path).output
+    inspection = bottomless_wal.inspect(shop.path, **shop.options)
+    report = bottomless_wal.verify(shop.path, **shop.options)
+    restored = bottomless_wal.restore(shop.path, output=shop.path.with_name("copy.db"), **shop.options)
+    state = admin.states(shop.path, **shop.options).commits[-1]
+    for value in (status, report, restored, state, inspection.head, inspection.local, inspection):
+        assert f"=0x{digits}" in repr(value)
+        assert str(status.state_hash) not in repr(value)
+    assert isinstance(status.state_hash, int)
+    assert repr(status).startswith(f"Status(path={str(shop.path)!r}, name='app.db', ")
+    assert repr(inspection.head).startswith(f"Head(txid={COMMITS}, state=0x")

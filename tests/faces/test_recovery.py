@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import shlex
 import signal
 import stat
 from pathlib import Path
 
 import apsw
 import pytest
-from shops import COMMITS, Shop
+from shops import COMMITS, Cli, Shop
 
 import bottomless_wal
 from bottomless_wal import Restored
@@ -252,3 +253,65 @@ def test_a_reset_by_a_file_that_diverged(shop: Shop) -> None:
     connection.close()
     with pytest.raises(ConfigError, match="no database"):
         bottomless_wal.reset_from_local(shop.path.with_name("missing.db"), **shop.options)
+
+
+@pytest.mark.parametrize("damage", ["missing", "corrupt"])
+@pytest.mark.parametrize("txid", [1, 3, 4])
+def test_a_state_before_a_gap_is_told_so_and_the_hint_makes_it_the_head(shop: Shop, cli: Cli, txid: int, damage: str) -> None:
+    """Restored in place: no edge leads on to the head, and an open says so. The hint works as it is printed."""
+    shop.trade()
+    key = shop.segment(5)
+    if damage == "missing":
+        shop.delete(key)
+    else:
+        shop.put(key, shop.get(key)[:90])
+    told = cli(shop, "restore", shop.path, "--txid", txid, "--force")
+    assert told.exit_code == 0
+    assert "takes it there" not in told.output
+    assert key in told.output
+    command = f"bottomless-wal reset --from-local {shop.path}"
+    assert command in told.output
+    content = shop.path.read_bytes()
+    for _ in range(2):
+        with pytest.raises(RestoreError, match=f"is at txid {txid} of its history") as caught:
+            shop.open()
+        assert key in caught.value.message
+        assert f"`{command}`" in caught.value.hint
+        assert shop.path.read_bytes() == content
+    if damage == "missing":
+        assert "the log has a gap after txid 4" in caught.value.message
+    assert cli(shop, *command.split()[1:]).exit_code == 0
+    connection = shop.open()
+    assert bottomless_wal.status(connection).txid == COMMITS + 1
+    assert connection.execute("SELECT count(*) FROM sales").get == txid - 1
+    connection.close()
+    elsewhere = shop.path.parent / "elsewhere" / shop.path.name
+    elsewhere.parent.mkdir()
+    shop.open(elsewhere).close()
+    assert shop.rows(elsewhere) == txid - 1
+
+
+def test_a_restore_of_an_earlier_state_says_that_an_open_goes_on_to_the_head(shop: Shop, cli: Cli) -> None:
+    shop.trade()
+    told = cli(shop, "restore", shop.path, "--txid", 4, "--force")
+    assert f"goes on to txid {COMMITS}: opening the file through vfs=bottomless takes it there" in told.output
+    shop.open().close()
+    assert shop.rows() == COMMITS - 1
+
+
+def test_the_hint_of_a_gap_can_be_pasted(shop: Shop, cli: Cli) -> None:
+    shop.trade()
+    shop.delete(shop.segment(5))
+    copy = shop.path.with_name("a copy.db")
+    with pytest.raises(RestoreError, match="gap after txid 4") as caught:
+        restore(shop, output=copy)
+    command = caught.value.hint.split("`")[1]
+    assert cli(shop, *shlex.split(command)[1:]).exit_code == 0
+    assert shop.rows(copy) == 3
+    for entry in shop.path.parent.glob("app.db*"):
+        entry.unlink()
+    with pytest.raises(RestoreError, match="gap after txid 4") as caught:
+        shop.open()
+    command = caught.value.hint.split("`")[1]
+    assert cli(shop, *shlex.split(command)[1:]).exit_code == 0
+    assert shop.rows() == 3

@@ -87,8 +87,16 @@ def test_a_missing_segment(any_shop: Shop) -> None:
     assert not report.ok
     assert found(report) == [("gap", any_shop.segment(5))]
     assert (report.txid, report.restorable) == (COMMITS, 4)
-    assert "restore --txid 4" in report.notes[0]
+    assert f"`bottomless-wal restore --txid 4 {any_shop.path} -o PATH`" in report.notes[0]
     assert bottomless_wal.restore(any_shop.path, output=any_shop.path.with_name("b.db"), txid=4, **any_shop.options).txid == 4
+
+
+def test_where_the_first_segment_is_missing_no_txid_is_named(shop: Shop) -> None:
+    shop.trade()
+    shop.delete(shop.segment(1))
+    report = verify(shop)
+    assert report.restorable == 0
+    assert "no state can" in report.notes[0]
 
 
 def test_several_gaps(shop: Shop) -> None:
