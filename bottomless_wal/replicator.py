@@ -324,8 +324,10 @@ class Replicator:
         with self.index.locked():
             header = self.header()
             if header.txid and not self.held:
-                header.intents = [*header.intents[-(MAX_INTENTS - 1) :], Intent(local_state(self.local, None).state, 0)]
-                self.index.save(header)
+                state = local_state(self.local, None).state
+                if state != header.state:
+                    header.intents = [*header.intents[-(MAX_INTENTS - 1) :], Intent(state, 0)]
+                    self.index.save(header)
 
     # --- attempts whose outcome is unknown, and rivals -----------------------------------------------------------------
 
