@@ -200,6 +200,7 @@ class Replicator:
             if change is not None:
                 self._commit(header, change, scanned=True, target=target, background=background)
                 return
+            self.require_head(header)  # as a put would: a commit that has led back to the head may be waiting for it
             self._has_scanned(header, position_of(self.local, tip))
             header.change_counter = shape.change_counter
             self.index.save(header)
