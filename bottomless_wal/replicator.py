@@ -266,7 +266,7 @@ class Replicator:
             self._has_scanned(header, change.position)
         else:
             header.position = change.position
-        self._record(header, edge, change.pgnos, change.hashes, date_ms, change.change_counter)
+        self._record(header, edge, change.pgnos, change.hashes, date_ms, change.change_counter, [])
         self.on_logged(header.position)
         if background:
             self.view.postpone(header)
@@ -296,9 +296,10 @@ class Replicator:
         return True
 
     def _record(
-        self, header: IndexHeader, edge: Header, pgnos: Sequence[int], hashes: Sequence[int], date_ms: int, change_counter: int
-    ) -> None:
-        """The index follows an edge that is stored: page hashes first, then the header that counts on them."""
+        self, header: IndexHeader, edge: Header, pgnos: Sequence[int], hashes: Sequence[int], date_ms: int, change_counter: int,
+        noted: list[Intent],
+    ) -> None:  # fmt: skip
+        """The index follows an edge that is stored: page hashes first, then the header that counts on them. `noted` stays pending."""
         if edge.whole:
             position, needs_scan = header.position, header.needs_scan
             header.needs_scan = True
@@ -314,7 +315,7 @@ class Replicator:
         header.page_size, header.db_size = edge.page_size, edge.db_size
         header.change_counter = change_counter
         header.proved_ms = date_ms
-        header.intents = []
+        header.intents = noted
         self.index.save(header)
 
     def note_pending(self) -> None:
@@ -324,7 +325,7 @@ class Replicator:
         """
         with self.index.locked():
             header = self.header()
-            if header.txid and not self.held:
+            if (header.txid or header.intents) and not self.held:
                 state = local_state(self.local, None).state
                 if state != header.state:
                     header.intents = [*header.intents[-(MAX_INTENTS - 1) :], Intent(state, 0)]
@@ -390,7 +391,10 @@ class Replicator:
         for pgno, known_hash in self.history.tables(found):
             pgnos.append(pgno)
             hashes.append(known_hash)
-        self._record(header, edge, pgnos, hashes, edge.time_ms, header.change_counter)
+        # What was reached after it, locally, goes on from it.
+        own = header.intents.index(Intent(edge.post_hash, edge.attempt))
+        noted = [Intent(later.post_hash, 0) for later in header.intents[own + 1 :]]
+        self._record(header, edge, pgnos, hashes, edge.time_ms, header.change_counter, noted)
         if known:
             self.on_logged(position)
         self.require_head(header)

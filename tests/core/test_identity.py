@@ -276,3 +276,22 @@ os.kill(os.getpid(), signal.SIGKILL)
     for each in world.connections:
         each.close()
     _goes_on(world, here)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.usefixtures("coarse")
+def test_what_a_close_left_pending_is_known_after_an_earlier_attempt_was_adopted(world: World, first: bool) -> None:
+    here = world.machine()
+    con = here.connect(ack="log", pages="off")
+    if not first:
+        con.execute("CREATE TABLE t(x); INSERT INTO t VALUES (1)")
+    store = refusal(con)
+    store.lose_answers()
+    with pytest.raises(ReplicationError):
+        con.execute("BEGIN; CREATE TABLE t(x); INSERT INTO t VALUES (1); COMMIT" if first else "INSERT INTO t VALUES (2)")
+    store.rules.append(lambda kind, key: _fail(True, key))
+    for n in range(2 if first else 1):
+        with pytest.raises(ReplicationError):
+            con.execute("INSERT INTO t VALUES (?)", (n,))
+    con.close()
+    _goes_on(world, here)
