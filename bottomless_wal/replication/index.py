@@ -110,10 +110,9 @@ class LocalIndex(FileLock):
         """The header, with what the last seal says; None when the file is empty or damaged."""
         return _header(self._fd)
 
-    def seal_sequence(self) -> int:
-        """The number of the last seal: whoever scans from now on need not look at it."""
-        seal = _read(self._fd)[1]
-        return seal.sequence if seal is not None else 0
+    def last_seal(self) -> Seal | None:
+        """What the last restart of the WAL has left; None when there was none."""
+        return _read(self._fd)[1]
 
     def save(self, header: IndexHeader) -> None:
         """Writes the header in one write: a killed process leaves the old one or the new one."""

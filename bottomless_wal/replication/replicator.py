@@ -140,7 +140,8 @@ class Replicator:
 
     def unknown(self) -> IndexHeader:
         """A header that tells nothing but whose it is, and looks at no seal that is there already; not saved."""
-        return IndexHeader(self.home, secrets.token_bytes(16), boot_id(), seal_sequence=self.index.seal_sequence())
+        seal = self.index.last_seal()
+        return IndexHeader(self.home, secrets.token_bytes(16), boot_id(), seal_sequence=seal.sequence if seal is not None else 0)
 
     def _cover(self) -> IndexHeader:
         for look in range(_LOOKS):
@@ -184,7 +185,7 @@ class Replicator:
         `background`: nobody waits for the page objects of this one.
         """
         # Seals up to here speak of what the snapshot will contain; a later one must be looked at.
-        header.seal_sequence = max(header.seal_sequence, self.index.seal_sequence())
+        header.absorb(self.index.last_seal())
         with self.local.snapshot() as tip:
             if self.local.wal.header() != tip.header:
                 raise SnapshotLost(f"the WAL of {self.local.path} was replaced")
@@ -201,10 +202,9 @@ class Replicator:
             if change is not None:
                 self._commit(header, change, scanned=True, target=target, background=background)
                 return
-            header.needs_scan, header.successor = False, None
-            header.position = position_of(self.local, tip)
+            self.require_head(header)  # as a put would: a commit that has led back to the head may be waiting for it
+            self._has_scanned(header, position_of(self.local, tip))
             header.change_counter = shape.change_counter
-            self.index.identify(header, self.local.path)
             self.index.save(header)
             self.on_logged(header.position)
             self._catch_up(header)
@@ -264,21 +264,44 @@ class Replicator:
             self._require_body(edge, edge.body)
         self._stored_last = (post, stored)
         self.on_head(post)
-        header.position = change.position
         if scanned:
-            header.needs_scan, header.successor = False, None
-            self.index.identify(header, self.local.path)
-        self._record(header, edge, change.pgnos, change.hashes, date_ms, change.change_counter)
+            self._has_scanned(header, change.position)
+        else:
+            header.position = change.position
+        self._record(header, edge, change.pgnos, change.hashes, date_ms, change.change_counter, [])
         self.on_logged(header.position)
         if background:
             self.view.postpone(header)
         else:
             self.view.put(header, change.pages(), guard=lambda: self.require_recent_head(header))
 
+    def _has_scanned(self, header: IndexHeader, position: Position | None) -> None:
+        """What was scanned, up to `position`, is stored."""
+        if self._move(header, position):
+            header.needs_scan = True
+        else:
+            header.needs_scan, header.successor = False, None
+            self.index.identify(header, self.local.path)
+
+    def _move(self, header: IndexHeader, position: Position | None) -> bool:
+        """The header's position becomes `position`. Returns whether a seal tells that the WAL has gone on from there meanwhile.
+
+        A seal speaks of the WAL that the position on the disk is in: once that is another, nobody can tell what the seal has witnessed.
+        """
+        seal = self.index.last_seal()
+        if seal is None or seal.sequence <= header.seal_sequence or _salts(position) in (_salts(header.position), _salts(seal.after)):
+            header.position = position
+            return False  # there is none, or it is for the next load, or of before
+        header.absorb(seal)
+        if seal.after is not None:
+            header.position = position
+        return True
+
     def _record(
-        self, header: IndexHeader, edge: Header, pgnos: Sequence[int], hashes: Sequence[int], date_ms: int, change_counter: int
-    ) -> None:
-        """The index follows an edge that is stored: page hashes first, then the header that counts on them."""
+        self, header: IndexHeader, edge: Header, pgnos: Sequence[int], hashes: Sequence[int], date_ms: int, change_counter: int,
+        noted: list[Intent],
+    ) -> None:  # fmt: skip
+        """The index follows an edge that is stored: page hashes first, then the header that counts on them. `noted` stays pending."""
         if edge.whole:
             position, needs_scan = header.position, header.needs_scan
             header.needs_scan = True
@@ -292,7 +315,7 @@ class Replicator:
         header.page_size, header.db_size = edge.page_size, edge.db_size
         header.change_counter = change_counter
         header.proved_ms = date_ms
-        header.intents = []
+        header.intents = noted
         self.index.save(header)
 
     def note_pending(self) -> None:
@@ -302,9 +325,11 @@ class Replicator:
         """
         with self.index.locked():
             header = self.header()
-            if header.txid and not self.held:
-                header.intents = [*header.intents[-(MAX_INTENTS - 1) :], Intent(local_state(self.local, None).state, 0)]
-                self.index.save(header)
+            if (header.txid or header.intents) and not self.held:
+                state = local_state(self.local, None).state
+                if state != header.state:
+                    header.intents = [*header.intents[-(MAX_INTENTS - 1) :], Intent(state, 0)]
+                    self.index.save(header)
 
     # --- attempts whose outcome is unknown, and rivals -----------------------------------------------------------------
 
@@ -356,15 +381,20 @@ class Replicator:
                 and position.frame <= tip.frames
                 and self.local.wal.position(wal, position.frame) == position
             )
-        header.position = position if known else None
-        header.needs_scan = header.needs_scan or not known
+        has_gone_on = self._move(header, position if known else None)
+        header.needs_scan = header.needs_scan or not known or has_gone_on
+        if known and not has_gone_on:
+            header.successor = None  # the position tells; and what it covers, a power loss must not undo
         if edge.whole:
             header.view_size = UNKNOWN_SIZE
         pgnos, hashes = array("I"), array("Q")
         for pgno, known_hash in self.history.tables(found):
             pgnos.append(pgno)
             hashes.append(known_hash)
-        self._record(header, edge, pgnos, hashes, edge.time_ms, header.change_counter)
+        # What was reached after it, locally, goes on from it.
+        own = header.intents.index(Intent(edge.post_hash, edge.attempt))
+        noted = [Intent(later.post_hash, 0) for later in header.intents[own + 1 :]]
+        self._record(header, edge, pgnos, hashes, edge.time_ms, header.change_counter, noted)
         if known:
             self.on_logged(position)
         self.require_head(header)
@@ -478,6 +508,10 @@ class Replicator:
         self.index.save(header)
         if header.needs_scan:
             raise SnapshotLost("the main file was changed behind SQLite's back")
+
+
+def _salts(position: Position | None) -> tuple[int, int] | None:
+    return None if position is None else (position.salt1, position.salt2)
 
 
 def _was_cut(header: IndexHeader, identity: Identity | None) -> bool:

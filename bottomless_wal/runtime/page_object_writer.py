@@ -254,12 +254,15 @@ class Filler:
             if turn is not None:
                 if turn.pages:
                     self._require_head(turn.header)
-                elif turn.cursor <= turn.header.db_size:
+                elif turn.cursor <= turn.header.db_size and not goal:
                     self._pause(0.01)  # what is due is ahead of the log: a batch comes first
                 view.put_turn(turn)
                 with self._index.locked():
                     header = replicator.header()
                     view.advance(header, turn)
+                    if goal and max(turn.backlog.cursor, 1) == turn.cursor <= turn.header.db_size:
+                        # What is due next is ahead of the log, and the process that has committed it may have been killed.
+                        header = replicator.batch()
             if goal:
                 return header.view_complete < goal
             if self._config.pages == "checkpoint":

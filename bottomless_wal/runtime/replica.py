@@ -376,7 +376,8 @@ class Replica:
         stored = drained and self.worker.last_error is None
         if stored and self.opens > len(self.dropped):
             self._try("the checkpoint", self._leave_nothing_to_do)
-        if self.worker.pending and self.worker.fatal is None and self.worker.files_lost is None:
+        # Nothing was committed here, perhaps: another process has left it, and was killed.
+        if not stored and self.worker.fatal is None and self.worker.files_lost is None:
             self._try("the note of what is pending", self.replicator.note_pending)
         reach("before close")
         # A WAL copied into a file that was cut to nothing would look like a database; that of another file is not ours to delete.

@@ -6,12 +6,13 @@ import logging
 import os
 import resource
 import stat
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import apsw
 import pytest
-from worlds import World, replica_of, rows
+from worlds import World, child, replica_of, rows
 
 import bottomless_wal
 from bottomless_wal.runtime import vfs
@@ -143,3 +144,34 @@ def test_ctrl_c_in_a_close_leaves_the_rest_to_another_thread(world: World, monke
     assert rows(again) == 1
     again.close()
     world.comes_back(here)
+
+
+@pytest.mark.parametrize("end", ["close", "flush"])
+def test_page_objects_wait_for_no_commit_of_a_process_that_was_killed(world: World, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    here = world.machine()
+    con = here.connect(ack="log", pages="checkpoint")
+    con.execute("CREATE TABLE t(x); INSERT INTO t VALUES (1); CREATE TABLE u(x)")
+    filler = replica_of(con).worker._filler
+    real = filler._turn
+    killed: list[int] = []
+
+    def turn(*arguments: Any, **more: Any) -> bool:
+        if not killed:
+            script = """
+from bottomless_wal import crashpoints
+con = connect(argv[0], ack="log", pages="off")
+crashpoints.arm("before put", lambda: os.kill(os.getpid(), signal.SIGKILL))
+con.execute("UPDATE t SET x = 2")
+"""
+            killed.append(child(script, here.path(), options=world.options, check=False).returncode)
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(filler, "_turn", turn)
+    thread = threading.Thread(target=con.close if end == "close" else lambda: bottomless_wal.flush(con), daemon=True)
+    thread.start()
+    thread.join(30)
+    is_hanging = thread.is_alive()
+    monkeypatch.setattr(filler, "_turn", lambda *arguments, **more: False)  # or the test would not end either
+    thread.join(30)
+    assert killed == [-9]
+    assert not is_hanging

@@ -495,3 +495,15 @@ def test_a_commit_that_leads_back_to_the_head_is_fenced_by_a_rival(world: World)
     store.nothing()
     with pytest.raises(FencedError):
         con.execute("UPDATE t SET x = 13")
+
+
+def test_a_commit_that_leads_back_to_the_head_by_a_scan_is_fenced_by_a_rival(world: World) -> None:
+    here = world.machine()
+    con = here.connect(ack="log", pages="off")
+    con.execute("CREATE TABLE t(x); INSERT INTO t VALUES (13)")
+    child("connect(argv[0], pages='off').execute('UPDATE t SET x = 77')", world.machine().path(), options=world.options)
+    stranger = here.stock()
+    stranger.execute("SELECT * FROM t").fetchall()
+    stranger.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)  # without a seal
+    with pytest.raises(FencedError):
+        con.execute("UPDATE t SET x = 13")

@@ -8,7 +8,7 @@ from typing import Any
 
 import apsw
 import pytest
-from worlds import Machine, World, child, refusal, rows
+from worlds import Machine, World, _fail, child, refusal, rows
 
 import bottomless_wal
 from bottomless_wal import ConflictError, ReplicationError
@@ -248,3 +248,51 @@ def test_a_stranger_that_writes_before_the_first_read_after_a_restore_is_noticed
     con = here.connect()
     con.execute("UPDATE t SET v = 'y' WHERE id = 2")
     assert world.bucket.log_image("app.db") == con.serialize("main")
+
+
+@pytest.mark.usefixtures("coarse")
+def test_what_another_process_left_pending_and_was_killed_is_known_by_its_content(world: World) -> None:
+    here = world.machine()
+    here.connect(ack="log", pages="off").execute("CREATE TABLE t(x); INSERT INTO t VALUES (1)")
+    con = here.connect(ack="log", pages="off")
+    child(
+        """
+from worlds import _fail, refusal
+con = connect(argv[0], ack="log", pages="off")
+store = refusal(con)
+store.log()
+for _ in range(2):
+    try:
+        con.execute("INSERT INTO t VALUES (2)")
+    except bottomless_wal.ReplicationError:
+        pass
+    store.rules.append(lambda kind, key: _fail(True, key))  # of the second one there is no attempt
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+        here.path(),
+        options={**world.options, "retry_timeout": 0},
+        check=False,
+    )
+    refusal(con).rules.append(lambda kind, key: _fail(True, key))
+    for each in world.connections:
+        each.close()
+    _goes_on(world, here)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.usefixtures("coarse")
+def test_what_a_close_left_pending_is_known_after_an_earlier_attempt_was_adopted(world: World, first: bool) -> None:
+    here = world.machine()
+    con = here.connect(ack="log", pages="off")
+    if not first:
+        con.execute("CREATE TABLE t(x); INSERT INTO t VALUES (1)")
+    store = refusal(con)
+    store.lose_answers()
+    with pytest.raises(ReplicationError):
+        con.execute("BEGIN; CREATE TABLE t(x); INSERT INTO t VALUES (1); COMMIT" if first else "INSERT INTO t VALUES (2)")
+    store.rules.append(lambda kind, key: _fail(True, key))
+    for n in range(2 if first else 1):
+        with pytest.raises(ReplicationError):
+            con.execute("INSERT INTO t VALUES (?)", (n,))
+    con.close()
+    _goes_on(world, here)

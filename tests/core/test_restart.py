@@ -12,6 +12,7 @@ from worlds import Machine, World, child, refusal, rows
 
 import bottomless_wal
 from bottomless_wal import ConflictError, ReplicationError
+from bottomless_wal.formats.wal import frame_offset
 from bottomless_wal.sqlite.database_reader import LocalDatabase
 
 CHECKPOINTS = {
@@ -455,3 +456,98 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert world.bucket.log_image("app.db") == con.serialize("main")
     con.close()
     world.comes_back(here)
+
+
+@pytest.mark.parametrize("kind", ["RESTART", "TRUNCATE"])
+def test_a_restart_while_a_scanned_commit_is_stored_is_witnessed(world: World, kind: str) -> None:
+    """The seal speaks of the WAL of the position that the index had until then."""
+    here = world.machine()
+    child(
+        """
+from worlds import _fail, refusal, replica_of, until
+one, two, three = (connect(argv[0], ack="log", pages="off") for _ in range(3))
+def commit(con):
+    try:
+        con.execute("INSERT INTO t VALUES (randomblob(3000))")
+    except bottomless_wal.ReplicationError:
+        pass
+one.execute("CREATE TABLE t(x)")
+for con in (two, three):
+    con.execute("SELECT * FROM t").fetchall()
+restart = getattr(apsw, "SQLITE_CHECKPOINT_" + argv[1])
+store = refusal(one)
+store.log()
+commit(two)
+one.wal_checkpoint(mode=restart)  # what is pending now takes a scan
+commit(two)
+one.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)  # the pin takes no lock on a WAL that is wholly in the main file
+def meanwhile(kind, key):
+    if kind == "create" and not threads:
+        one.wal_checkpoint(mode=restart)
+        threads.append(threading.Thread(target=commit, args=(three,)))
+        threads[0].start()
+        until(lambda: one.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)[0] > 0)
+        store.rules.append(lambda kind, key: _fail(True, key))
+threads = []
+store.nothing()
+store.after.append(meanwhile)
+try:
+    bottomless_wal.flush(one)
+except bottomless_wal.ReplicationError:
+    pass
+threads[0].join()
+commit(three)
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+        here.path(),
+        kind,
+        options={**world.options, "retry_timeout": 0},
+        check=False,
+    )
+    con = here.connect()
+    assert rows(con) == 4
+    assert world.bucket.log_image("app.db") == con.serialize("main")
+    con.close()
+    world.comes_back(here)
+
+
+def test_a_power_loss_after_an_adoption_in_a_restarted_wal_undoes_nothing(world: World) -> None:
+    here = world.machine()
+    done = child(
+        """
+from worlds import refusal, replica_of
+one, two = (connect(argv[0], ack="log", pages="off") for _ in range(2))
+def commit(con):
+    try:
+        con.execute("INSERT INTO t VALUES (randomblob(3000))")
+    except bottomless_wal.ReplicationError:
+        pass
+one.execute("CREATE TABLE t(x)")
+two.execute("SELECT * FROM t").fetchall()
+store = refusal(one)
+store.log()
+commit(two)
+one.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_RESTART)
+commit(two)
+store.nothing()
+store.lose_answers()
+commit(two)
+replicator = replica_of(one).replicator
+adopt = replicator._adopt
+def adopted(*arguments):
+    adopt(*arguments)
+    store.log()
+replicator._adopt = adopted
+commit(two)
+print(replicator.index.peek(replicator.index.path).position.frame, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+        here.path(),
+        options={**world.options, "retry_timeout": 0},
+        check=False,
+    )
+    image = world.bucket.log_image("app.db")
+    os.truncate(here.path("app.db-wal"), frame_offset(int(done.stdout), 4096))  # the last commit that is stored is not whole
+    os.unlink(here.path("app.db-shm"))
+    con = here.connect()
+    assert con.serialize("main") == image

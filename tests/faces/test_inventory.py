@@ -11,7 +11,7 @@ import pytest
 from shops import COMMITS, Cli, Shop
 
 import bottomless_wal
-from bottomless_wal import Inspection
+from bottomless_wal import Inspection, admin
 from bottomless_wal.core.errors import ConfigError, StoreError
 
 
