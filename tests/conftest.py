@@ -1,4 +1,6 @@
-"""Fixtures that any test may use: S3 servers on loopback, a fresh bucket for each test, and an environment of its own.
+"""Fixtures of all tests: S3 servers on loopback, a bucket and an environment for each test, and what stands around a bucket.
+
+A `world` has machines that can be lost, a `shop` has one database, and `cli` runs commands.
 
 The servers are started once per session (and per worker of pytest-xdist), when the first test wants them, and share nothing
 between workers. A test never cleans a bucket up: it gets a new one, because servers may go on listing what was removed.
@@ -6,21 +8,28 @@ between workers. A test never cleans a bucket up: it gets a new one, because ser
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import apsw
 import pytest
-from endpoints import Endpoint, MakeConfig, endpoint_of
 from hypothesis import settings
 
 from bottomless_wal.cli.demo_server import RcloneServer, guarded
-from bottomless_wal.core import logs
+from bottomless_wal.core import failpoints, logs
 from bottomless_wal.core.config import ENV_PREFIX, Config
+from bottomless_wal.runtime.registry import registry
+from tests.support.cluster import World, until
+from tests.support.endpoints import Endpoint, MakeConfig, endpoint_of
+from tests.support.stored_database import Cli, Shop
 
 # No example is wrong for being slow: on a machine that is busy any of them may be.
 settings.register_profile("suite", deadline=None)
@@ -111,3 +120,74 @@ def make_config() -> MakeConfig:
         return Config(**{"create_bucket": True, "retry_timeout": 10.0, **where, **options})  # type: ignore[arg-type]
 
     return make
+
+
+def _world(endpoint: Endpoint, root: Path) -> Iterator[World]:
+    options = {"endpoint": endpoint.url, "bucket": endpoint.bucket, "create_bucket": True, "retry_timeout": 5.0}
+    world = World(endpoint, root, options)
+    try:
+        yield world
+    finally:
+        failpoints.disarm()
+        for con in world.connections:
+            with contextlib.suppress(apsw.Error):
+                con.close()
+        until(lambda: registry.all() == [])  # a connection that the collector has closed is ended by another thread
+
+
+@pytest.fixture
+def world(request: pytest.FixtureRequest, own_environment: None, tmp_path: Path) -> Iterator[World]:
+    """On a directory store: the quickest, and exact."""
+    yield from _world(endpoint_of("directory", request), tmp_path)
+
+
+@pytest.fixture(params=["rclone", "moto", "directory"])
+def any_world(request: pytest.FixtureRequest, own_environment: None, tmp_path: Path) -> Iterator[World]:
+    """On every kind of store."""
+    yield from _world(endpoint_of(request.param, request), tmp_path)
+
+
+@pytest.fixture(params=["moto", "directory"])
+def two_worlds(request: pytest.FixtureRequest, own_environment: None, tmp_path: Path) -> Iterator[World]:
+    """On one S3 server and on a directory store."""
+    yield from _world(endpoint_of(request.param, request), tmp_path)
+
+
+def _shop(endpoint: Endpoint, root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+    monkeypatch.setenv(ENV_PREFIX + "CREATE_BUCKET", "1")
+    shop = Shop(endpoint, root / "machine" / "app.db")
+    shop.path.parent.mkdir()
+    try:
+        yield shop
+    finally:
+        failpoints.disarm()
+        shop.close()
+        assert registry.all() == [], "a replica was left open"
+
+
+@pytest.fixture
+def shop(request: pytest.FixtureRequest, own_environment: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+    """In a directory store: the quickest, and exact."""
+    yield from _shop(endpoint_of("directory", request), tmp_path, monkeypatch)
+
+
+@pytest.fixture(params=["rclone", "moto", "directory"])
+def any_shop(request: pytest.FixtureRequest, own_environment: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+    """On every kind of store."""
+    yield from _shop(endpoint_of(request.param, request), tmp_path, monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """What a command does to the package's logger ends with the test."""
+    logger = logging.getLogger("bottomless_wal")
+    before = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
+    logger.setLevel(before[1])
+
+
+@pytest.fixture
+def cli() -> Cli:
+    """`cli(shop, "verify", shop.path)`: a command in this process, its streams apart."""
+    return Cli()

@@ -1,6 +1,6 @@
 """What the rest of the package may ask of object storage: keys and bytes, no more.
 
-The promises every store keeps (`tests/store/test_conformance.py` holds them against each):
+The promises every store keeps (`tests/storage/test_conformance.py` holds them against each):
 
 - **Absence is a value, failure is an exception.** `get` and `read` answer None only when the store said that this key does
   not exist in a bucket that does. Whatever else goes wrong is a `StoreError`; a missing bucket is never "absent".

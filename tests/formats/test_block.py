@@ -13,12 +13,12 @@ import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import PAGE_SIZES, attempt, content, flips, page, segments, xor
 
 from bottomless_wal.core.errors import CorruptionError
 from bottomless_wal.formats.block import encode_block, encode_blocks, pages_per_block, read_blocks, read_tables
 from bottomless_wal.formats.page import Page, lock_page, page_hash, state_hash
 from bottomless_wal.formats.segment import Header
+from tests.support.samples import PAGE_SIZES, attempt, content, flips, page, segments, xor
 
 
 def read(data: bytes, page_size: int) -> list[Page]:

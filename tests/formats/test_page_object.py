@@ -12,11 +12,11 @@ import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import PAGE_SIZES, U32, U64, attempt, content, flips, patch
 
 from bottomless_wal.core.errors import CorruptionError
 from bottomless_wal.formats.page import page_hash
 from bottomless_wal.formats.page_object import PAGE_OBJECT_LIMIT, PageTrailer, decode_page_object, encode_page_object
+from tests.support.samples import PAGE_SIZES, U32, U64, attempt, content, flips, patch
 
 NAME = "app.db-000000000003"
 PAGE = content(3, 512)

@@ -12,13 +12,13 @@ import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import WRITER, attempt, body_of, flips, header, page, patch, reseal, segments, xor
 
 from bottomless_wal.core.errors import CorruptionError
 from bottomless_wal.formats import segment
 from bottomless_wal.formats.page import Page
 from bottomless_wal.formats.segment import Body, Commit, Header, decode, decode_header, encode, encode_block, encode_blocks, read_body
 from bottomless_wal.formats.wal import Position
+from tests.support.samples import WRITER, attempt, body_of, flips, header, page, patch, reseal, segments, xor
 
 NAME = "app.db-wal/0000000000000005-0000000000000006"
 SMALL = [page(1, 512), page(4, 512)]

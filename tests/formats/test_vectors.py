@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import zstandard
-from vectors import FOLDER, VECTORS, ZSTD, header_of
 
 from bottomless_wal.formats import keys
 from bottomless_wal.formats.block import encode_blocks
 from bottomless_wal.formats.page import Page
 from bottomless_wal.formats.page_object import PageTrailer, decode_page_object, encode_page_object
 from bottomless_wal.formats.segment import decode, decode_header, encode, head_length, read_body
+from tests.support.vectors import FOLDER, VECTORS, ZSTD, header_of
 
 NAMES = sorted(path.name for path in FOLDER.iterdir() if path.suffix not in (".json", ".md"))
 

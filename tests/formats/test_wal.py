@@ -9,7 +9,6 @@ import apsw
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import PAGE_SIZES, flips, positions
 
 from bottomless_wal.formats.wal import (
     FRAME_HEADER_SIZE,
@@ -21,6 +20,7 @@ from bottomless_wal.formats.wal import (
     checksum,
     frame_offset,
 )
+from tests.support.samples import PAGE_SIZES, flips, positions
 
 
 def written(path: Path, page_size: int = 4096) -> tuple[bytes, bytes]:

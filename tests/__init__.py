@@ -1,0 +1,1 @@
+"""Tests of the package, in folders named as its own."""

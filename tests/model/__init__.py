@@ -1,0 +1,1 @@
+"""A model-based test of all parts together."""

@@ -1,0 +1,1 @@
+"""Tests with hostile or damaged input."""

@@ -1,0 +1,1 @@
+"""Helpers of the tests and the tools: servers, proxies, processes, and an independent reader of the formats."""
