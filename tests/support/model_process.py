@@ -27,6 +27,8 @@ from typing import Any, Final
 
 import apsw
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # when it is run as a program
+
 import bottomless_wal
 from bottomless_wal import admin
 from bottomless_wal.admin import compaction as admin_compaction
