@@ -158,9 +158,9 @@ def test_page_objects_wait_for_no_commit_of_a_process_that_was_killed(world: Wor
     def turn(*arguments: Any, **more: Any) -> bool:
         if not killed:
             script = """
-from bottomless_wal import crashpoints
+from bottomless_wal.core import failpoints
 con = connect(argv[0], ack="log", pages="off")
-crashpoints.arm("before put", lambda: os.kill(os.getpid(), signal.SIGKILL))
+failpoints.arm("before put", lambda: os.kill(os.getpid(), signal.SIGKILL))
 con.execute("UPDATE t SET x = 2")
 """
             killed.append(child(script, here.path(), options=world.options, check=False).returncode)
