@@ -107,8 +107,15 @@ class LocalIndex(FileLock):
         return is_index(os.pread(fd, _LOOK_SIZE, 0))
 
     def load(self) -> IndexHeader | None:
-        """The header, with what the last seal says; None when the file is empty or damaged."""
-        return _header(self._fd)
+        """The header, with what the last seal says; None when the file is empty or damaged.
+
+        It is saved so: the next seal speaks of the position that is on the disk, and of no other.
+        """
+        header, seal = _read(self._fd)
+        if header is not None and seal is not None and seal.sequence > header.seal_sequence:
+            header.absorb(seal)
+            self.save(header)
+        return header
 
     def last_seal(self) -> Seal | None:
         """What the last restart of the WAL has left; None when there was none."""

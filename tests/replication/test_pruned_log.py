@@ -166,14 +166,21 @@ def test_who_restored_for_hours_while_the_log_was_pruned_acknowledges_nothing(wo
         assert prune(history(world), retention=0, keep_snapshots=0).edges
 
     failpoints.arm("after clear" if how == "the head without its index" else "before rename", meanwhile)
-    rival = elsewhere.connect(**QUIET)
-    assert not failpoints._armed, "it was stopped on its way"
-    left = world.bucket.content()
-    for _ in range(2):
+    left: dict[str, bytes] = {}
+    if how == "the head without its index":
+        # Its scan finds nothing to store, and asks for the head before the open counts as one.
         with pytest.raises(FencedError):
-            rival.execute("INSERT INTO t VALUES ('lost')")
+            elsewhere.connect(**QUIET)
+        left = world.bucket.content()
+    else:
+        rival = elsewhere.connect(**QUIET)
+        left = world.bucket.content()
+        for _ in range(2):
+            with pytest.raises(FencedError):
+                rival.execute("INSERT INTO t VALUES ('lost')")
+        rival.close()
+    assert not failpoints._armed, "it was stopped on its way"
     assert world.bucket.content() == left, "nothing stays of what was not acknowledged"
-    rival.close()
     con = here.connect(**QUIET)
     con.execute("INSERT INTO t VALUES (15)")
     world.stored(con, view=False)

@@ -551,3 +551,53 @@ os.kill(os.getpid(), signal.SIGKILL)
     os.unlink(here.path("app.db-shm"))
     con = here.connect()
     assert con.serialize("main") == image
+
+
+def test_a_restart_while_a_batch_reads_is_witnessed_though_the_one_before_has_just_been_followed(world: World) -> None:
+    """The seal speaks of the position that the index has on the disk: it is there as soon as a batch goes by it."""
+    here = world.machine()
+    child(
+        """
+from worlds import _fail, refusal, replica_of
+from bottomless_wal import crashpoints
+from bottomless_wal.index_format import Identity
+real_of = Identity.of.__func__
+Identity.of = classmethod(lambda cls, path: (found := real_of(cls, path)) and found._replace(mtime_ns=1, ctime_ns=1))  # coarse clocks
+one, two, three = (connect(argv[0], ack="local", pages="off", interval=0.01) for _ in range(3))
+def commit(con):
+    con.execute("INSERT INTO t VALUES (1)")
+one.execute("CREATE TABLE t(x)")
+bottomless_wal.flush(one)
+for con in (two, three):
+    con.execute("SELECT * FROM t").fetchall()
+store = refusal(one)
+one.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_RESTART)
+def meanwhile():
+    crashpoints.disarm()
+    one.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+    commit(three)
+    store.after.append(lambda kind, key: store.rules.append(lambda kind, key: _fail(True, key)))
+    done.set()
+def backfilled(*arguments):
+    one.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)  # the pin takes no lock on a WAL that is wholly in the main file
+    return real(*arguments)
+done = threading.Event()
+replicator = replica_of(one).replicator
+real, replicator.batch = replicator.batch, backfilled
+crashpoints.arm("before intent", meanwhile)
+commit(two)
+done.wait(20)
+while replicator.index.peek_header(replicator.index.path).txid < 2:
+    time.sleep(0.01)
+commit(three)
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+        here.path(),
+        options={**world.options, "retry_timeout": 0},
+        check=False,
+    )
+    con = here.connect()
+    assert rows(con) == 3
+    assert world.bucket.log_image("app.db") == con.serialize("main")
+    con.close()
+    world.comes_back(here)

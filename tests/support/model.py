@@ -493,6 +493,8 @@ class Model(Books):
         self.follow()
         options = {"endpoint": self.place.url, "bucket": self.place.bucket}
         FIGURES["rebased"] += 1
+        if how == "restore" and not self.line.head:
+            how = "force"  # nothing was ever stored
         if how == "restore":
             bottomless_wal.restore(site.path, force=True, **options)
             site.image = self.peek(site)
