@@ -13,7 +13,7 @@ import pytest
 import bottomless_wal
 from bottomless_wal import ConflictError, FencedError, ReplicationError, StoreError
 from bottomless_wal.storage import Receipt
-from tests.support.cluster import Machine, World, child, refusal, replica_of, rows, spawn
+from tests.support.cluster import Machine, World, child, existing, refusal, replica_of, rows, spawn
 
 
 def _opened(world: World, **options: Any) -> tuple[Machine, apsw.Connection]:
@@ -507,3 +507,68 @@ def test_a_commit_that_leads_back_to_the_head_by_a_scan_is_fenced_by_a_rival(wor
     stranger.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)  # without a seal
     with pytest.raises(FencedError):
         con.execute("UPDATE t SET x = 13")
+
+
+# --- the horizon after which a put alone proves nothing ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rival", [True, False], ids=["a rival went on", "nobody went on"])
+def test_the_proof_is_made_up_for_when_it_could_not_be_made_at_once(world: World, rival: bool) -> None:
+    """A put long after the last proof is acknowledged only when a look beyond was possible, be it at the next attempt."""
+    here, con = _opened(world)
+    replica = replica_of(con)
+    if rival:
+        there = world.machine()
+        child("con = connect(argv[0])\nfor n in range(3): con.execute('INSERT INTO t VALUES (1)')", there.path(), options=world.options)
+        for pre in (1, 2):  # retention has pruned the commits between
+            world.bucket.delete(f"app.db-wal/{pre:016x}-{pre + 1:016x}")
+    create, now, listing = replica.store.create, replica.store.now, replica.store.list
+    left = [1]
+
+    def later(key: str, data: bytes) -> Receipt:
+        receipt = create(key, data)
+        return Receipt(receipt.created, receipt.date + 86400)
+
+    def failing(prefix: str, *, after: str = "") -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise StoreError("the listing timed out", hint="A test did that.")
+        return listing(prefix, after=after)
+
+    replica.store.create = later  # type: ignore[method-assign]
+    replica.store.now = lambda: now() + 86400  # type: ignore[method-assign]
+    replica.store.list = failing  # type: ignore[method-assign]
+    with pytest.raises(ReplicationError):
+        con.execute("INSERT INTO t VALUES (2)")
+    assert left == [0]
+    for n in range(2):
+        if rival:
+            with pytest.raises(FencedError, match="pruned"):
+                con.execute("INSERT INTO t VALUES (?)", (3 + n,))
+        else:
+            con.execute("INSERT INTO t VALUES (?)", (3 + n,))
+    if not rival:
+        world.stored(con)
+        con.close()
+        world.comes_back(here)
+
+
+def test_a_skip_that_was_followed_by_no_commit_settles_nothing(world: World) -> None:
+    """The next open asks the policy again, and until then the bucket stays what it was."""
+    _, con = _opened(world)
+    con.close()
+    here = existing(world)
+    before = world.bucket.content()
+    for _ in range(2):
+        con = here.connect(initial_replication="skip")
+        assert rows(con) == 20
+        con.close()
+        assert world.bucket.content() == before
+        with pytest.raises(ConflictError):
+            here.connect()
+        assert world.bucket.content() == before
+    con = here.connect(initial_replication="force")
+    bottomless_wal.flush(con)
+    world.stored(con)
+    con.close()
+    world.comes_back(here)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from typing import Any
 
 import apsw
@@ -599,5 +600,78 @@ os.kill(os.getpid(), signal.SIGKILL)
     con = here.connect()
     assert rows(con) == 3
     assert world.bucket.log_image("app.db") == con.serialize("main")
+    con.close()
+    world.comes_back(here)
+
+
+# --- what the index says after a power loss ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rebooted", [True, False], ids=["the machine", "the processes"])
+def test_another_process_that_closes_cleanly_vouches_for_nobody(world: World, monkeypatch: pytest.MonkeyPatch, rebooted: bool) -> None:
+    """Acknowledged commits are not reverted in the log by a WAL that was cut to its header, whoever has closed the database before."""
+    here = world.machine()
+    child(
+        """
+from tests.support import cluster
+con = connect(argv[0])
+con.execute("CREATE TABLE t(x); INSERT INTO t VALUES ('base')")
+con.execute("PRAGMA wal_checkpoint(truncate)").fetchall()
+con.execute("INSERT INTO t VALUES (1)")
+cluster.child("con = connect(argv[0]); con.execute('SELECT * FROM t').fetchall(); con.close()", argv[0], options=options)
+con.execute("INSERT INTO t VALUES (2)")
+con.execute("INSERT INTO t VALUES (3)")
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+        here.path(),
+        options=world.options,
+        check=False,
+    )
+    os.truncate(here.path("app.db-wal"), 32)
+    os.unlink(here.path("app.db-shm"))
+    if rebooted:
+        for module in ("recovery", "index", "replicator"):
+            monkeypatch.setattr(f"bottomless_wal.replication.{module}.boot_id", lambda: b"another boot id!")
+    con = here.connect()
+    assert rows(con, "SELECT group_concat(x) FROM t") == "base,1,2,3"
+    con.execute("INSERT INTO t VALUES (4)")
+    assert rows(con) == 5
+    world.stored(con, view=False)
+    bottomless_wal.flush(con)
+    world.stored(con)
+    con.close()
+    world.comes_back(here)
+
+
+# --- no WAL: the main file is all there is -------------------------------------------------------------------------------------------
+
+
+MANY = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300) INSERT INTO t SELECT randomblob(1000) FROM n"
+
+
+@pytest.mark.parametrize("noticed", ["flush", "commit", "close"])
+@pytest.mark.parametrize("idle", ["reopened", "restored", "truncated"])
+def test_a_foreign_commit_that_leaves_no_wal_behind_is_replicated(world: World, idle: str, noticed: str) -> None:
+    """A stranger's commit and TRUNCATE checkpoint, while we have an empty WAL, goes with the next batch."""
+    here, con = _opened(world)
+    con.execute(MANY)
+    if idle != "truncated":
+        con.close()
+        here = here if idle == "reopened" else world.machine()
+        con = here.connect()
+        assert rows(con) == 300
+    else:
+        con.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+    time.sleep(0.02)  # beyond the file system's idea of one moment
+    stranger = here.stock()
+    stranger.execute("UPDATE t SET x = randomblob(1000)")
+    stranger.execute("PRAGMA wal_checkpoint(truncate)").fetchall()
+    stranger.close()
+    if noticed == "flush":
+        bottomless_wal.flush(con)
+        world.stored(con)
+    elif noticed == "commit":
+        con.execute("INSERT INTO t VALUES (1)")
+        world.stored(con)
     con.close()
     world.comes_back(here)

@@ -174,3 +174,39 @@ def test_a_new_database_that_nobody_has_written_to_has_nothing_to_store(world: W
     bottomless_wal.flush(con, timeout=20)
     con.close()
     assert world.bucket.content() == {}
+
+
+# --- a WAL that is taken away ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ack", ["pages", "log"])
+@pytest.mark.parametrize("how", ["deleted", "replaced", "renamed"])
+def test_a_wal_that_is_taken_away_is_an_error_and_stores_no_old_state(world: World, how: str, ack: str) -> None:
+    """Without the WAL the main file is an old state: a commit raises, and the log stays what it was until a new open brings all of it."""
+    here, con = _opened(world, ack=ack)
+    con.execute("INSERT INTO t VALUES (1)")
+    bottomless_wal.flush(con)
+    before = world.bucket.content()
+    wal = here.path("app.db-wal")
+    if how == "deleted":
+        os.unlink(wal)
+    elif how == "renamed":
+        os.rename(wal, wal + "x")
+    else:
+        with open(wal + "x", "wb") as file:
+            file.write(here.content("app.db-wal")[:32])
+        os.replace(wal + "x", wal)
+    for n in range(2):
+        with pytest.raises(ReplicationError, match="deleted or replaced"):
+            con.execute("INSERT INTO t VALUES (?)", (2 + n,))
+    with pytest.raises(ReplicationError):
+        bottomless_wal.flush(con, timeout=20)
+    assert world.bucket.content() == before
+    con.close()
+    assert world.bucket.content() == before
+    con = here.connect()
+    assert rows(con) >= 1, "what was acknowledged"
+    bottomless_wal.flush(con)
+    world.stored(con)
+    con.close()
+    world.comes_back(here)

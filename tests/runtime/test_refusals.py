@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import urllib.parse
 from pathlib import Path
 
 import apsw
 import pytest
 
 import bottomless_wal
-from bottomless_wal import BottomlessError, ConfigError, ConflictError
+from bottomless_wal import BottomlessError, ConfigError, ConflictError, ReplicationError
 from bottomless_wal.runtime import vfs
 from tests.support.cluster import World, rows
 
@@ -293,3 +294,38 @@ def test_an_unknown_file_beside_is_left_alone(world: World) -> None:
     con.execute("CREATE TABLE t(x)")
     con.close()
     assert Path(here.path("app.db-bottomless-notes.txt")).read_text() == "mine"
+
+
+# --- a switch to WAL that fails ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["within a transaction", "busy"])
+def test_a_write_after_a_failed_switch_to_wal_raises_and_is_replicated_later(world: World, how: str) -> None:
+    """No write in rollback mode is acknowledged; once the switch succeeds, what was written goes along."""
+    here = world.machine()
+    options = "&".join(f"{name}={urllib.parse.quote(str(value), safe='')}" for name, value in world.options.items() if value is not True)
+    bottomless_wal.register()
+    flags = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE | apsw.SQLITE_OPEN_URI
+    con = apsw.Connection(f"file:{here.path()}?vfs=bottomless&create_bucket=1&{options}", flags=flags)
+    world.connections.append(con)
+    if how == "busy":
+        reader = here.stock()
+        reader.execute("BEGIN; SELECT * FROM sqlite_master").fetchall()
+        with pytest.raises(apsw.BusyError):
+            con.execute("PRAGMA journal_mode=wal").fetchall()
+        reader.execute("ROLLBACK")
+        reader.close()
+    else:
+        con.execute("BEGIN")
+        with pytest.raises(apsw.SQLError):
+            con.execute("PRAGMA journal_mode=wal").fetchall()
+        con.execute("ROLLBACK")
+    with pytest.raises((ReplicationError, ConfigError)):
+        con.execute("CREATE TABLE t(x)")
+    with pytest.raises((ReplicationError, ConfigError)):
+        con.execute("CREATE TABLE u(x)")
+    assert con.execute("PRAGMA journal_mode=wal").get == "wal"
+    con.execute("CREATE TABLE IF NOT EXISTS t(x); INSERT INTO t VALUES (1)")
+    world.stored(con)
+    con.close()
+    world.comes_back(here)

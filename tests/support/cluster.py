@@ -225,6 +225,18 @@ def spawn(script: str, *arguments: str, options: Mapping[str, Any]) -> subproces
     return subprocess.Popen([sys.executable, "-c", prelude + script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def existing(world: World, pages: int = 20) -> Machine:
+    """A machine with a database that was never replicated."""
+    here = world.machine()
+    stock = here.stock()
+    stock.execute("CREATE TABLE t(x)")
+    stock.execute("BEGIN")
+    stock.executemany("INSERT INTO t VALUES (zeroblob(4000))", [()] * pages)
+    stock.execute("COMMIT")
+    stock.close()
+    return here
+
+
 def rows(con: apsw.Connection, query: str = "SELECT count(*) FROM t") -> Any:
     """The one value that `query` gives."""
     return con.execute(query).get
