@@ -1,4 +1,4 @@
-"""What the jobs of `bench_jobs` share, and those of a writer's everyday life.
+"""What the jobs of `workloads` share, and those of a writer's everyday life.
 
 Only the committing statement is timed, never what prepares it.
 """

@@ -1,4 +1,4 @@
-"""The jobs of `bench_jobs` that have to do with whole databases: from nothing to stored, and back."""
+"""The jobs of `workloads` that have to do with whole databases: from nothing to stored, and back."""
 
 from __future__ import annotations
 
