@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def reference() -> ModuleType:
     specification = importlib.util.spec_from_file_location("docs_reference", ROOT / "tools" / "docs" / "reference.py")
-    assert specification is not None and specification.loader is not None
+    assert specification is not None
+    assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     sys.modules["docs_reference"] = module
     specification.loader.exec_module(module)
@@ -42,7 +43,8 @@ def test_a_part_without_an_end_is_refused(reference: ModuleType) -> None:
 def test_only_the_generated_part_is_replaced(reference: ModuleType) -> None:
     text = "before\n<!-- generated: options -->\nold\n<!-- end of generated part -->\nafter\n"
     filled = reference.filled(text)
-    assert filled.startswith("before\n") and filled.endswith("after\n")
+    assert filled.startswith("before\n")
+    assert filled.endswith("after\n")
     assert "old" not in filled
     assert "`retry_timeout`" in filled
     assert reference.filled(filled) == filled
