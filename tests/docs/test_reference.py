@@ -29,7 +29,7 @@ def test_the_pages_are_up_to_date(reference: ModuleType) -> None:
 
 
 def test_every_part_is_on_one_page(reference: ModuleType) -> None:
-    texts = [page.read_text() for page in reference.PAGES.glob("*.md")]
+    texts = [page.read_text() for page in reference.PAGES.rglob("*.md")]
     assert {name: sum(f"<!-- generated: {name} -->" in text for text in texts) for name in reference.PARTS} == dict.fromkeys(
         reference.PARTS, 1
     )

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the parts of the reference that come from the code into the pages below `docs/reference/`.
+"""Write the parts of the documentation that come from the code into the pages below `docs/`.
 
 A page marks such a part by two comments, and everything between them is replaced:
 
@@ -28,8 +28,9 @@ from bottomless_wal import admin
 from bottomless_wal.cli.main import main as command_line
 from bottomless_wal.core import errors
 from bottomless_wal.core.config import ENV_PREFIX, OPTIONS, Config
+from bottomless_wal.formats import block, index_header, keys, page, page_object, segment
 
-PAGES: Final = Path(__file__).resolve().parents[2] / "docs" / "reference"
+PAGES: Final = Path(__file__).resolve().parents[2] / "docs"
 
 _BEGIN: Final = "<!-- generated: {} -->\n"
 _END: Final = "<!-- end of generated part -->\n"
@@ -183,6 +184,17 @@ def exceptions() -> str:
     return _table(("exception", "is a", "meaning"), rows)
 
 
+def formats() -> str:
+    """Return the docstring of each module that defines bytes, as it stands there."""
+    modules = (keys, segment, block, page, page_object, index_header)
+    parts = []
+    for module in modules:
+        name = module.__name__.replace(".", "/")
+        summary, _, rest = (inspect.getdoc(module) or "").partition("\n\n")
+        parts.append(f"## `{name}.py`\n\n{' '.join(summary.split())}\n" + (f"\n```text\n{rest.rstrip()}\n```\n" if rest else ""))
+    return "\n".join(parts)
+
+
 def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     lines += [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows]
@@ -193,7 +205,7 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-PARTS: Final[dict[str, Callable[[], str]]] = {"options": options, "cli": cli, "python": python, "exceptions": exceptions}
+PARTS: Final[dict[str, Callable[[], str]]] = {"options": options, "cli": cli, "python": python, "exceptions": exceptions, "formats": formats}
 
 
 def filled(text: str) -> str:
@@ -211,7 +223,7 @@ def filled(text: str) -> str:
 
 def stale() -> list[Path]:
     """Return the pages that differ from what the code gives."""
-    return [page for page in sorted(PAGES.glob("*.md")) if filled(page.read_text()) != page.read_text()]
+    return [page for page in sorted(PAGES.rglob("*.md")) if filled(page.read_text()) != page.read_text()]
 
 
 def main() -> int:
