@@ -205,7 +205,13 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-PARTS: Final[dict[str, Callable[[], str]]] = {"options": options, "cli": cli, "python": python, "exceptions": exceptions, "formats": formats}
+PARTS: Final[dict[str, Callable[[], str]]] = {
+    "options": options,
+    "cli": cli,
+    "python": python,
+    "exceptions": exceptions,
+    "formats": formats,
+}
 
 
 def filled(text: str) -> str:
@@ -230,12 +236,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
     check = parser.parse_args().check
-    pages = stale()
-    for page in pages:
-        print(f"{page}: {'out of date' if check else 'written'}")
+    outdated = stale()
+    for path in outdated:
+        print(f"{path}: {'out of date' if check else 'written'}")
         if not check:
-            page.write_text(filled(page.read_text()))
-    return int(check and bool(pages))
+            path.write_text(filled(path.read_text()))
+    return int(check and bool(outdated))
 
 
 if __name__ == "__main__":
