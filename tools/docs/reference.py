@@ -120,8 +120,8 @@ def _member(name: str, value: Any) -> str:
     text = _docstring(inspect.getdoc(value) or "")
     fields = ""
     if inspect.isclass(value) and dataclasses.is_dataclass(value):
-        rows = [(f"`{field.name}`", f"`{field.type}`") for field in dataclasses.fields(value)]
-        fields = "\n" + _table(("field", "type"), rows)
+        # A list: a type such as `int | None` cannot stand in the cell of a table.
+        fields = "\n" + "".join(f"- `{field.name}`: `{field.type}`\n" for field in dataclasses.fields(value))
     return f"### {name}\n\n{shown}{text}\n{fields}"
 
 
