@@ -36,9 +36,15 @@ def _shell_lines(page: Path) -> list[str]:
 
 def _commands(line: str) -> list[list[str]]:
     """Return the arguments of each call of the program in a shell line."""
-    line = re.sub(r"\s#.*", "", line)
-    parts = [shlex.split(part) for part in re.split(r"\||&&|;", line)]
-    return [words[words.index(_PROGRAM) + 1 :] for words in parts if _PROGRAM in words[:1]]
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)  # it also drops comments
+    lexer.whitespace_split = True
+    calls: list[list[str]] = [[]]
+    for word in lexer:
+        if set(word) <= set("|&;()"):
+            calls.append([])
+        else:
+            calls[-1].append(word)
+    return [words[1:] for words in calls if words[:1] == [_PROGRAM]]
 
 
 def _parse(arguments: list[str]) -> None:
