@@ -23,8 +23,8 @@ _BUSY_TIMEOUT_MS: Final = 5000
 def register(**defaults: object) -> str:
     """Registers the VFS and returns its name, `bottomless`. May be called again, from any thread; later defaults win.
 
-    `defaults` are options (see README, "Configuration") for every database that is opened through it. Everything that their endpoint needs
-    later is loaded now, for a process that gives up its privileges after this call.
+    `defaults` are options (docs/reference/configuration.md) for every database that is opened through it. Everything that their
+    endpoint needs later is loaded now, for a process that gives up its privileges after this call.
 
     Raises:
         ConfigError: an unknown option or a bad value.

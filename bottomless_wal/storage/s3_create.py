@@ -2,7 +2,7 @@
 
     conditional() ──► a probe: two PUTs with `If-None-Match: *` to a key of its own. Does the second get a 412?
     create()      ──► honoured: one PUT with the condition
-                      ignored:  HEAD, then the PUT. Two writers who look at the same moment may both put (README, Limits)
+                      ignored:  HEAD, then the PUT. Two writers who look at the same moment may both put (docs/reference/limits.md)
 
 The answer of a probe does not hold for ever. Ceph honours the condition in a bucket without versioning and ignores it in one with
 versioning, and versioning may be switched on while writers run. So the probe is made again after `PROBE_SECONDS`, before a create:
@@ -181,7 +181,7 @@ class Creator:
             self._has_warned = True
             logger.warning(
                 "%s does not know create-only writes (If-None-Match on PutObject)%s: this replica looks before each write instead; "
-                "two writers on different machines could pass each other unseen within that round trip (README, Limits)",
+                "two writers on different machines could pass each other unseen within that round trip (docs/reference/limits.md)",
                 self._where,
                 " in a bucket with versioning" if versions else "",
             )

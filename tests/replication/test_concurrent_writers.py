@@ -284,7 +284,7 @@ def test_where_the_server_knows_no_condition_the_head_is_looked_at_before_each_p
 
 
 def test_what_passes_unseen_between_that_look_and_the_put_is_found_by_the_next_commit(unconditional: World) -> None:
-    """The window of the README, as wide as one request can be delayed: what was lost in it is told, loudly, as soon as anybody looks."""
+    """The window in the limits, as wide as one request can be delayed: what was lost in it is told, loudly, as soon as anybody looks."""
     world = unconditional
     with FaultProxy(str(world.options["endpoint"])) as proxy:
         machine = world.machine()

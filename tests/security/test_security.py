@@ -1,6 +1,6 @@
 """What an adversary could try, and what comes of it: secrets stay secret, names lead nowhere, files keep their modes, lies cost little.
 
-Whoever can write the bucket can write a history (README, Limits). He must not be able to do more than that: not write outside
+Whoever can write the bucket can write a history (docs/reference/limits.md). He must not be able to do more than that: not write outside
 the database's own files, not fill memory or disk, not keep a program busy for ever.
 """
 

@@ -50,7 +50,7 @@ SQLITES_OWN = (apsw.CorruptError, apsw.NotADBError, apsw.CantOpenError, apsw.IOE
 
 
 def state_of(image: bytes) -> int:
-    """The state hash of a database file, by the README's words alone."""
+    """The state hash of a database file, by the words of docs/internals/formats.md alone."""
     if not image:
         return 0
     size = int.from_bytes(image[16:18], "big")
