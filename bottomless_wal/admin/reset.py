@@ -10,7 +10,7 @@ import apsw
 from ..core.errors import ConfigError, ConflictError
 from ..runtime import api, vfs
 from ..runtime.registry import registry
-from ..runtime.replica import Status
+from ..runtime.status import Status
 from .stored_database import configured, stored_name
 
 __all__ = ["reset_from_local"]

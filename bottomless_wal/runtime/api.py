@@ -13,7 +13,8 @@ from ..core.errors import ConfigError
 from . import vfs
 from .preload import load
 from .registry import registry
-from .replica import Replica, Status
+from .replica import Replica
+from .status import Status, status_of
 
 __all__ = ["Status", "connect", "flush", "register", "status"]
 
@@ -88,7 +89,7 @@ def flush(database: apsw.Connection | str | os.PathLike[str], timeout: float | N
 def status(database: apsw.Connection | str | os.PathLike[str]) -> Status:
     """Where the replication of `database` (as in `flush`) stands. Sends nothing."""
     with _borrowed(database) as replica:
-        return replica.status()
+        return status_of(replica)
 
 
 @contextlib.contextmanager

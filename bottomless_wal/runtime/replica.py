@@ -11,31 +11,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import threading
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import apsw
 
 from ..core.config import Config
-from ..core.errors import BottomlessError, ConfigError, CorruptionError, FencedError, FilesLostError, ReplicationError, RestoreError
+from ..core.errors import BottomlessError, ConfigError, FencedError, FilesLostError, ReplicationError
 from ..core.failpoints import reach
 from ..core.logs import get_logger
 from ..core.threads import has_exited, is_own_thread
 from ..formats import keys
-from ..formats.page import repr_in_hex
 from ..formats.wal import Position, WalHeader
 from ..history.log import History
 from ..replication.index import Identity, IndexHeader, LocalIndex
 from ..replication.replicator import Replicator
 from ..replication.wal_position import seal
 from ..sqlite.checkpointer import RESTART_FRAMES, Checkpointer
-from ..sqlite.database_reader import LocalDatabase, Tip
+from ..sqlite.database_reader import LocalDatabase
 from ..storage import open_store
 from .commit_worker import Worker
 
@@ -43,42 +40,12 @@ if TYPE_CHECKING:
     from ..history.restore import Progress
     from ..replication.recovery import Boot
 
-__all__ = ["INDEX_SUFFIX", "Replica", "Status"]
+__all__ = ["INDEX_SUFFIX", "Replica"]
 
 logger = get_logger(__name__)
 
 INDEX_SUFFIX: Final = "-bottomless"
 _LOOK_SECONDS: Final = 0.02
-
-
-@repr_in_hex("state_hash")
-@dataclass(frozen=True, slots=True)
-class Status:
-    """Where the replication of one database stands, in this process.
-
-    `pending_frames` counts committed WAL frames that are not in the log; None when only a scan could tell. `lag` is the age, in seconds, of
-    the oldest such commit that was made here. `log_error` is a gap that was found in the log and is not mended yet; `log_repairs` counts
-    the snapshots that mended one. `requests` and the bytes (`sent` by kind of request) are counted since the database was
-    opened here, `seconds` ago.
-    """
-
-    path: str
-    name: str
-    store: str
-    txid: int
-    state_hash: int
-    pending_frames: int | None
-    view_txid: int
-    lag: float
-    last_error: BottomlessError | None
-    log_error: RestoreError | None
-    log_repairs: int
-    requests: Mapping[str, int]
-    sent: Mapping[str, int]
-    bytes_sent: int
-    bytes_received: int
-    retries: int
-    seconds: float
 
 
 class Replica:
@@ -92,7 +59,7 @@ class Replica:
         self.config = config
         self.name = keys.database_name(config.database_id, path)
         self.pid = os.getpid()
-        self._since = time.monotonic()
+        self.since = time.monotonic()
         self._connect = connect
         self._local = config.ack == "local"
         self.look_seconds = _LOOK_SECONDS if self._local else 0.0
@@ -283,53 +250,6 @@ class Replica:
         self.worker.poke()
         if frames >= RESTART_FRAMES:
             self.checkpointer.ask(frames)
-
-    def status(self) -> Status:
-        """See `Status`."""
-        failure = self.worker.last_error
-        tip: Tip | None = None
-        try:
-            tip = self.local.tip()
-        except ReplicationError as error:
-            failure = failure or error
-        except (apsw.NotADBError, apsw.CorruptError) as error:
-            raise CorruptionError(
-                f"{self.path} is damaged: {error}", hint=f"Restore it: `bottomless-wal restore --force {shlex.quote(self.path)}`."
-            ) from error
-        header = LocalIndex.peek(self.index.path)
-        try:
-            self.local.has_content(is_new=header is None or not header.txid)
-        except ReplicationError as error:
-            failure = failure or error
-        if header is None:
-            raise ConfigError(f"{self.index.path} is missing or damaged", hint="The next commit rebuilds it.")
-        pending: int | None = None
-        position = header.position
-        if tip is not None and not header.needs_scan:
-            if position is None or tip.header is None:
-                pending = tip.frames
-            elif (position.salt1, position.salt2) == (tip.header.salt1, tip.header.salt2):
-                pending = max(0, tip.frames - position.frame)
-        stats = self.store.stats
-        return Status(
-            path=self.path,
-            name=self.name,
-            store=self.store.describe(),
-            txid=header.txid,
-            state_hash=header.state,
-            pending_frames=pending,
-            view_txid=header.view_complete,
-            lag=self.worker.lag(),
-            last_error=failure,
-            log_error=self.log_check.error,
-            log_repairs=self.log_check.repairs,
-            requests=stats.requests,
-            sent=stats.sent,
-            bytes_sent=stats.bytes_sent,
-            bytes_received=stats.bytes_received,
-            retries=stats.retries,
-            seconds=time.monotonic() - self._since,
-        )
 
     # --- closing -------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from typing import Any
 import apsw
 import pytest
 from past import Past
-from worlds import Machine, World, child, refusal, replica_of, rows
+from worlds import Machine, World, child, refusal, rows
 
 import bottomless_wal
 from bottomless_wal.admin import reset_from_local
@@ -500,7 +500,7 @@ def test_an_earlier_state_after_a_healed_gap_is_fast_forwarded(world: World, txi
     assert max(world.bucket.edges("app.db")) == (8, 9)
     con = images[txid].connect(**QUIET)
     assert con.serialize("main") == image
-    assert replica_of(con).status().txid == 9
+    assert bottomless_wal.status(con).txid == 9
 
 
 @pytest.mark.parametrize("damaged", [False, True])
