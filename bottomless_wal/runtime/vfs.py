@@ -23,7 +23,6 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
@@ -35,11 +34,12 @@ from ..core.errors import BottomlessError, ConfigError, ReplicationError
 from ..core.logs import get_logger
 from ..core.threads import UntilCleared
 from ..formats.wal import WalHeader
+from ..sqlite import parked
+from ..sqlite.busy import call_next, queue, sleep
 from ..sqlite.checkpointer import AUTOCHECKPOINT_FRAMES
 from ..sqlite.database_path import require_free_name, require_same_name
 from ..sqlite.database_reader import main_file_lost, wal_vanished
 from ..sqlite.own_connection import OwnConnection, keep_hooks, run_first
-from . import parked
 from .registry import registry
 from .replica import Replica
 
@@ -57,12 +57,6 @@ _control: Final = apsw.VFSFile.xFileControl  # found once: super() costs as much
 _write: Final = apsw.VFSFile.xWrite
 _getpid: Final = os.getpid
 _now: Final = time.monotonic
-
-_queue: Final[deque[threading.Lock]] = deque()
-"""The threads that wait for a commit of this process to let go of the write lock: a lock each, held until it is their turn. Appending and
-popping need no lock of their own, which the collector, or the exit, could find held for ever."""
-_QUEUE_LOOK: Final = 10_000  # microseconds
-_NAP_OVER: Final = 0.005  # seconds between two sleeps that are not of one wait any more
 
 _thread = threading.local()
 
@@ -146,8 +140,8 @@ class _MainFile(apsw.VFSFile):
                 parked.take(self._connection, replica.path)
 
     def _replicate(self, replica: Replica) -> None:
-        if _queue:
-            _call_next()
+        if queue:
+            call_next()
         now = _now()
         # With ack=local nobody is told that anything is stored, and a look costs as much as a small commit.
         if self._converting or now - self._looked >= replica.look_seconds:
@@ -319,28 +313,7 @@ class _Bottomless(apsw.VFS):
         return resolved
 
     def xSleep(self, microseconds: int) -> int:
-        # The inherited method sleeps while it holds the GIL. Whoever waits for the write lock is woken when it is his turn: SQLite's busy
-        # handler sleeps for up to 0.1 s, while the lock is free.
-        # SQLite takes for slept what it has asked for: its patience would be over after some sixty calls, to whatever database they were.
-        # So who was called too early makes up for it the next time, when nobody can call him.
-        began = _now()
-        debt, until = getattr(_thread, "nap", (0.0, 0.0))
-        if began - until > _NAP_OVER:
-            debt = 0.0
-        if debt > 0:
-            time.sleep(debt)
-        turn = threading.Lock()
-        turn.acquire()
-        _queue.append(turn)
-        try:
-            # In a queue, whoever looks of his own accord takes the turn of the one that was called.
-            turn.acquire(timeout=max(microseconds, _QUEUE_LOOK if len(_queue) > 1 else 0) / 1e6)
-        finally:
-            with contextlib.suppress(ValueError):  # it was called
-                _queue.remove(turn)
-        ended = _now()
-        _thread.nap = (max(0.0, debt + microseconds / 1e6 - (ended - began)), ended)
-        return microseconds
+        return sleep(microseconds)
 
     def _open_main(self, name: Any, flags: list[int]) -> apsw.VFSFile:
         keep_hooks()
@@ -500,16 +473,9 @@ def _raise_parked(connection: apsw.Connection) -> None:
             del error  # as in `_failed`
 
 
-def _call_next() -> None:
-    """Wakes one of those who wait for the write lock: all together would use up their patience."""
-    with contextlib.suppress(IndexError):
-        _queue.popleft().release()
-
-
 def _after_fork() -> None:
     global _install_lock
     _install_lock = threading.RLock()
-    _queue.clear()
     parked.clear()
 
 

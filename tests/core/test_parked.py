@@ -20,8 +20,9 @@ from worlds import Machine, World, child, refusal, replica_of, rows, until
 
 import bottomless_wal
 from bottomless_wal import FencedError, ReplicationError
-from bottomless_wal.runtime import parked, vfs
+from bottomless_wal.runtime import vfs
 from bottomless_wal.runtime.registry import registry
+from bottomless_wal.sqlite import parked
 
 INSERT = "INSERT INTO t(x) VALUES (1) RETURNING id"
 LATE = "an earlier commit of this connection was not acknowledged"
