@@ -10,7 +10,7 @@ from typing import Final
 import apsw
 
 from ..core.errors import ConfigError
-from . import vfs
+from .connect import VFS_NAME, install, installed_defaults, pending_open
 from .preload import load
 from .registry import registry
 from .replica import Replica
@@ -30,9 +30,9 @@ def register(**defaults: object) -> str:
     Raises:
         ConfigError: an unknown option or a bad value.
     """
-    vfs.install(defaults)
-    load(vfs.defaults())
-    return vfs.VFS_NAME
+    install(defaults)
+    load(installed_defaults())
+    return VFS_NAME
 
 
 def connect(
@@ -50,7 +50,7 @@ def connect(
         ConfigError: an unknown option or a bad value. ConflictError: local file and remote history diverged.
         StoreError: the bucket cannot be reached. RestoreError, CorruptionError: it holds no sound history.
     """
-    vfs.install({})
+    install({})
     text = os.fspath(path)
     try:
         text.encode()
@@ -60,8 +60,8 @@ def connect(
         raise ConfigError(f"{text!r} has a NUL in it, which no file name can have", hint="Give the path of a file.")
     if text in ("", ":memory:") or text.startswith("file::memory:"):
         raise ConfigError(f"{text!r} is no file: there is nothing to replicate", hint="Give a path, or use apsw.Connection for it.")
-    with vfs.arguments(options, page_size=None if page_size is None else int(page_size)):
-        connection = apsw.Connection(text, flags=flags, vfs=vfs.VFS_NAME)
+    with pending_open(options, page_size=None if page_size is None else int(page_size)):
+        connection = apsw.Connection(text, flags=flags, vfs=VFS_NAME)
     try:
         connection.set_busy_timeout(_BUSY_TIMEOUT_MS)
         if not connection.readonly("main"):

@@ -33,6 +33,7 @@ from ..replication.replicator import Replicator
 from ..replication.wal_position import seal
 from ..sqlite.checkpointer import RESTART_FRAMES, Checkpointer
 from ..sqlite.database_reader import LocalDatabase
+from ..sqlite.open_wals import OpenWals
 from ..storage import open_store
 from .commit_worker import Worker
 
@@ -49,9 +50,15 @@ _LOOK_SECONDS: Final = 0.02
 
 
 class Replica:
-    """The database at `path` (resolved). `connect` opens a connection of our own through the VFS."""
+    """The database at `path` (resolved), and the `CommitListener` of the connections to it.
 
-    def __init__(self, path: str, config: Config, connect: Callable[[str], apsw.Connection]) -> None:
+    `connect` opens a connection of our own through the VFS. `release` is called with the replica when a connection of the application has
+    closed it, and with whether that connection is being deallocated.
+    """
+
+    def __init__(
+        self, path: str, config: Config, connect: Callable[[str], apsw.Connection], release: Callable[[Replica, bool], None]
+    ) -> None:
         from ..replication.log_check import LogCheck  # as in `_boot`
         from .compactor import Upkeep
 
@@ -61,11 +68,10 @@ class Replica:
         self.pid = os.getpid()
         self.since = time.monotonic()
         self._connect = connect
+        self._release = release
         self._local = config.ack == "local"
         self.look_seconds = _LOOK_SECONDS if self._local else 0.0
-        """How long a look at the files of a connection is good for."""
-        self.wals: dict[int, tuple[int, int]] = {}
-        """(inode, device) of the WAL that each connection of this process has open."""
+        self.wals = OpenWals(path)
         self.opens = 0
         self.dropped: deque[None] = deque()
         """One entry for each open that is over and not yet subtracted from `opens`: appending takes no lock."""
@@ -159,13 +165,12 @@ class Replica:
 
     # --- while it is open ----------------------------------------------------------------------------------------------
 
-    def committed(self) -> None:
-        """A commit stands locally: replicate it, and wait as `ack` says.
+    def on_commit(self) -> None:
+        """Replicate a commit, and wait as `ack` says.
 
         Raises:
             ReplicationError, FencedError, ConflictError: see `Worker.wait`.
         """
-        self.check_process()
         worker = self.worker
         if has_exited():
             raise worker.shut_down()
@@ -200,8 +205,8 @@ class Replica:
             self.checkpointer.ask(tip.frames)
             raise
 
-    def storing(self, error: BaseException) -> Callable[[], bool]:
-        """Return a function that tells whether the commit that has ended with `error` is stored by now."""
+    def on_commit_failed(self, error: BaseException) -> Callable[[], bool]:
+        """Return a function that returns whether the commit that has ended with `error` is stored by now."""
         if isinstance(error, BottomlessError):
             ticket = error.ticket
         else:
@@ -215,41 +220,29 @@ class Replica:
             hint="It is sent in the background. Do not repeat the statement. Commit outside of signal handlers and finalizers, or flush().",
         )
 
-    def wal_in_place(self) -> bool:
-        """Is the file at `<db>-wal` the one that every connection here has open? Nobody deletes it while one has."""
-        try:
-            there = os.stat(self.path + "-wal")[1:3]
-        except FileNotFoundError:
-            return False
-        return all(mine == there for mine in list(self.wals.values()))
-
-    def mark_scan(self) -> None:
-        """The main file was written past the WAL (a switch of the journal mode): the next batch scans."""
+    def on_file_rewritten(self) -> None:
+        """Let the next batch scan: the main file was written past the WAL (a switch of the journal mode)."""
         LocalIndex.ask_for_scan(self.index.path)
 
-    def seal(self, new: WalHeader | None) -> None:
-        """The WAL is about to be restarted with the header `new`, or truncated or deleted (None). See `standing.seal`."""
+    def before_wal_reset(self, new: WalHeader | None) -> None:
+        """Leave a seal, by which the position is carried across the restart. See `wal_position.seal`."""
         try:
             seal(self.index.path, self.path, new)
         except OSError as error:
             # Without a seal the position proves nothing, and the next batch scans.
             logger.warning("%s: no seal could be left: %s", self.path, error)
 
-    def check_process(self) -> None:
-        """Raises ReplicationError in a child that inherited the connection by a fork."""
-        if os.getpid() != self.pid:
-            raise ReplicationError(
-                f"this connection to {self.path} was opened before a fork, by process {self.pid}",
-                hint="Open a connection of its own in each process, after the fork.",
-            )
-
-    def checkpointed(self, frames: int) -> None:
-        """A passive checkpoint has run on a WAL of `frames` frames."""
+    def on_checkpoint(self, wal_frames: int) -> None:
+        """Let the worker look, and the checkpointer, if the WAL is too long."""
         if has_exited():
             return
         self.worker.poke()
-        if frames >= RESTART_FRAMES:
-            self.checkpointer.ask(frames)
+        if wal_frames >= RESTART_FRAMES:
+            self.checkpointer.ask(wal_frames)
+
+    def on_close(self, *, is_deallocated: bool) -> None:
+        """Count one open less; see `Registry.release` and `Registry.hand_over`."""
+        self._release(self, is_deallocated)
 
     # --- closing -------------------------------------------------------------------------------------------------------
 

@@ -15,8 +15,8 @@ import pytest
 from worlds import World, child, replica_of, rows
 
 import bottomless_wal
-from bottomless_wal.runtime import vfs
 from bottomless_wal.runtime.registry import registry
+from bottomless_wal.sqlite import vfs
 
 _MOST_DESCRIPTORS = 4096
 

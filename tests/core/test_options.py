@@ -13,15 +13,14 @@ from worlds import World, replica_of, rows
 import bottomless_wal
 from bottomless_wal import ConfigError
 from bottomless_wal.core.config import OPTIONS, Config
-from bottomless_wal.runtime import vfs
+from bottomless_wal.runtime import connect
 
 
 @pytest.fixture(autouse=True)
 def fresh_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     """`register()` keeps its defaults for the process: each test starts without."""
     bottomless_wal.register()
-    assert vfs._installed is not None
-    monkeypatch.setattr(vfs._installed, "defaults", {})
+    monkeypatch.setattr(connect._opener, "defaults", {})
 
 
 def _uri(path: str, **parameters: object) -> str:

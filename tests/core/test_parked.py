@@ -20,7 +20,7 @@ from worlds import Machine, World, child, refusal, replica_of, rows, until
 
 import bottomless_wal
 from bottomless_wal import FencedError, ReplicationError
-from bottomless_wal.runtime import vfs
+from bottomless_wal.runtime import connect
 from bottomless_wal.runtime.registry import registry
 from bottomless_wal.sqlite import parked
 
@@ -364,8 +364,7 @@ def test_asynchronous_use(world: World, unraisable: list[str], monkeypatch: pyte
     here, first = _start(world)
     store = refusal(first)
 
-    assert vfs._installed is not None
-    monkeypatch.setattr(vfs._installed, "defaults", {**world.options, "ack": "log"})
+    monkeypatch.setattr(connect._opener, "defaults", {**world.options, "ack": "log"})
 
     async def main() -> None:
         con = await apsw.Connection.as_async(here.path(), vfs="bottomless")

@@ -15,7 +15,7 @@ from worlds import Machine, World, child, refusal, replica_of, rows, until
 
 import bottomless_wal
 from bottomless_wal import ConfigError, ConflictError, FencedError, ReplicationError, StoreError
-from bottomless_wal.runtime import vfs
+from bottomless_wal.sqlite import vfs
 from bottomless_wal.sqlite.checkpointer import Checkpointer
 from bottomless_wal.sqlite.database_reader import LocalDatabase
 from bottomless_wal.storage import Receipt
@@ -91,7 +91,7 @@ def test_what_was_spilled_before_a_scan_is_stored_when_its_commit_returns(world:
         con.execute("CREATE TABLE t(x)")
         con.close()
         con = here.connect(ack="log")
-        replica_of(con).mark_scan()
+        replica_of(con).on_file_rewritten()
         _spill(con, MANY)
     else:
         _spill(con, "CREATE TABLE t(x)", MANY)
@@ -116,7 +116,7 @@ def test_what_was_spilled_before_a_scan_is_stored_at_once_when_the_store_is_well
     here, con = _opened(world)
     con.close()
     con = here.connect(ack="log")
-    replica_of(con).mark_scan()
+    replica_of(con).on_file_rewritten()
     _spill(con, MANY)
     bottomless_wal.flush(con)
     con.execute("COMMIT")
@@ -131,7 +131,7 @@ def test_what_was_spilled_before_a_scan_outlives_an_outage_and_a_new_wal(world: 
     con.execute("CREATE TABLE u(y)")
     con.close()
     con = here.connect(ack="log")
-    replica_of(con).mark_scan()
+    replica_of(con).on_file_rewritten()
     _spill(con, "UPDATE t SET x = randomblob(1000)")
     bottomless_wal.flush(con)
     store = refusal(con)
