@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import apsw
 
@@ -15,6 +15,9 @@ from .preload import load
 from .registry import registry
 from .replica import Replica
 from .status import Status, status_of
+
+if TYPE_CHECKING:
+    from ..history.restore import Progress
 
 __all__ = ["Status", "connect", "flush", "register", "status"]
 
@@ -39,12 +42,14 @@ def connect(
     path: str | os.PathLike[str],
     *,
     page_size: int | None = None,
+    progress: Progress | None = None,
     flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE | apsw.SQLITE_OPEN_URI,
     **options: object,
 ) -> apsw.Connection:
     """Opens the database at `path` (or a `file:` URI): in WAL mode, replicated, ready.
 
-    `page_size` (bytes) is for a new database; an existing one keeps its own. The busy timeout is 5 s.
+    `page_size` (bytes) is for a new database; an existing one keeps its own. `progress` is called with (bytes read, bytes
+    expected) while this call restores the database; an error that it raises ends the open. The busy timeout is 5 s.
 
     Raises:
         ConfigError: an unknown option or a bad value. ConflictError: local file and remote history diverged.
@@ -60,7 +65,7 @@ def connect(
         raise ConfigError(f"{text!r} has a NUL in it, which no file name can have", hint="Give the path of a file.")
     if text in ("", ":memory:") or text.startswith("file::memory:"):
         raise ConfigError(f"{text!r} is no file: there is nothing to replicate", hint="Give a path, or use apsw.Connection for it.")
-    with pending_open(options, page_size=None if page_size is None else int(page_size)):
+    with pending_open(options, progress=progress, page_size=None if page_size is None else int(page_size)):
         connection = apsw.Connection(text, flags=flags, vfs=VFS_NAME)
     try:
         connection.set_busy_timeout(_BUSY_TIMEOUT_MS)
