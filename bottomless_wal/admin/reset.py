@@ -8,9 +8,10 @@ import os
 import apsw
 
 from ..core.errors import ConfigError, ConflictError
-from ..runtime import api, vfs
+from ..runtime import api
+from ..runtime.connect import VFS_NAME, install, pending_open
 from ..runtime.registry import registry
-from ..runtime.replica import Status
+from ..runtime.status import Status
 from .stored_database import configured, stored_name
 
 __all__ = ["reset_from_local"]
@@ -29,9 +30,9 @@ def reset_from_local(path: str | os.PathLike[str], **options: object) -> Status:
         raise ConfigError(f"there is no database at {os.fspath(path)}", hint="A reset makes an existing local file the head.")
     if registry.get(local) is not None:
         raise ConflictError(f"{local} is open in this process", hint="Close every connection to it first.")
-    vfs.install({})
-    with vfs.arguments(options, reset=True):
-        connection = apsw.Connection(local, flags=apsw.SQLITE_OPEN_READWRITE, vfs=vfs.VFS_NAME)
+    install({})
+    with pending_open(options, reset=True):
+        connection = apsw.Connection(local, flags=apsw.SQLITE_OPEN_READWRITE, vfs=VFS_NAME)
     with contextlib.closing(connection):
         api.flush(connection)
         return api.status(connection)

@@ -11,7 +11,7 @@ from ..core.config import Config
 from ..core.errors import ConfigError
 from ..formats import keys
 from ..history.log import History
-from ..runtime import vfs
+from ..runtime.connect import installed_defaults
 from ..sqlite.database_path import require_same_name
 from ..storage import Store, open_store
 
@@ -41,7 +41,7 @@ def configured(options: Mapping[str, object]) -> Config:
         ConfigError: an unknown option or a bad value.
     """
     # The defaults given to register() hold for every database of this process.
-    return Config.load(vfs.defaults(), options)
+    return Config.load(installed_defaults(), options)
 
 
 def stored_name(database: str | os.PathLike[str], database_id: str) -> tuple[str, str | None]:

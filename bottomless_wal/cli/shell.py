@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import apsw
 import apsw.shell
 
-from ..runtime import api, vfs
+from ..runtime import api
+from ..runtime.connect import install
 from ..runtime.registry import registry
 from .output import complain
 
@@ -23,7 +24,7 @@ def run(file: str | None, sql: Sequence[str], options: Mapping[str, object]) -> 
     Raises:
         BottomlessError, apsw.Error: `file` cannot be opened.
     """
-    vfs.install(options)
+    install(options)
     connection = api.connect(file) if file is not None else None
     shell = apsw.shell.Shell(db=connection)
     code = 0

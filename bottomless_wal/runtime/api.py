@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import apsw
 
 from ..core.errors import ConfigError
-from . import vfs
+from .connect import VFS_NAME, install, installed_defaults, pending_open
 from .preload import load
 from .registry import registry
-from .replica import Replica, Status
+from .replica import Replica
+from .status import Status, status_of
+
+if TYPE_CHECKING:
+    from ..history.restore import Progress
 
 __all__ = ["Status", "connect", "flush", "register", "status"]
 
@@ -29,27 +33,29 @@ def register(**defaults: object) -> str:
     Raises:
         ConfigError: an unknown option or a bad value.
     """
-    vfs.install(defaults)
-    load(vfs.defaults())
-    return vfs.VFS_NAME
+    install(defaults)
+    load(installed_defaults())
+    return VFS_NAME
 
 
 def connect(
     path: str | os.PathLike[str],
     *,
     page_size: int | None = None,
+    progress: Progress | None = None,
     flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE | apsw.SQLITE_OPEN_URI,
     **options: object,
 ) -> apsw.Connection:
     """Opens the database at `path` (or a `file:` URI): in WAL mode, replicated, ready.
 
-    `page_size` (bytes) is for a new database; an existing one keeps its own. The busy timeout is 5 s.
+    `page_size` (bytes) is for a new database; an existing one keeps its own. `progress` is called with (bytes read, bytes
+    expected) while this call restores the database; an error that it raises ends the open. The busy timeout is 5 s.
 
     Raises:
         ConfigError: an unknown option or a bad value. ConflictError: local file and remote history diverged.
         StoreError: the bucket cannot be reached. RestoreError, CorruptionError: it holds no sound history.
     """
-    vfs.install({})
+    install({})
     text = os.fspath(path)
     try:
         text.encode()
@@ -59,8 +65,8 @@ def connect(
         raise ConfigError(f"{text!r} has a NUL in it, which no file name can have", hint="Give the path of a file.")
     if text in ("", ":memory:") or text.startswith("file::memory:"):
         raise ConfigError(f"{text!r} is no file: there is nothing to replicate", hint="Give a path, or use apsw.Connection for it.")
-    with vfs.arguments(options, page_size=None if page_size is None else int(page_size)):
-        connection = apsw.Connection(text, flags=flags, vfs=vfs.VFS_NAME)
+    with pending_open(options, progress=progress, page_size=None if page_size is None else int(page_size)):
+        connection = apsw.Connection(text, flags=flags, vfs=VFS_NAME)
     try:
         connection.set_busy_timeout(_BUSY_TIMEOUT_MS)
         if not connection.readonly("main"):
@@ -88,7 +94,7 @@ def flush(database: apsw.Connection | str | os.PathLike[str], timeout: float | N
 def status(database: apsw.Connection | str | os.PathLike[str]) -> Status:
     """Where the replication of `database` (as in `flush`) stands. Sends nothing."""
     with _borrowed(database) as replica:
-        return replica.status()
+        return status_of(replica)
 
 
 @contextlib.contextmanager

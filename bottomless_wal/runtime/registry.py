@@ -103,7 +103,7 @@ class Registry:
             return replica
 
     def _made(self, path: str, config: Config, connect: Callable[[str], apsw.Connection]) -> Replica:
-        made = Replica(path, config, connect)
+        made = Replica(path, config, connect, self._on_close)
         for other in self.all():
             if (other.name, other.config.endpoint, other.config.bucket) == (made.name, config.endpoint, config.bucket):
                 while self._replicas.get(other.path) is other and _is_left(other) and other.closed_by != threading.get_ident():
@@ -153,6 +153,12 @@ class Registry:
         replica.dropped.append(None)
         if not has_exited():
             self._handed_over.put(replica)
+
+    def _on_close(self, replica: Replica, is_deallocated: bool) -> None:
+        if is_deallocated:
+            self.hand_over(replica)  # nothing may be waited for
+        else:
+            self.release(replica)
 
     def _start_closer(self) -> None:
         """Starts it with the first open. Where it cannot be started the interpreter ends, and `exit` closes everything itself."""

@@ -11,31 +11,29 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import threading
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import apsw
 
 from ..core.config import Config
-from ..core.errors import BottomlessError, ConfigError, CorruptionError, FencedError, FilesLostError, ReplicationError, RestoreError
+from ..core.errors import BottomlessError, ConfigError, FencedError, FilesLostError, ReplicationError
 from ..core.failpoints import reach
 from ..core.logs import get_logger
 from ..core.threads import has_exited, is_own_thread
 from ..formats import keys
-from ..formats.page import repr_in_hex
 from ..formats.wal import Position, WalHeader
 from ..history.log import History
 from ..replication.index import Identity, IndexHeader, LocalIndex
 from ..replication.replicator import Replicator
 from ..replication.wal_position import seal
 from ..sqlite.checkpointer import RESTART_FRAMES, Checkpointer
-from ..sqlite.database_reader import LocalDatabase, Tip
+from ..sqlite.database_reader import LocalDatabase
+from ..sqlite.open_wals import OpenWals
 from ..storage import open_store
 from .commit_worker import Worker
 
@@ -43,7 +41,7 @@ if TYPE_CHECKING:
     from ..history.restore import Progress
     from ..replication.recovery import Boot
 
-__all__ = ["INDEX_SUFFIX", "Replica", "Status"]
+__all__ = ["INDEX_SUFFIX", "Replica"]
 
 logger = get_logger(__name__)
 
@@ -51,40 +49,16 @@ INDEX_SUFFIX: Final = "-bottomless"
 _LOOK_SECONDS: Final = 0.02
 
 
-@repr_in_hex("state_hash")
-@dataclass(frozen=True, slots=True)
-class Status:
-    """Where the replication of one database stands, in this process.
+class Replica:
+    """The database at `path` (resolved), and the `CommitListener` of the connections to it.
 
-    `pending_frames` counts committed WAL frames that are not in the log; None when only a scan could tell. `lag` is the age, in seconds, of
-    the oldest such commit that was made here. `log_error` is a gap that was found in the log and is not mended yet; `log_repairs` counts
-    the snapshots that mended one. `requests` and the bytes (`sent` by kind of request) are counted since the database was
-    opened here, `seconds` ago.
+    `connect` opens a connection of our own through the VFS. `release` is called with the replica when a connection of the application has
+    closed it, and with whether that connection is being deallocated.
     """
 
-    path: str
-    name: str
-    store: str
-    txid: int
-    state_hash: int
-    pending_frames: int | None
-    view_txid: int
-    lag: float
-    last_error: BottomlessError | None
-    log_error: RestoreError | None
-    log_repairs: int
-    requests: Mapping[str, int]
-    sent: Mapping[str, int]
-    bytes_sent: int
-    bytes_received: int
-    retries: int
-    seconds: float
-
-
-class Replica:
-    """The database at `path` (resolved). `connect` opens a connection of our own through the VFS."""
-
-    def __init__(self, path: str, config: Config, connect: Callable[[str], apsw.Connection]) -> None:
+    def __init__(
+        self, path: str, config: Config, connect: Callable[[str], apsw.Connection], release: Callable[[Replica, bool], None]
+    ) -> None:
         from ..replication.log_check import LogCheck  # as in `_boot`
         from .compactor import Upkeep
 
@@ -92,13 +66,12 @@ class Replica:
         self.config = config
         self.name = keys.database_name(config.database_id, path)
         self.pid = os.getpid()
-        self._since = time.monotonic()
+        self.since = time.monotonic()
         self._connect = connect
+        self._release = release
         self._local = config.ack == "local"
         self.look_seconds = _LOOK_SECONDS if self._local else 0.0
-        """How long a look at the files of a connection is good for."""
-        self.wals: dict[int, tuple[int, int]] = {}
-        """(inode, device) of the WAL that each connection of this process has open."""
+        self.wals = OpenWals(path)
         self.opens = 0
         self.dropped: deque[None] = deque()
         """One entry for each open that is over and not yet subtracted from `opens`: appending takes no lock."""
@@ -192,13 +165,12 @@ class Replica:
 
     # --- while it is open ----------------------------------------------------------------------------------------------
 
-    def committed(self) -> None:
-        """A commit stands locally: replicate it, and wait as `ack` says.
+    def on_commit(self) -> None:
+        """Replicate a commit, and wait as `ack` says.
 
         Raises:
             ReplicationError, FencedError, ConflictError: see `Worker.wait`.
         """
-        self.check_process()
         worker = self.worker
         if has_exited():
             raise worker.shut_down()
@@ -233,8 +205,8 @@ class Replica:
             self.checkpointer.ask(tip.frames)
             raise
 
-    def storing(self, error: BaseException) -> Callable[[], bool]:
-        """Return a function that tells whether the commit that has ended with `error` is stored by now."""
+    def on_commit_failed(self, error: BaseException) -> Callable[[], bool]:
+        """Return a function that returns whether the commit that has ended with `error` is stored by now."""
         if isinstance(error, BottomlessError):
             ticket = error.ticket
         else:
@@ -248,88 +220,29 @@ class Replica:
             hint="It is sent in the background. Do not repeat the statement. Commit outside of signal handlers and finalizers, or flush().",
         )
 
-    def wal_in_place(self) -> bool:
-        """Is the file at `<db>-wal` the one that every connection here has open? Nobody deletes it while one has."""
-        try:
-            there = os.stat(self.path + "-wal")[1:3]
-        except FileNotFoundError:
-            return False
-        return all(mine == there for mine in list(self.wals.values()))
-
-    def mark_scan(self) -> None:
-        """The main file was written past the WAL (a switch of the journal mode): the next batch scans."""
+    def on_file_rewritten(self) -> None:
+        """Let the next batch scan: the main file was written past the WAL (a switch of the journal mode)."""
         LocalIndex.ask_for_scan(self.index.path)
 
-    def seal(self, new: WalHeader | None) -> None:
-        """The WAL is about to be restarted with the header `new`, or truncated or deleted (None). See `standing.seal`."""
+    def before_wal_reset(self, new: WalHeader | None) -> None:
+        """Leave a seal, by which the position is carried across the restart. See `wal_position.seal`."""
         try:
             seal(self.index.path, self.path, new)
         except OSError as error:
             # Without a seal the position proves nothing, and the next batch scans.
             logger.warning("%s: no seal could be left: %s", self.path, error)
 
-    def check_process(self) -> None:
-        """Raises ReplicationError in a child that inherited the connection by a fork."""
-        if os.getpid() != self.pid:
-            raise ReplicationError(
-                f"this connection to {self.path} was opened before a fork, by process {self.pid}",
-                hint="Open a connection of its own in each process, after the fork.",
-            )
-
-    def checkpointed(self, frames: int) -> None:
-        """A passive checkpoint has run on a WAL of `frames` frames."""
+    def on_checkpoint(self, wal_frames: int) -> None:
+        """Let the worker look, and the checkpointer, if the WAL is too long."""
         if has_exited():
             return
         self.worker.poke()
-        if frames >= RESTART_FRAMES:
-            self.checkpointer.ask(frames)
+        if wal_frames >= RESTART_FRAMES:
+            self.checkpointer.ask(wal_frames)
 
-    def status(self) -> Status:
-        """See `Status`."""
-        failure = self.worker.last_error
-        tip: Tip | None = None
-        try:
-            tip = self.local.tip()
-        except ReplicationError as error:
-            failure = failure or error
-        except (apsw.NotADBError, apsw.CorruptError) as error:
-            raise CorruptionError(
-                f"{self.path} is damaged: {error}", hint=f"Restore it: `bottomless-wal restore --force {shlex.quote(self.path)}`."
-            ) from error
-        header = LocalIndex.peek(self.index.path)
-        try:
-            self.local.has_content(is_new=header is None or not header.txid)
-        except ReplicationError as error:
-            failure = failure or error
-        if header is None:
-            raise ConfigError(f"{self.index.path} is missing or damaged", hint="The next commit rebuilds it.")
-        pending: int | None = None
-        position = header.position
-        if tip is not None and not header.needs_scan:
-            if position is None or tip.header is None:
-                pending = tip.frames
-            elif (position.salt1, position.salt2) == (tip.header.salt1, tip.header.salt2):
-                pending = max(0, tip.frames - position.frame)
-        stats = self.store.stats
-        return Status(
-            path=self.path,
-            name=self.name,
-            store=self.store.describe(),
-            txid=header.txid,
-            state_hash=header.state,
-            pending_frames=pending,
-            view_txid=header.view_complete,
-            lag=self.worker.lag(),
-            last_error=failure,
-            log_error=self.log_check.error,
-            log_repairs=self.log_check.repairs,
-            requests=stats.requests,
-            sent=stats.sent,
-            bytes_sent=stats.bytes_sent,
-            bytes_received=stats.bytes_received,
-            retries=stats.retries,
-            seconds=time.monotonic() - self._since,
-        )
+    def on_close(self, *, is_deallocated: bool) -> None:
+        """Count one open less; see `Registry.release` and `Registry.hand_over`."""
+        self._release(self, is_deallocated)
 
     # --- closing -------------------------------------------------------------------------------------------------------
 

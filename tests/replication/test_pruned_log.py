@@ -32,7 +32,7 @@ from bottomless_wal.replication.index_rebuild import learn
 from bottomless_wal.runtime.replica import INDEX_SUFFIX
 from bottomless_wal.storage import Receipt, base, open_store
 from bottomless_wal.storage.directory import DirectoryStore
-from tests.support.cluster import Machine, World, child, refusal, replica_of, rows
+from tests.support.cluster import Machine, World, child, refusal, rows
 from tests.support.log_builder import Past
 
 HOUR, DAY = 3600.0, 86400.0
@@ -507,7 +507,7 @@ def test_an_earlier_state_after_a_healed_gap_is_fast_forwarded(world: World, txi
     assert max(world.bucket.edges("app.db")) == (8, 9)
     con = images[txid].connect(**QUIET)
     assert con.serialize("main") == image
-    assert replica_of(con).status().txid == 9
+    assert bottomless_wal.status(con).txid == 9
 
 
 @pytest.mark.parametrize("damaged", [False, True])

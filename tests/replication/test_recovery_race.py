@@ -9,7 +9,7 @@ import apsw
 import pytest
 
 import bottomless_wal
-from bottomless_wal.runtime import vfs
+from bottomless_wal.runtime.connect import pending_open
 from tests.support.cluster import World, spawn
 
 # Opens argv[0], but stops once it has seen the local file and is about to see the bucket; goes on when the file argv[1] is there.
@@ -35,7 +35,7 @@ con.close()
 def test_a_database_that_is_just_being_made_is_no_leftover(world: World, head_start: float) -> None:
     here = world.machine()
     bottomless_wal.register()
-    with vfs.arguments({**world.options, "ack": "local"}):
+    with pending_open({**world.options, "ack": "local"}):
         first = apsw.Connection(here.path(), vfs="bottomless")
     world.connections.append(first)
     first.set_busy_timeout(10000)

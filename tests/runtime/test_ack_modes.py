@@ -411,7 +411,7 @@ def test_commits_without_a_wal_hook_raise_too(world: World, way: str) -> None:
 def test_one_of_two_attached_databases_fails_and_neither_is_harmed(world: World, failing: str) -> None:
     here = world.machine()
     con = here.connect("a.db")
-    with bottomless_wal.runtime.vfs.arguments(world.options):
+    with bottomless_wal.runtime.connect.pending_open(world.options):
         con.execute(f"ATTACH 'file:{here.path('b.db')}?vfs=bottomless' AS b")
     con.execute("PRAGMA b.journal_mode=wal").fetchall()
     con.execute("CREATE TABLE main.t(x); CREATE TABLE b.u(x); CREATE TEMP TABLE s(x)")

@@ -14,8 +14,8 @@ import apsw
 import pytest
 
 import bottomless_wal
-from bottomless_wal.runtime import vfs
 from bottomless_wal.runtime.registry import registry
+from bottomless_wal.sqlite import vfs
 from tests.support.cluster import World, child, replica_of, rows
 
 _MOST_DESCRIPTORS = 4096

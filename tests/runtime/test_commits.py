@@ -321,7 +321,7 @@ def test_backup_out_of_a_replicated_database(world: World) -> None:
 def test_two_attached_replicated_databases_in_one_transaction(world: World) -> None:
     here = world.machine()
     con = here.connect("a.db")
-    with bottomless_wal.runtime.vfs.arguments(world.options):
+    with bottomless_wal.runtime.connect.pending_open(world.options):
         con.execute(f"ATTACH 'file:{here.path('b.db')}?vfs=bottomless' AS b")
     con.execute("PRAGMA b.journal_mode=wal").fetchall()
     con.execute("CREATE TABLE main.t(x); CREATE TABLE b.t(x)")

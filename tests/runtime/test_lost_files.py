@@ -12,7 +12,7 @@ import pytest
 
 import bottomless_wal
 from bottomless_wal.core.errors import FilesLostError, ReplicationError
-from bottomless_wal.runtime import vfs
+from bottomless_wal.runtime.connect import pending_open
 from tests.support.cluster import Machine, World, refusal, replica_of, rows, until
 
 
@@ -168,7 +168,7 @@ def test_a_file_that_was_cut_short_is_looked_through(world: World) -> None:
 def test_a_new_database_that_nobody_has_written_to_has_nothing_to_store(world: World) -> None:
     """A file of 0 bytes without a WAL is the empty database: no error, and nothing is stored."""
     here = world.machine()
-    with vfs.arguments(world.options):
+    with pending_open(world.options):
         con = apsw.Connection(here.path(), vfs=bottomless_wal.register())
     assert os.path.getsize(here.path()) == 0
     bottomless_wal.flush(con, timeout=20)

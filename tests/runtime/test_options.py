@@ -12,7 +12,7 @@ import pytest
 import bottomless_wal
 from bottomless_wal import ConfigError
 from bottomless_wal.core.config import OPTIONS, Config
-from bottomless_wal.runtime import vfs
+from bottomless_wal.runtime import connect
 from tests.support.cluster import World, replica_of, rows
 
 
@@ -20,8 +20,7 @@ from tests.support.cluster import World, replica_of, rows
 def fresh_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     """`register()` keeps its defaults for the process: each test starts without."""
     bottomless_wal.register()
-    assert vfs._installed is not None
-    monkeypatch.setattr(vfs._installed, "defaults", {})
+    monkeypatch.setattr(connect._opener, "defaults", {})
 
 
 def _uri(path: str, **parameters: object) -> str:
@@ -218,6 +217,54 @@ def test_page_size_is_for_a_new_database_and_an_old_one_keeps_its_own(world: Wor
     con.close()
     con = world.machine().connect(page_size=1024)
     assert con.execute("PRAGMA page_size").get == 8192
+
+
+def test_the_progress_of_a_restore_is_reported(world: World) -> None:
+    here = world.machine()
+    seen: list[tuple[int, int]] = []
+    con = here.connect(progress=lambda done, total: seen.append((done, total)))
+    con.execute("CREATE TABLE t(x); INSERT INTO t VALUES (randomblob(100000))")
+    con.close()
+    here.connect(progress=lambda done, total: seen.append((done, total))).close()
+    assert seen == [], "nothing was restored"
+    con = world.machine().connect(progress=lambda done, total: seen.append((done, total)))
+    assert rows(con) == 1
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1] > 100000
+
+
+def test_an_error_of_the_progress_ends_the_open(world: World) -> None:
+    con = world.machine().connect()
+    con.execute("CREATE TABLE t(x)")
+    con.close()
+
+    def stop(done: int, total: int) -> None:
+        raise RuntimeError("enough")
+
+    elsewhere = world.machine()
+    with pytest.raises(RuntimeError, match="enough"):
+        elsewhere.connect(progress=stop)
+    assert not os.path.exists(elsewhere.path())
+    assert rows(elsewhere.connect()) == 0
+
+
+def test_the_arguments_of_a_connect_are_for_its_own_connection(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a connection that a hook opens meanwhile gets them, nor does it take them away."""
+    here = world.machine()
+    opened: list[apsw.Connection] = []
+
+    def hook(con: apsw.Connection) -> None:
+        if not opened:
+            opened.append(con)
+            opened.append(_open(world, _uri(here.path("other.db"), **{**world.options, "create_bucket": 1})))
+            opened.append(here.connect("third.db", page_size=1024, level=8))
+
+    monkeypatch.setattr(apsw, "connection_hooks", [hook])
+    con = here.connect(page_size=8192, level=7)
+    _, other, third = opened
+    assert other.execute("PRAGMA journal_mode=wal").get == "wal"
+    for each, size, level in ((con, 8192, 7), (other, 4096, Config().level), (third, 1024, 8)):
+        assert (each.execute("PRAGMA page_size").get, replica_of(each).config.level) == (size, level)
 
 
 def test_no_secret_is_repeated(world: World) -> None:

@@ -19,8 +19,9 @@ import pytest
 
 import bottomless_wal
 from bottomless_wal import FencedError, ReplicationError
-from bottomless_wal.runtime import parked, vfs
+from bottomless_wal.runtime import connect
 from bottomless_wal.runtime.registry import registry
+from bottomless_wal.sqlite import parked
 from tests.support.cluster import Machine, World, child, refusal, replica_of, rows, until
 
 INSERT = "INSERT INTO t(x) VALUES (1) RETURNING id"
@@ -363,8 +364,7 @@ def test_asynchronous_use(world: World, unraisable: list[str], monkeypatch: pyte
     here, first = _start(world)
     store = refusal(first)
 
-    assert vfs._installed is not None
-    monkeypatch.setattr(vfs._installed, "defaults", {**world.options, "ack": "log"})
+    monkeypatch.setattr(connect._opener, "defaults", {**world.options, "ack": "log"})
 
     async def main() -> None:
         con = await apsw.Connection.as_async(here.path(), vfs="bottomless")

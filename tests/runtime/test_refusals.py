@@ -12,14 +12,14 @@ import pytest
 
 import bottomless_wal
 from bottomless_wal import BottomlessError, ConfigError, ConflictError, ReplicationError
-from bottomless_wal.runtime import vfs
+from bottomless_wal.runtime.connect import pending_open
 from tests.support.cluster import World, rows
 
 
 def _plain(world: World, path: str, flags: int | None = None, **options: object) -> apsw.Connection:
     """Through the VFS by hand, as connect() does it, without the switch to WAL."""
     bottomless_wal.register()
-    with vfs.arguments({**world.options, **options}):
+    with pending_open({**world.options, **options}):
         con = apsw.Connection(
             path, flags=flags or apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE | apsw.SQLITE_OPEN_URI, vfs="bottomless"
         )
@@ -96,7 +96,7 @@ def test_leaving_wal_mode_by_way_of_a_stock_main_database(world: World) -> None:
     here = world.machine()
     here.connect("b.db").close()
     con = here.stock("plain.db")
-    with vfs.arguments(world.options):
+    with pending_open(world.options):
         con.execute(f"ATTACH 'file:{here.path('b.db')}?vfs=bottomless' AS b")
     con.execute("CREATE TABLE main.t(x); CREATE TABLE b.t(x)")
     try:
@@ -136,7 +136,7 @@ def test_exclusive_locking_by_way_of_a_stock_main_database(world: World) -> None
     con.close()
     con = here.stock("plain.db")
     con.set_busy_timeout(0)
-    with vfs.arguments(world.options):
+    with pending_open(world.options):
         con.execute(f"ATTACH 'file:{here.path('b.db')}?vfs=bottomless' AS b")
     written = 0
     try:

@@ -8,7 +8,7 @@ import apsw
 import pytest
 
 import bottomless_wal
-from bottomless_wal.runtime import vfs
+from bottomless_wal.sqlite import vfs
 from bottomless_wal.sqlite.checkpointer import Checkpointer
 from tests.support.cluster import Machine, World, replica_of, rows, until
 

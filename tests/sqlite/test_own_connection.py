@@ -13,7 +13,7 @@ import pytest
 
 import bottomless_wal
 from bottomless_wal import ReplicationError
-from bottomless_wal.runtime import vfs
+from bottomless_wal.runtime import connect
 from bottomless_wal.sqlite import own_connection
 from bottomless_wal.sqlite.own_connection import OwnConnection
 from tests.support.cluster import World, child, refusal, replica_of, rows
@@ -23,8 +23,7 @@ from tests.support.cluster import World, child, refusal, replica_of, rows
 def hooks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The list of hooks, as it is afterwards again, and so are the defaults."""
     bottomless_wal.register()
-    assert vfs._installed is not None
-    monkeypatch.setattr(vfs._installed, "defaults", {})
+    monkeypatch.setattr(connect._opener, "defaults", {})
     before = apsw.connection_hooks
     kept = list(before.data)  # type: ignore[attr-defined]
     yield before
@@ -83,7 +82,7 @@ def test_a_hook_that_writes_writes_once_for_each_connection_of_the_application(w
     os.unlink(here.path() + "-bottomless")  # scan
     con = here.connect()
     con.execute("INSERT INTO t VALUES (1)")
-    replica_of(con).mark_scan()
+    replica_of(con).on_file_rewritten()
     con.execute("INSERT INTO t VALUES (1)")
     replica_of(con).local._connect().close()
     replica_of(con).local.connect_plain().close()

@@ -36,9 +36,9 @@ from bottomless_wal.core import failpoints
 from bottomless_wal.core.errors import BottomlessError, TransientError
 from bottomless_wal.history import compaction, log
 from bottomless_wal.replication import index, page_objects, recovery, replicator
-from bottomless_wal.runtime import commit_worker, compactor, replica, vfs
+from bottomless_wal.runtime import commit_worker, compactor, replica
 from bottomless_wal.runtime.registry import registry
-from bottomless_wal.sqlite import checkpointer
+from bottomless_wal.sqlite import checkpointer, vfs
 from bottomless_wal.storage.directory import DirectoryStore
 
 logger = logging.getLogger("bottomless_wal.model")

@@ -25,13 +25,13 @@ import apsw
 from ..core.errors import BottomlessError, ReplicationError
 from ..core.logs import get_logger
 
-__all__ = ["Parked", "clear", "expect", "is_any", "is_received", "park", "take", "waiting"]
+__all__ = ["Parked", "clear", "drop_others", "expect", "is_any", "is_received", "park", "take", "waiting"]
 
 logger = get_logger(__name__)
 
 ExecTracer = Callable[[apsw.Cursor, str, Any], bool]
 
-RAISING_MODULE: Final = "bottomless_wal.runtime.vfs"
+RAISING_MODULE: Final = "bottomless_wal.sqlite.vfs"
 """The module whose frames raise these errors: SQLite calls it."""
 
 _parked: dict[int, dict[str, Parked]] = {}
@@ -154,6 +154,17 @@ def take(pointer: int, path: str) -> Parked | None:
         with contextlib.suppress(KeyError):
             del _parked[pointer]
     return found
+
+
+def drop_others(pointer: int, raised: Parked) -> None:
+    """Log and remove the other errors of the transaction of which `raised` is raised.
+
+    The tracer has raised those of earlier transactions before the first statement of this one.
+    """
+    for other in waiting(pointer):
+        if other is not raised:
+            take(pointer, other.path)
+            logger.error("also, in the same transaction: %s", other.copy())
 
 
 def clear() -> None:
