@@ -559,8 +559,8 @@ def test_a_restart_while_a_batch_reads_is_witnessed_though_the_one_before_has_ju
     child(
         """
 from worlds import _fail, refusal, replica_of
-from bottomless_wal import crashpoints
-from bottomless_wal.index_format import Identity
+from bottomless_wal.core import failpoints
+from bottomless_wal.formats.index_header import Identity
 real_of = Identity.of.__func__
 Identity.of = classmethod(lambda cls, path: (found := real_of(cls, path)) and found._replace(mtime_ns=1, ctime_ns=1))  # coarse clocks
 one, two, three = (connect(argv[0], ack="local", pages="off", interval=0.01) for _ in range(3))
@@ -573,7 +573,7 @@ for con in (two, three):
 store = refusal(one)
 one.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_RESTART)
 def meanwhile():
-    crashpoints.disarm()
+    failpoints.disarm()
     one.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
     commit(three)
     store.after.append(lambda kind, key: store.rules.append(lambda kind, key: _fail(True, key)))
@@ -584,7 +584,7 @@ def backfilled(*arguments):
 done = threading.Event()
 replicator = replica_of(one).replicator
 real, replicator.batch = replicator.batch, backfilled
-crashpoints.arm("before intent", meanwhile)
+failpoints.arm("before intent", meanwhile)
 commit(two)
 done.wait(20)
 while replicator.index.peek_header(replicator.index.path).txid < 2:
