@@ -97,7 +97,7 @@ class Boot:
         self.identity = Identity.of(path)
         empty = not os.path.exists(path) or os.path.getsize(path) == 0
         if not empty:
-            self.replicator.settle()
+            self.replicator.fencing.resolve_in_doubt()
         known = None if empty else self._known_header()
         if known is not None and not reset:
             head = self._still_head(known)
