@@ -261,7 +261,7 @@ class Boot:
         if before is not None and before.home == self.replicator.home and before.txid and before.identity is None and before.needs_scan:
             return self._begin_at(before)  # a restore from page objects alone was cut off
         header = self.replicator.fresh()
-        self.replicator.scan(header, background=True)
+        self.replicator.upload_initial(header)
         return self._opened(header)
 
     def _catch_up(self, local: LocalState, head: Head, edges: Sequence[Edge]) -> IndexHeader:
@@ -288,7 +288,7 @@ class Boot:
         header.page_size, header.db_size = head.page_size, 0
         header.needs_scan = True
         # No identity: should this die half-way, the file must not pass for a descendant of the head.
-        self.replicator.scan(header, reset=True, background=True)
+        self.replicator.upload_reset(header)
         return self._opened(header)
 
     def _keep_local(self, head: Head, edges: Sequence[Edge]) -> IndexHeader:
@@ -333,7 +333,7 @@ class Boot:
         header.needs_scan = True  # finds the position, and the difference if there is one
         header.change_counter = local.change_counter
         self.index.identify(header, self.local.path)
-        self.replicator.scan(header)
+        self.replicator.upload_difference(header)
         return self._opened(header)
 
     def _learn(self, header: IndexHeader, head: Head, edges: Sequence[Edge]) -> None:
@@ -407,7 +407,7 @@ class Boot:
 
     def _begin_at(self, header: IndexHeader) -> IndexHeader:
         """The log begins anew with the snapshot edge 0 -> txid of `header`, so that the line of txids goes on."""
-        self.replicator.scan(header, target=header.txid, background=True)
+        self.replicator.upload_rebased(header)
         return self._opened(header)
 
     def _put_in_place(self, into: Scratch, rebuilt: Rebuilt, header: IndexHeader) -> IndexHeader:

@@ -17,10 +17,11 @@ made before the copy: those of one and the same commit.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from ..core.config import Config
@@ -31,8 +32,8 @@ from ..formats.segment import WRITER_ID_SIZE, Commit, Header
 from ..formats.wal import Position
 from ..history.log import FENCE_HORIZON_SECONDS, History
 from ..history.page_table import IndexCorrupt
-from ..sqlite.database_reader import LocalDatabase, SnapshotLost, Tip
-from .changes import Change, stage_frames, stage_scan
+from ..sqlite.database_reader import LocalDatabase, Shape, SnapshotLost, Tip
+from .changes import Change, stage_difference, stage_frames, stage_whole
 from .fencing import Fencing
 from .index import MAX_INTENTS, Identity, IndexHeader, Intent, LocalIndex, boot_id
 from .lineage import local_state
@@ -155,7 +156,7 @@ class Replicator:
             if found is Standing.LOST or look == _LOOKS - 1:
                 break
             self._sleep(0.005)
-        self.scan(header)
+        self.upload_difference(header)
         return header
 
     def _catch_up(self, header: IndexHeader) -> None:
@@ -173,43 +174,69 @@ class Replicator:
             self._commit(header, change)
         return True
 
-    def scan(self, header: IndexHeader, *, reset: bool = False, target: int | None = None, background: bool = False) -> None:
-        """Hashes a whole snapshot and stores the pages that differ from the index as the next commit.
+    # --- scans ---------------------------------------------------------------------------------------------------------
 
-        `reset`: stores all pages, as the whole new database. `target`: as the edge 0 -> target (a log rebuilt from page objects).
-        `background`: nobody waits for the page objects of this one.
+    def upload_initial(self, header: IndexHeader) -> None:
+        """Store the whole database as the segment 0 -> 1. Its page objects are put in the background."""
+        with self._scan(header) as (tip, shape):
+            self._commit(header, self._whole(tip, shape, pre=0, post=1), scanned=True, background=True)
+
+    def upload_reset(self, header: IndexHeader) -> None:
+        """Store the whole database as the next commit, which discards what came before. Its page objects are put in the background."""
+        with self._scan(header) as (tip, shape):
+            change = self._whole(tip, shape, pre=header.txid, post=header.txid + 1, reset=header.txid > 0)
+            self._commit(header, change, scanned=True, background=True)
+
+    def upload_rebased(self, header: IndexHeader) -> None:
+        """Store the whole database as the segment 0 -> txid of `header`: a log that begins anew, so that the line of txids goes on.
+
+        Its page objects are put in the background.
         """
+        with self._scan(header) as (tip, shape):
+            self._commit(header, self._whole(tip, shape, pre=0, post=header.txid), scanned=True, background=True)
+
+    def upload_difference(self, header: IndexHeader) -> None:
+        """Store the pages that differ from the index as the next commit: all of them at txid 0, or if the page size became another."""
+        with self._scan(header) as (tip, shape):
+            change: Change | None
+            if header.txid == 0:
+                change = self._whole(tip, shape, pre=0, post=1)
+            elif shape.page_size != header.page_size:
+                logger.warning("%s: its page size became %d: the next commit is a reset", self.local.path, shape.page_size)
+                change = self._whole(tip, shape, pre=header.txid, post=header.txid + 1, reset=True)
+            else:
+                change = stage_difference(self.local, self.index, self.history, header, tip, shape, level=self.config.level)
+            if change is not None:
+                self._commit(header, change, scanned=True)
+            else:
+                self._confirm(header, tip, shape)
+
+    @contextlib.contextmanager
+    def _scan(self, header: IndexHeader) -> Iterator[tuple[Tip, Shape]]:
+        """Hold a snapshot of the database, which is scanned."""
         # Seals up to here speak of what the snapshot will contain; a later one must be looked at.
         header.absorb(self.index.last_seal())
         with self.local.snapshot() as tip:
             if self.local.wal.header() != tip.header:
                 raise SnapshotLost(f"the WAL of {self.local.path} was replaced")
-            shape = self.local.shape(tip)
-            whole = reset or header.txid == 0 or target is not None
-            if not whole and shape.page_size != header.page_size:
-                logger.warning("%s: its page size became %d: the next commit is a reset", self.local.path, shape.page_size)
-                whole = reset = True
-            pre, post = (header.txid, header.txid + 1) if target is None else (0, target)
-            change = stage_scan(
-                self.local, self.index, self.history, header, tip, shape,
-                whole=whole, reset=reset and pre > 0, pre=pre, post=post, level=self.config.level, even_if_same=bool(header.intents),
-            )  # fmt: skip
-            if change is not None:
-                self._commit(header, change, scanned=True, target=target, background=background)
-                return
-            self.fencing.require_head(header)  # as a put would: a commit that has led back to the head may be waiting for it
-            self.index.record_scan(header, position_of(self.local, tip), self.local.path)
-            header.change_counter = shape.change_counter
-            self.index.save(header)
-            self.on_logged(header.position)
-            self._catch_up(header)
+            yield tip, self.local.shape(tip)
+
+    def _whole(self, tip: Tip, shape: Shape, *, pre: int, post: int, reset: bool = False) -> Change:
+        return stage_whole(self.local, self.history, tip, shape, pre=pre, post=post, reset=reset, level=self.config.level)
+
+    def _confirm(self, header: IndexHeader, tip: Tip, shape: Shape) -> None:
+        """A scan has found no difference: the state at `tip` is the head."""
+        self.fencing.require_head(header)  # as a put would: a commit that has led back to the head may be waiting for it
+        self.index.record_scan(header, position_of(self.local, tip), self.local.path)
+        header.change_counter = shape.change_counter
+        self.index.save(header)
+        self.on_logged(header.position)
+        self._catch_up(header)
 
     # --- put -----------------------------------------------------------------------------------------------------------
 
-    def _commit(
-        self, header: IndexHeader, change: Change, *, scanned: bool = False, target: int | None = None, background: bool = False
-    ) -> None:
-        """Stores `change` as the edge txid -> txid + 1 and records it; then the page objects.
+    def _commit(self, header: IndexHeader, change: Change, *, scanned: bool = False, background: bool = False) -> None:
+        """Stores `change` and records it; then the page objects, unless they are left to the `background`.
 
         Commits that together changed nothing are stored, too: an earlier attempt may still arrive, and another writer may have gone on.
         Only the put, which contends for the next key, tells that the state that is acknowledged is the head.
@@ -224,13 +251,12 @@ class Replicator:
             header.intents = [*header.intents[-(MAX_INTENTS - 1) :], Intent(change.post_hash, secrets.randbits(63) + 1)]
         self.index.save(header)
         reach("before put")
-        post = target if target is not None else header.txid + 1
         answered_ms = int(self.history.store.now() * 1000)
         now_ms = int(self.history.store.estimate() * 1000)
         edge = Header(
-            pre=0 if target is not None else header.txid,
-            post=post,
-            pre_hash=0 if target is not None else header.state,
+            pre=change.pre,
+            post=change.post,
+            pre_hash=header.state if change.pre else 0,
             post_hash=change.post_hash,
             page_size=change.page_size,
             db_size=change.db_size,
@@ -239,7 +265,7 @@ class Replicator:
             view_txid=header.view_complete,
             time_ms=now_ms,
             writer=header.writer[:WRITER_ID_SIZE] + header.intents[-1].attempt.to_bytes(8),
-            commits=(Commit(post, change.post_hash, now_ms),),
+            commits=(Commit(change.post, change.post_hash, now_ms),),
             positions=change.positions,
             body=change.staged.body,
         )
@@ -249,7 +275,7 @@ class Replicator:
         stored = time.monotonic()
         reach("after put")
         if not receipt.created:
-            found = self.fencing.stored(edge.pre, post)
+            found = self.fencing.stored(edge.pre, edge.post)
             self.fencing.adopt_in_doubt(header, found)
             raise MovedOn("an earlier attempt was adopted")
         date_ms = int(receipt.date * 1000)
@@ -257,8 +283,8 @@ class Replicator:
             self.fencing.verify_still_head(edge)
         if edge.body is not None and date_ms - answered_ms > FENCE_HORIZON_SECONDS * 1000:
             self.fencing.require_body(edge, edge.body)
-        self.fencing.note_stored(post, stored)
-        self.on_head(post)
+        self.fencing.note_stored(edge.post, stored)
+        self.on_head(edge.post)
         if scanned:
             self.index.record_scan(header, change.position, self.local.path)
         else:
