@@ -111,7 +111,7 @@ def compact(
     passed_over = set() if passed_over is None else passed_over
     added: list[Edge] = []
     head = max((edge.post for edge in edges), default=0)
-    # A commit that leads nowhere is no part of the history (see `Replicator._prove`): it is not to be merged with what is.
+    # A commit that leads nowhere is no part of the history (see `Fencing.verify_still_head`): it is not to be merged with what is.
     going_on = {edge.pre for edge in edges if edge.pre % LEVELS[0] == 0} | {head}
     for size in LEVELS:
         for chain in missing(heapq.merge(edges, sorted(added)), size):

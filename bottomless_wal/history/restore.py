@@ -15,7 +15,7 @@ import errno
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from ..core import pool
@@ -129,14 +129,60 @@ def rebuild_from_pages(history: History, into: Scratch, *, width: int = 8, progr
         RestoreError: the objects are no single state (the XOR of their hashes is not what the newest of them tells), or a page is missing.
         CorruptionError: an object is damaged.
     """
-    listed = [
+    listed = _listed_page_objects(history)
+    if not listed:
+        return None
+    found = _read_page_objects(history, into, listed, width=width, progress=progress)
+    db_size = _require_complete(history, found)
+    lock = lock_page(found.page_size)
+    pgnos = [pgno for pgno in range(1, db_size + 1) if pgno != lock]
+    state = 0
+    for pgno in pgnos:
+        state ^= found.hashes[pgno]
+    if found.proof is not None:
+        _require_state(history, found.proof, state)
+    os.ftruncate(into.fd, db_size * found.page_size)
+    os.fsync(into.fd)
+    if found.proof is None:
+        _require_integrity(history, into)
+    txid = found.proof.txid if found.proof is not None else 1
+    into.pages.record(pgnos, [found.hashes[pgno] for pgno in pgnos], txid)
+    return Rebuilt(txid, state, found.page_size, db_size, view_txid=txid)
+
+
+@dataclass(slots=True)
+class _PageObjects:
+    """What the page objects hold and tell: page size in bytes, hash of each page, the newest trailer, how many have no trailer."""
+
+    page_size: int = 0
+    hashes: dict[int, int] = field(default_factory=dict)
+    newest: PageTrailer | None = None
+    bare: int = 0
+
+    @property
+    def proof(self) -> PageTrailer | None:
+        """The trailer that tells the state hash of them all; None where one of them has no trailer."""
+        return None if self.bare else self.newest
+
+
+def _listed_page_objects(history: History) -> list[tuple[int, str, int]]:
+    """(page number, key, size in bytes) of each page object."""
+    return [
         (pgno, entry.key, entry.size)
         for entry in history.store.list(keys.page_prefix(history.name))
         if (pgno := keys.parse_page_key(history.name, entry.key)) is not None
     ]
-    if not listed:
-        return None
-    total = sum(size for _, _, size in listed)
+
+
+def _read_page_objects(
+    history: History, into: Scratch, listed: Sequence[tuple[int, str, int]], *, width: int, progress: Progress | None
+) -> _PageObjects:
+    """Write the page of each object to its place in `into`.
+
+    Raises:
+        RestoreError: an object vanished, has a page of another size, or was written at a txid that no history has.
+        CorruptionError: an object is damaged.
+    """
 
     def load(item: tuple[int, str, int]) -> tuple[int, bytes, PageTrailer | None, int]:
         pgno, key, size = item
@@ -145,59 +191,60 @@ def rebuild_from_pages(history: History, into: Scratch, *, width: int = 8, progr
             raise RestoreError(f"{key} vanished during the restore", hint="Another program deletes objects. Try again.")
         return pgno, *decode_page_object(data, name=key, pgno=pgno), size
 
-    newest: PageTrailer | None = None
-    hashes: dict[int, int] = {}
-    page_size, done, bare = 0, 0, 0
+    found = _PageObjects()
+    done, total = 0, sum(size for _, _, size in listed)
     for pgno, page, trailer, size in pool.ordered(load, listed, width):
-        page_size = page_size or len(page)
-        if len(page) != page_size:
+        found.page_size = found.page_size or len(page)
+        if len(page) != found.page_size:
             raise RestoreError(
-                f"{keys.page_key(history.name, pgno)} holds a page of {len(page)} bytes, the pages before it have {page_size}",
+                f"{keys.page_key(history.name, pgno)} holds a page of {len(page)} bytes, the pages before it have {found.page_size}",
                 hint="Objects of two databases are mixed under one name. Remove the older ones, then try again.",
             )
-        bare += trailer is None
-        if trailer is not None and (newest is None or trailer.txid > newest.txid):
-            newest = trailer
-        hashes[pgno] = page_hash(pgno, page)
-        os.pwrite(into.fd, page, (pgno - 1) * page_size)
+        found.bare += trailer is None
+        if trailer is not None and (found.newest is None or trailer.txid > found.newest.txid):
+            found.newest = trailer
+        found.hashes[pgno] = page_hash(pgno, page)
+        os.pwrite(into.fd, page, (pgno - 1) * found.page_size)
         reach("within restore")
         done += size
         if progress is not None:
             progress(done, total)
-    if newest is not None and not 0 < newest.txid < keys.MAX_TXID:
+    if found.newest is not None and not 0 < found.newest.txid < keys.MAX_TXID:
         raise RestoreError(
-            f"a page object of {history.name!r} says that it was written at txid {newest.txid}, which no history has",
+            f"a page object of {history.name!r} says that it was written at txid {found.newest.txid}, which no history has",
             hint="Remove the page objects that are not of this program.",
         )
-    db_size = newest.db_size if newest is not None else max(hashes)
-    lock = lock_page(page_size)
-    missing = pages_between(0, db_size, page_size) - sum(pgno <= db_size and pgno != lock for pgno in hashes)
+    return found
+
+
+def _require_complete(history: History, found: _PageObjects) -> int:
+    """Return the size of the database in pages. Raises RestoreError when one of them is missing."""
+    db_size = found.newest.db_size if found.newest is not None else max(found.hashes)
+    lock = lock_page(found.page_size)
+    missing = pages_between(0, db_size, found.page_size) - sum(pgno <= db_size and pgno != lock for pgno in found.hashes)
     if missing:
-        first = next(pgno for pgno in itertools.count(1) if pgno not in hashes and pgno != lock)
+        first = next(pgno for pgno in itertools.count(1) if pgno not in found.hashes and pgno != lock)
         raise RestoreError(
             f"{keys.page_key(history.name, first)} is missing: page {first} of {db_size} ({missing} missing in all)",
             hint="The page objects are no complete database, and there is no log to restore from.",
         )
-    state = 0
-    pgnos = [pgno for pgno in range(1, db_size + 1) if pgno != lock]
-    for pgno in pgnos:
-        state ^= hashes[pgno]
-    if newest is not None and not bare and state != newest.post_hash:
+    return db_size
+
+
+def _require_state(history: History, newest: PageTrailer, state: int) -> None:
+    if state != newest.post_hash:
         raise RestoreError(
             f"the page objects of {history.name!r} are no single state: state hash {state:016x}, but the newest of them "
             f"(txid {newest.txid}) says {newest.post_hash:016x}",
             hint="A commit was cut off while they were written, and there is no log to restore from. Restore an older copy of the bucket.",
         )
-    os.ftruncate(into.fd, db_size * page_size)
-    os.fsync(into.fd)
-    if newest is None or bare:
-        logger.warning("%s: page objects without trailers: no state hash to verify; running integrity_check", history.name)
-        fault = integrity_fault(into.path)
-        if fault is not None:
-            raise RestoreError(f"the page objects are not a sound database: {fault}", hint="Restore an older copy of the bucket.")
-    txid = newest.txid if newest is not None and not bare else 1
-    into.pages.record(pgnos, [hashes[pgno] for pgno in pgnos], txid)
-    return Rebuilt(txid, state, page_size, db_size, view_txid=txid)
+
+
+def _require_integrity(history: History, into: Scratch) -> None:
+    logger.warning("%s: page objects without trailers: no state hash to verify; running integrity_check", history.name)
+    fault = integrity_fault(into.path)
+    if fault is not None:
+        raise RestoreError(f"the page objects are not a sound database: {fault}", hint="Restore an older copy of the bucket.")
 
 
 def _apply_chain(

@@ -25,7 +25,7 @@ from ..sqlite.wal_reader import FrameMap
 from .index import IndexHeader, LocalIndex
 from .wal_position import position_of
 
-__all__ = ["Change", "stage_frames", "stage_scan"]
+__all__ = ["Change", "stage_difference", "stage_frames", "stage_whole"]
 
 logger = get_logger(__name__)
 
@@ -37,9 +37,11 @@ _MOST_POSITIONS: Final = 1 << 16  # that a scanned commit lists, the last ones
 
 @dataclass(slots=True)
 class Change:
-    """The next commit. `pages` gives its pages once more; it raises SnapshotLost if they are no longer there."""
+    """The next segment, `pre` -> `post`. `pages` gives its pages once more; it raises SnapshotLost if they are no longer there."""
 
     staged: Staged
+    pre: int
+    post: int
     pgnos: Sequence[int]
     hashes: Sequence[int]
     post_hash: int
@@ -123,8 +125,9 @@ def stage_frames(local: LocalDatabase, index: LocalIndex, history: History, head
     if not local.unchanged(wal):
         raise SnapshotLost(f"the WAL of {local.path} was restarted while it was read")
     return Change(
-        staged, passed.pgnos, passed.hashes, state, wal.page_size, db_size, counter, commits[-1], tuple(commits), False, passed.pages
-    )
+        staged, header.txid, header.txid + 1, passed.pgnos, passed.hashes, state, wal.page_size, db_size, counter,
+        commits[-1], tuple(commits), False, passed.pages,
+    )  # fmt: skip
 
 
 def _newest_frames(local: LocalDatabase, wal: WalHeader, after: int, upto: int) -> tuple[FrameMap, list[Position], int]:
@@ -147,68 +150,108 @@ def _newest_frames(local: LocalDatabase, wal: WalHeader, after: int, upto: int) 
     return newest, commits, db_size
 
 
-def stage_scan(
-    local: LocalDatabase, index: LocalIndex, history: History, header: IndexHeader, tip: Tip, shape: Shape, *,
-    whole: bool, reset: bool, pre: int, post: int, level: int, even_if_same: bool,
-) -> Change | None:  # fmt: skip
-    """The pages of the snapshot that differ from the index, or all of them (`whole`). None when there is no difference (an empty change
-    with `even_if_same`).
-
-    Call it within `LocalDatabase.snapshot`.
+def stage_whole(local: LocalDatabase, history: History, tip: Tip, shape: Shape, *, pre: int, post: int, reset: bool, level: int) -> Change:
+    """All pages of the snapshot, as the segment `pre` -> `post`. Call it within `LocalDatabase.snapshot`.
 
     Raises:
-        IndexCorrupt: the index's entries are not the state that its header tells. ConflictError: a page changed that the WAL, which is
-        the same as before, has no frame of. SnapshotLost, CorruptionError: as `LocalDatabase.pages`.
+        SnapshotLost, CorruptionError: as `LocalDatabase.pages`.
     """
-    passed = _Collector(shape.page_size, lambda pgno: _page_again(local, tip, pgno, shape.page_size))
-    state, unexplained = 0, 0
-    indexed = 0 if whole else _tail(index, header, shape.db_size)
-    frames = None if whole else _frames_since(local, header.position, tip)
-    began = time.monotonic()
+    scan = _Scan(local, tip, shape)
+    pages = (scan.passed.add(page) for some in scan.batches() for page in some)
+    staged = history.stage(pre, post, pages, shape.page_size, level=level)
+    scan.finish()
+    return scan.change(staged, pre, post, reset=reset)
+
+
+def stage_difference(
+    local: LocalDatabase, index: LocalIndex, history: History, header: IndexHeader, tip: Tip, shape: Shape, *, level: int
+) -> Change | None:
+    """The pages of the snapshot that differ from the index. Call it within `LocalDatabase.snapshot`.
+
+    None when there is no difference; but an empty change where an attempt is in doubt.
+
+    Raises:
+        IndexCorrupt: the index's entries are not the state that its header tells.
+        ConflictError: a page changed that the WAL, which is the same as before, has no frame of.
+        SnapshotLost, CorruptionError: as `LocalDatabase.pages`.
+    """
+    scan = _Scan(local, tip, shape)
+    indexed = _tail(index, header, shape.db_size)
+    frames = _frames_since(local, header.position, tip)
+    covered = header.position.frame if header.position is not None else 0
+    unexplained = 0
 
     def changed() -> Iterator[Page]:
-        nonlocal state, indexed, unexplained
-        source = local.pages(tip, shape)
-        while some := list(islice(source, max(1, _LOOKED_UP_BYTES // shape.page_size))):
-            for (pgno, data), old in zip(some, index.pages.hashes([pgno for pgno, _ in some]), strict=True):
-                new = page_hash(pgno, data)
-                state ^= new
-                if pgno <= header.db_size:
+        nonlocal indexed, unexplained
+        for some in scan.batches():
+            for page, old in zip(some, index.pages.hashes([page.pgno for page in some]), strict=True):
+                is_indexed = page.pgno <= header.db_size
+                if is_indexed:
                     indexed ^= old
-                if whole or pgno > header.db_size or new != old:
-                    if frames is not None and header.position is not None and pgno <= header.db_size:
-                        unexplained = unexplained or (pgno if frames.get(pgno) <= header.position.frame else 0)
-                    yield passed.add(Page(pgno, new, data))
+                if not is_indexed or page.hash != old:
+                    if is_indexed and not unexplained and frames is not None and frames.get(page.pgno) <= covered:
+                        unexplained = page.pgno
+                    yield scan.passed.add(page)
 
-    staged = history.stage(pre, post, changed(), shape.page_size, level=level)
-    if tip.header is not None and not local.unchanged(tip.header):
-        raise SnapshotLost(f"the WAL of {local.path} was restarted while it was scanned")
-    seconds = time.monotonic() - began
-    logger.info("%s: scanned %d pages in %.2f s, %d differ", local.path, shape.db_size, seconds, len(passed.pgnos))
-    if not whole:
-        if indexed != header.state:
-            # Entries that a power loss tore: what differs from them is not what differs from the log.
-            raise IndexCorrupt(f"{index.path} contradicts itself")
-        if unexplained:
-            raise ConflictError(
-                f"page {unexplained} of {local.path} is not what it was at txid {header.txid}, and nothing in its WAL, which has gone on "
-                "since, has changed it: the file was replaced, or written to, by other means than SQLite. Nothing of it was stored",
-                hint="To go on from the remote history: close every connection, and move the file and its -wal away. To make the local "
-                f"file the truth, if it is sound: `bottomless-wal reset --from-local {shlex.quote(local.path)}`.",
-            )
-        if not passed.pgnos and shape.db_size == header.db_size and not even_if_same:
-            return None
-    position = position_of(local, tip)
-    positions: tuple[Position, ...] = (position,) if position is not None else ()
-    if tip.header is not None and tip.frames:
-        # Each of them is a state that a power loss may lead back to.
-        positions = tuple(row.position(frame) for frame, row in local.frame_headers(tip.header, 1, tip.frames) if row.db_size)[
-            -_MOST_POSITIONS:
-        ]
-    return Change(
-        staged, passed.pgnos, passed.hashes, state, shape.page_size, shape.db_size, shape.change_counter, position, positions,
-        reset, passed.pages,
-    )  # fmt: skip
+    staged = history.stage(header.txid, header.txid + 1, changed(), shape.page_size, level=level)
+    scan.finish()
+    if indexed != header.state:
+        # Entries that a power loss tore: what differs from them is not what differs from the log.
+        raise IndexCorrupt(f"{index.path} contradicts itself")
+    if unexplained:
+        raise _unexplained(local.path, unexplained, header.txid)
+    if not scan.passed.pgnos and shape.db_size == header.db_size and not header.intents:
+        return None
+    return scan.change(staged, header.txid, header.txid + 1, reset=False)
+
+
+class _Scan:
+    """One pass over a whole snapshot: the hash of each page, and of all of them."""
+
+    def __init__(self, local: LocalDatabase, tip: Tip, shape: Shape) -> None:
+        self.passed = _Collector(shape.page_size, lambda pgno: _page_again(local, tip, pgno, shape.page_size))
+        self._local, self._tip, self._shape = local, tip, shape
+        self._state = 0
+        self._began = time.monotonic()
+
+    def batches(self) -> Iterator[list[Page]]:
+        """All pages, some at a time."""
+        source, most = self._local.pages(self._tip, self._shape), max(1, _LOOKED_UP_BYTES // self._shape.page_size)
+        while some := [Page(pgno, page_hash(pgno, data), data) for pgno, data in islice(source, most)]:
+            for page in some:
+                self._state ^= page.hash
+            yield some
+
+    def finish(self) -> None:
+        """Raise SnapshotLost unless what was read is one state."""
+        local, wal = self._local, self._tip.header
+        if wal is not None and not local.unchanged(wal):
+            raise SnapshotLost(f"the WAL of {local.path} was restarted while it was scanned")
+        seconds = time.monotonic() - self._began
+        logger.info("%s: scanned %d pages in %.2f s, %d differ", local.path, self._shape.db_size, seconds, len(self.passed.pgnos))
+
+    def change(self, staged: Staged, pre: int, post: int, *, reset: bool) -> Change:
+        """What passed, as the segment `pre` -> `post`, with the position of each commit that the WAL holds."""
+        local, tip, shape, passed = self._local, self._tip, self._shape, self.passed
+        position = position_of(local, tip)
+        positions: tuple[Position, ...] = (position,) if position is not None else ()
+        if tip.header is not None and tip.frames:
+            # Each of them is a state that a power loss may lead back to.
+            rows = local.frame_headers(tip.header, 1, tip.frames)
+            positions = tuple(row.position(frame) for frame, row in rows if row.db_size)[-_MOST_POSITIONS:]
+        return Change(
+            staged, pre, post, passed.pgnos, passed.hashes, self._state, shape.page_size, shape.db_size, shape.change_counter,
+            position, positions, reset, passed.pages,
+        )  # fmt: skip
+
+
+def _unexplained(path: str, pgno: int, txid: int) -> ConflictError:
+    return ConflictError(
+        f"page {pgno} of {path} is not what it was at txid {txid}, and nothing in its WAL, which has gone on "
+        "since, has changed it: the file was replaced, or written to, by other means than SQLite. Nothing of it was stored",
+        hint="To go on from the remote history: close every connection, and move the file and its -wal away. To make the local "
+        f"file the truth, if it is sound: `bottomless-wal reset --from-local {shlex.quote(path)}`.",
+    )
 
 
 def _frames_since(local: LocalDatabase, position: Position | None, tip: Tip) -> FrameMap | None:

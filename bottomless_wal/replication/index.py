@@ -21,9 +21,10 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
+from ..core.failpoints import reach
 from ..core.file_lock import FileLock
 from ..core.logs import get_logger
 from ..formats.index_header import (
@@ -38,6 +39,7 @@ from ..formats.index_header import (
     Intent,
     Seal,
 )
+from ..formats.segment import Header
 from ..formats.wal import Position
 from ..history.page_table import ENTRY_SIZE, IndexCorrupt, PageTable, entry_is_valid
 
@@ -131,6 +133,56 @@ class LocalIndex(FileLock):
         """Record in `header`, which is left to be saved, what the main file at `main` is now."""
         header.identity, header.is_settled = _identify(self.path, self._fd, main, _TICK_LOOKS)
 
+    def record_scan(self, header: IndexHeader, position: Position | None, main: str) -> None:
+        """Record in `header`, which is left to be saved, that the log has what a scan of `main` found, up to `position`."""
+        if self.move(header, position):
+            header.needs_scan = True
+        else:
+            header.needs_scan, header.successor = False, None
+            self.identify(header, main)
+
+    def move(self, header: IndexHeader, position: Position | None) -> bool:
+        """Set the position of `header`, which is left to be saved. Returns whether a seal tells that the WAL has gone on meanwhile.
+
+        A seal speaks of the WAL that the position on the disk is in: once that is another, nobody can tell what the seal has witnessed.
+        """
+        seal = self.last_seal()
+        if seal is None or seal.sequence <= header.seal_sequence or _salts(position) in (_salts(header.position), _salts(seal.after)):
+            header.position = position
+            return False  # there is none, or it is for the next load, or of before
+        header.absorb(seal)
+        if seal.after is not None:
+            header.position = position
+        return True
+
+    def record_segment(
+        self,
+        header: IndexHeader,
+        edge: Header,
+        pgnos: Sequence[int],
+        hashes: Sequence[int],
+        *,
+        proved_ms: int,
+        change_counter: int,
+        noted: Sequence[Intent] = (),
+    ) -> None:
+        """Follow a segment that is stored: page hashes first, then the header that counts on them. `noted` stays in doubt."""
+        if edge.whole:
+            position, needs_scan = header.position, header.needs_scan
+            header.needs_scan = True
+            self.save(header)  # killed while the old entries go: scan
+            header.position, header.needs_scan = position, needs_scan
+            reach("within record")
+        self.pages.record(pgnos, hashes, edge.post)
+        self.pages.remove(edge.db_size + 1, header.db_size, edge.post)
+        reach("before header")
+        header.txid, header.state = edge.post, edge.post_hash
+        header.page_size, header.db_size = edge.page_size, edge.db_size
+        header.change_counter = change_counter
+        header.proved_ms = proved_ms
+        header.intents = list(noted)
+        self.save(header)
+
     def clear(self) -> None:
         """Forgets everything: the next look at the database is a scan."""
         os.ftruncate(self._fd, 0)
@@ -197,6 +249,10 @@ class LocalIndex(FileLock):
 def _read(fd: int) -> tuple[IndexHeader | None, Seal | None]:
     data = os.pread(fd, HEADER_SIZE, 0)
     return IndexHeader.decode(data), Seal.decode(data[SEAL_OFFSET : SEAL_OFFSET + SEAL_SIZE])
+
+
+def _salts(position: Position | None) -> tuple[int, int] | None:
+    return None if position is None else (position.salt1, position.salt2)
 
 
 def _header(fd: int) -> IndexHeader | None:

@@ -10,36 +10,34 @@ A batch goes through these states; whoever is killed between two of them leaves 
     view      page objects (`pageview`), then the view txid            killed within: the backlog is put by the next batch
 
 Two rules carry the rest. *A position proves itself* (`standing`), or everything is scanned. *Own attempts are told by attempt number and
-content*: a taken key is ours if and only if its pre hash is ours, and its attempt number and post hash are one of our intents; anything
-else is a rival. The number is drawn anew for each attempt with new content. So a second machine that makes the same change at the same
-moment is a rival, and a copied directory shares with its original only the attempts made before the copy: those of one and the same commit.
+content* (`fencing`); anything else under the next key is a rival's. The number is drawn anew for each attempt with new content. So a
+second machine that makes the same change at the same moment is a rival, and a copied directory shares with its original only the attempts
+made before the copy: those of one and the same commit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import secrets
-import shlex
 import time
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from ..core.config import Config
-from ..core.errors import CorruptionError, FencedError, ReplicationError, StoreError
+from ..core.errors import ReplicationError
 from ..core.failpoints import reach
 from ..core.logs import get_logger
-from ..formats import keys
-from ..formats.segment import WRITER_ID_SIZE, Body, Commit, Header, Segment
+from ..formats.segment import WRITER_ID_SIZE, Commit, Header
 from ..formats.wal import Position
 from ..history.log import FENCE_HORIZON_SECONDS, History
 from ..history.page_table import IndexCorrupt
-from ..history.segment_list import Edge
-from ..sqlite.database_reader import LocalDatabase, SnapshotLost, Tip
-from .changes import Change, stage_frames, stage_scan
+from ..sqlite.database_reader import LocalDatabase, Shape, SnapshotLost, Tip
+from .changes import Change, stage_difference, stage_frames, stage_whole
+from .fencing import Fencing
 from .index import MAX_INTENTS, Identity, IndexHeader, Intent, LocalIndex, boot_id
 from .lineage import local_state
-from .page_objects import UNKNOWN_SIZE, PageView
+from .page_objects import PageView
 from .wal_position import Standing, position_of, standing
 
 __all__ = ["Replicator", "home_of"]
@@ -48,7 +46,6 @@ logger = get_logger(__name__)
 
 _LOOKS: Final = 4
 _SUSPECT_SECONDS: Final = 2.0
-_PAUSE_SECONDS: Final = 2.0
 
 
 def home_of(config: Config, name: str) -> bytes:
@@ -83,15 +80,14 @@ class Replicator:
         self.home = home_of(config, history.name)
         self.view = PageView(config, local, index, history)
         self.on_logged = on_logged
+        self.fencing = Fencing(local, index, history, self.view, home=self.home, on_logged=lambda position: self.on_logged(position))
         self.on_head: Callable[[int], None] = lambda txid: None
         """Called with the txid of each segment that was stored here, under the lock: what it does is quick."""
         self._sleep = sleep
         self.held = False
         """Nothing is sent before the next commit, not even by a close: initial_replication=skip, or a new database."""
-        self._fenced: FencedError | None = None
         self._backfilled: tuple[object, ...] | None = None
         self._suspect: tuple[Identity | None, float] | None = None
-        self._stored_last = (0, 0.0)  # (txid, when)
 
     # --- the batch -----------------------------------------------------------------------------------------------------
 
@@ -104,15 +100,15 @@ class Replicator:
             ReplicationError: the log is stored, but page objects are not; or the local files kept changing.
             StoreError, CorruptionError: the log is not stored; everything stays pending.
         """
-        if self._fenced is not None:
-            raise self._fenced
+        if self.fencing.error is not None:
+            raise self.fencing.error
         header = self.header()
         for _ in range(100):
             if not self.local.has_content(is_new=header.txid == 0):
                 return header
             try:
                 if header.intents and (found := self.history.segment(header.txid, header.txid + 1)) is not None:
-                    self._adopt(header, found)
+                    self.fencing.adopt_in_doubt(header, found)
                     raise MovedOn("an earlier attempt was adopted")
                 return self._cover()
             except MovedOn:
@@ -160,13 +156,13 @@ class Replicator:
             if found is Standing.LOST or look == _LOOKS - 1:
                 break
             self._sleep(0.005)
-        self.scan(header)
+        self.upload_difference(header)
         return header
 
     def _catch_up(self, header: IndexHeader) -> None:
         """The page objects that earlier commits have missed; not over those of a writer that has gone on since."""
         if self.view.has_missed(header):
-            self.require_head(header)
+            self.fencing.require_head(header)
             self.view.catch_up(header)
 
     def _frames(self, header: IndexHeader, tip: Tip) -> bool:
@@ -178,43 +174,69 @@ class Replicator:
             self._commit(header, change)
         return True
 
-    def scan(self, header: IndexHeader, *, reset: bool = False, target: int | None = None, background: bool = False) -> None:
-        """Hashes a whole snapshot and stores the pages that differ from the index as the next commit.
+    # --- scans ---------------------------------------------------------------------------------------------------------
 
-        `reset`: stores all pages, as the whole new database. `target`: as the edge 0 -> target (a log rebuilt from page objects).
-        `background`: nobody waits for the page objects of this one.
+    def upload_initial(self, header: IndexHeader) -> None:
+        """Store the whole database as the segment 0 -> 1. Its page objects are put in the background."""
+        with self._scan(header) as (tip, shape):
+            self._commit(header, self._whole(tip, shape, pre=0, post=1), scanned=True, background=True)
+
+    def upload_reset(self, header: IndexHeader) -> None:
+        """Store the whole database as the next commit, which discards what came before. Its page objects are put in the background."""
+        with self._scan(header) as (tip, shape):
+            change = self._whole(tip, shape, pre=header.txid, post=header.txid + 1, reset=header.txid > 0)
+            self._commit(header, change, scanned=True, background=True)
+
+    def upload_rebased(self, header: IndexHeader) -> None:
+        """Store the whole database as the segment 0 -> txid of `header`: a log that begins anew, so that the line of txids goes on.
+
+        Its page objects are put in the background.
         """
+        with self._scan(header) as (tip, shape):
+            self._commit(header, self._whole(tip, shape, pre=0, post=header.txid), scanned=True, background=True)
+
+    def upload_difference(self, header: IndexHeader) -> None:
+        """Store the pages that differ from the index as the next commit: all of them at txid 0, or if the page size became another."""
+        with self._scan(header) as (tip, shape):
+            change: Change | None
+            if header.txid == 0:
+                change = self._whole(tip, shape, pre=0, post=1)
+            elif shape.page_size != header.page_size:
+                logger.warning("%s: its page size became %d: the next commit is a reset", self.local.path, shape.page_size)
+                change = self._whole(tip, shape, pre=header.txid, post=header.txid + 1, reset=True)
+            else:
+                change = stage_difference(self.local, self.index, self.history, header, tip, shape, level=self.config.level)
+            if change is not None:
+                self._commit(header, change, scanned=True)
+            else:
+                self._confirm(header, tip, shape)
+
+    @contextlib.contextmanager
+    def _scan(self, header: IndexHeader) -> Iterator[tuple[Tip, Shape]]:
+        """Hold a snapshot of the database, which is scanned."""
         # Seals up to here speak of what the snapshot will contain; a later one must be looked at.
         header.absorb(self.index.last_seal())
         with self.local.snapshot() as tip:
             if self.local.wal.header() != tip.header:
                 raise SnapshotLost(f"the WAL of {self.local.path} was replaced")
-            shape = self.local.shape(tip)
-            whole = reset or header.txid == 0 or target is not None
-            if not whole and shape.page_size != header.page_size:
-                logger.warning("%s: its page size became %d: the next commit is a reset", self.local.path, shape.page_size)
-                whole = reset = True
-            pre, post = (header.txid, header.txid + 1) if target is None else (0, target)
-            change = stage_scan(
-                self.local, self.index, self.history, header, tip, shape,
-                whole=whole, reset=reset and pre > 0, pre=pre, post=post, level=self.config.level, even_if_same=bool(header.intents),
-            )  # fmt: skip
-            if change is not None:
-                self._commit(header, change, scanned=True, target=target, background=background)
-                return
-            self.require_head(header)  # as a put would: a commit that has led back to the head may be waiting for it
-            self._has_scanned(header, position_of(self.local, tip))
-            header.change_counter = shape.change_counter
-            self.index.save(header)
-            self.on_logged(header.position)
-            self._catch_up(header)
+            yield tip, self.local.shape(tip)
+
+    def _whole(self, tip: Tip, shape: Shape, *, pre: int, post: int, reset: bool = False) -> Change:
+        return stage_whole(self.local, self.history, tip, shape, pre=pre, post=post, reset=reset, level=self.config.level)
+
+    def _confirm(self, header: IndexHeader, tip: Tip, shape: Shape) -> None:
+        """A scan has found no difference: the state at `tip` is the head."""
+        self.fencing.require_head(header)  # as a put would: a commit that has led back to the head may be waiting for it
+        self.index.record_scan(header, position_of(self.local, tip), self.local.path)
+        header.change_counter = shape.change_counter
+        self.index.save(header)
+        self.on_logged(header.position)
+        self._catch_up(header)
 
     # --- put -----------------------------------------------------------------------------------------------------------
 
-    def _commit(
-        self, header: IndexHeader, change: Change, *, scanned: bool = False, target: int | None = None, background: bool = False
-    ) -> None:
-        """Stores `change` as the edge txid -> txid + 1 and records it; then the page objects.
+    def _commit(self, header: IndexHeader, change: Change, *, scanned: bool = False, background: bool = False) -> None:
+        """Stores `change` and records it; then the page objects, unless they are left to the `background`.
 
         Commits that together changed nothing are stored, too: an earlier attempt may still arrive, and another writer may have gone on.
         Only the put, which contends for the next key, tells that the state that is acknowledged is the head.
@@ -229,13 +251,12 @@ class Replicator:
             header.intents = [*header.intents[-(MAX_INTENTS - 1) :], Intent(change.post_hash, secrets.randbits(63) + 1)]
         self.index.save(header)
         reach("before put")
-        post = target if target is not None else header.txid + 1
         answered_ms = int(self.history.store.now() * 1000)
         now_ms = int(self.history.store.estimate() * 1000)
         edge = Header(
-            pre=0 if target is not None else header.txid,
-            post=post,
-            pre_hash=0 if target is not None else header.state,
+            pre=change.pre,
+            post=change.post,
+            pre_hash=header.state if change.pre else 0,
             post_hash=change.post_hash,
             page_size=change.page_size,
             db_size=change.db_size,
@@ -244,7 +265,7 @@ class Replicator:
             view_txid=header.view_complete,
             time_ms=now_ms,
             writer=header.writer[:WRITER_ID_SIZE] + header.intents[-1].attempt.to_bytes(8),
-            commits=(Commit(post, change.post_hash, now_ms),),
+            commits=(Commit(change.post, change.post_hash, now_ms),),
             positions=change.positions,
             body=change.staged.body,
         )
@@ -254,69 +275,26 @@ class Replicator:
         stored = time.monotonic()
         reach("after put")
         if not receipt.created:
-            found = self._stored(header, edge.pre, post)
-            self._adopt(header, found)
+            found = self.fencing.stored(edge.pre, edge.post)
+            self.fencing.adopt_in_doubt(header, found)
             raise MovedOn("an earlier attempt was adopted")
         date_ms = int(receipt.date * 1000)
         if header.proved_ms and date_ms - header.proved_ms > FENCE_HORIZON_SECONDS * 1000:
-            self._prove(edge)
+            self.fencing.verify_still_head(edge)
         if edge.body is not None and date_ms - answered_ms > FENCE_HORIZON_SECONDS * 1000:
-            self._require_body(edge, edge.body)
-        self._stored_last = (post, stored)
-        self.on_head(post)
+            self.fencing.require_body(edge, edge.body)
+        self.fencing.note_stored(edge.post, stored)
+        self.on_head(edge.post)
         if scanned:
-            self._has_scanned(header, change.position)
+            self.index.record_scan(header, change.position, self.local.path)
         else:
             header.position = change.position
-        self._record(header, edge, change.pgnos, change.hashes, date_ms, change.change_counter, [])
+        self.index.record_segment(header, edge, change.pgnos, change.hashes, proved_ms=date_ms, change_counter=change.change_counter)
         self.on_logged(header.position)
         if background:
             self.view.postpone(header)
         else:
-            self.view.put(header, change.pages(), guard=lambda: self.require_recent_head(header))
-
-    def _has_scanned(self, header: IndexHeader, position: Position | None) -> None:
-        """What was scanned, up to `position`, is stored."""
-        if self._move(header, position):
-            header.needs_scan = True
-        else:
-            header.needs_scan, header.successor = False, None
-            self.index.identify(header, self.local.path)
-
-    def _move(self, header: IndexHeader, position: Position | None) -> bool:
-        """The header's position becomes `position`. Returns whether a seal tells that the WAL has gone on from there meanwhile.
-
-        A seal speaks of the WAL that the position on the disk is in: once that is another, nobody can tell what the seal has witnessed.
-        """
-        seal = self.index.last_seal()
-        if seal is None or seal.sequence <= header.seal_sequence or _salts(position) in (_salts(header.position), _salts(seal.after)):
-            header.position = position
-            return False  # there is none, or it is for the next load, or of before
-        header.absorb(seal)
-        if seal.after is not None:
-            header.position = position
-        return True
-
-    def _record(
-        self, header: IndexHeader, edge: Header, pgnos: Sequence[int], hashes: Sequence[int], date_ms: int, change_counter: int,
-        noted: list[Intent],
-    ) -> None:  # fmt: skip
-        """The index follows an edge that is stored: page hashes first, then the header that counts on them. `noted` stays pending."""
-        if edge.whole:
-            position, needs_scan = header.position, header.needs_scan
-            header.needs_scan = True
-            self.index.save(header)  # killed while the old entries go: scan
-            header.position, header.needs_scan = position, needs_scan
-            reach("within record")
-        self.index.pages.record(pgnos, hashes, edge.post)
-        self.index.pages.remove(edge.db_size + 1, header.db_size, edge.post)
-        reach("before header")
-        header.txid, header.state = edge.post, edge.post_hash
-        header.page_size, header.db_size = edge.page_size, edge.db_size
-        header.change_counter = change_counter
-        header.proved_ms = date_ms
-        header.intents = noted
-        self.index.save(header)
+            self.view.put(header, change.pages(), guard=lambda: self.fencing.require_recent_head(header))
 
     def note_pending(self) -> None:
         """Note the state hash of what a close leaves pending: the next open knows by it that the file goes on from the head.
@@ -330,153 +308,6 @@ class Replicator:
                 if state != header.state:
                     header.intents = [*header.intents[-(MAX_INTENTS - 1) :], Intent(state, 0)]
                     self.index.save(header)
-
-    # --- attempts whose outcome is unknown, and rivals -----------------------------------------------------------------
-
-    def settle(self) -> None:
-        """Boot's look at an attempt whose outcome is unknown: adopted when it is stored and ours; a rival's is left to the policy."""
-        header = self.index.load()
-        if header is None or header.home != self.home or not header.intents:
-            return
-        if len(self.history.edges(since=header.txid)) > 1:
-            return  # the history is further than this index: an old copy of it (a power loss), or a rival; no attempt is open
-        found = self.history.segment(header.txid, header.txid + 1)
-        if found is not None and self._is_own(header, found.header):
-            self._adopt(header, found)
-
-    @staticmethod
-    def _is_own(header: IndexHeader, edge: Header) -> bool:
-        # (The edge with which a log begins anew, from page objects alone, leads from nothing to the state that the header tells.)
-        return edge.pre_hash == (header.state if edge.pre else 0) and Intent(edge.post_hash, edge.attempt) in header.intents
-
-    def _stored(self, header: IndexHeader, pre: int, post: int) -> Segment:
-        found = self.history.segment(pre, post)
-        if found is None:
-            raise ReplicationError(
-                f"{keys.segment_key(self.history.name, pre, post)} was taken, and is not there",
-                hint="Another program deletes objects of this history, or the store is not consistent. The commit stays pending.",
-            )
-        return found
-
-    def _adopt(self, header: IndexHeader, found: Segment) -> None:
-        """The stored edge is our own earlier attempt: the index follows it. Or it is a rival's: FencedError."""
-        edge = found.header
-        if not self._is_own(header, edge):
-            self._fence(
-                f"{found.name} was written by another writer ({edge.writer[:WRITER_ID_SIZE].hex()}): {self.local.path} is at txid "
-                f"{header.txid}, and the history has gone on without it"
-            )
-        logger.info("%s: %s is our own, from an attempt whose answer was lost", self.local.path, found.name)
-        self._prove(edge)  # when it was stored nobody knows: perhaps where the history had been pruned
-        reach("within adopt")
-        position = edge.positions[-1] if edge.positions else None
-        with self.local.pinned():
-            tip = self.local.tip()
-            wal = tip.header
-            known = (
-                position is not None
-                and wal is not None
-                and self.local.wal.header() == wal
-                and (position.salt1, position.salt2) == (wal.salt1, wal.salt2)
-                and position.frame <= tip.frames
-                and self.local.wal.position(wal, position.frame) == position
-            )
-        has_gone_on = self._move(header, position if known else None)
-        header.needs_scan = header.needs_scan or not known or has_gone_on
-        if known and not has_gone_on:
-            header.successor = None  # the position tells; and what it covers, a power loss must not undo
-        if edge.whole:
-            header.view_size = UNKNOWN_SIZE
-        pgnos, hashes = array("I"), array("Q")
-        for pgno, known_hash in self.history.tables(found):
-            pgnos.append(pgno)
-            hashes.append(known_hash)
-        # What was reached after it, locally, goes on from it.
-        own = header.intents.index(Intent(edge.post_hash, edge.attempt))
-        noted = [Intent(later.post_hash, 0) for later in header.intents[own + 1 :]]
-        self._record(header, edge, pgnos, hashes, edge.time_ms, header.change_counter, noted)
-        if known:
-            self.on_logged(position)
-        self.require_head(header)
-        self.view.put(header, (page for block in self.history.blocks(found) for page in block))
-
-    def require_head(self, header: IndexHeader) -> None:
-        """Off the commit path no create-only write tells of a rival: before page objects are put or deleted there, look.
-
-        Raises:
-            FencedError: the history has gone on without this replica.
-        """
-        beyond = self.history.edges(since=header.txid)
-        if len(beyond) == 1 and header.intents:
-            found = self.history.segment(header.txid, header.txid + 1)
-            if found is not None and self._is_own(header, found.header):
-                return  # our own attempt, which the next batch adopts
-        if beyond:
-            self._fence(
-                f"{self.local.path} is at txid {header.txid}, and another writer has gone on to {max(edge.post for edge in beyond)}"
-            )
-
-    def require_recent_head(self, header: IndexHeader) -> None:
-        """As `require_head`, unless this process has just stored the head itself."""
-        if not self.is_recent_head(header):
-            self.require_head(header)
-
-    def is_recent_head(self, header: IndexHeader) -> bool:
-        """Has this process stored this state itself, just now? Who was stopped since then may have been overtaken."""
-        txid, stored = self._stored_last
-        return txid >= header.txid and time.monotonic() - stored <= _PAUSE_SECONDS
-
-    def _require_body(self, edge: Header, body: Body) -> None:
-        """We were stopped between the upload of a body and its segment: a body that nobody names is garbage after a while."""
-        if self.history.store.read(keys.log_prefix(self.history.name) + body.name, 0, 1) is None:
-            self._withdraw(edge)
-            raise ReplicationError(
-                f"commit {edge.post} of {self.local.path} is not stored: its pages, uploaded long ago, were deleted meanwhile",
-                hint="It stays pending, and goes anew with the next commit, flush() or open.",
-            )
-
-    def _withdraw(self, edge: Header) -> None:
-        """Deletes a segment of our own that nobody was told of."""
-        self.history.forget(edge.pre, edge.post)
-        self.history.store.delete([keys.segment_key(self.history.name, edge.pre, edge.post)])
-
-    def _prove(self, edge: Header) -> None:
-        """Nothing lies beyond the edge that we have stored: it was stored at the head, not where the history had been pruned.
-
-        Raises:
-            FencedError: something does. If nothing leads on from the edge itself, it is no part of the history, and is withdrawn.
-        """
-        beyond = self.history.edges(since=edge.post)
-        if not beyond:
-            return
-        head = max(other.post for other in beyond)
-        if any(self._leads_on(edge, other) for other in beyond if other.pre == edge.post):
-            self._fence(f"{self.local.path} stored commit {edge.post}, and another writer has gone on from it, to txid {head}, since then")
-        try:
-            self._withdraw(edge)
-        except StoreError as error:
-            logger.error("%s: a stray commit stays in the log, where no restore follows it: %s", self.local.path, error.message)
-        self._fence(
-            f"{self.local.path} was away for too long: its commit {edge.post} was stored where the history, which is at txid {head} "
-            f"by now, had been pruned"
-        )
-
-    def _leads_on(self, edge: Header, other: Edge) -> bool:
-        try:
-            header = self.history.header(other.pre, other.post)
-        except CorruptionError as error:
-            logger.warning("%s", error.message)
-            return True  # nobody can tell any more
-        return header is not None and header.pre_hash == edge.post_hash
-
-    def _fence(self, message: str) -> None:
-        self._fenced = FencedError(
-            message,
-            hint="This replica has stopped and overwrites nothing. Re-base it with "
-            f"`bottomless-wal restore --force {shlex.quote(self.local.path)}`, or make it the "
-            "truth by opening it with initial_replication=force.",
-        )
-        raise self._fenced
 
     # --- identity ------------------------------------------------------------------------------------------------------
 
@@ -508,10 +339,6 @@ class Replicator:
         self.index.save(header)
         if header.needs_scan:
             raise SnapshotLost("the main file was changed behind SQLite's back")
-
-
-def _salts(position: Position | None) -> tuple[int, int] | None:
-    return None if position is None else (position.salt1, position.salt2)
 
 
 def _was_cut(header: IndexHeader, identity: Identity | None) -> bool:

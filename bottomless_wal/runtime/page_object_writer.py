@@ -156,7 +156,7 @@ class Filler:
             with self._view.lock.locked(), self._index.locked():
                 header = self._replicator.header()
                 with self._local.pinned():
-                    self._replicator.require_head(header)
+                    self._replicator.fencing.require_head(header)
                     self._view.finish(header)
         except (StoreError, SnapshotLost, IndexCorrupt) as failure:
             logger.warning("%s: page objects are left to the next open: %s", self._local.path, failure)
@@ -167,7 +167,7 @@ class Filler:
             with self._view.lock.locked(), self._index.locked():
                 header = self._replicator.header()
                 if self._view.to_sweep(header):
-                    self._replicator.require_head(header)
+                    self._replicator.fencing.require_head(header)
                     self._view.sweep(header)
         except (StoreError, IndexCorrupt) as failure:
             # Superfluous objects harm nobody.
@@ -271,10 +271,10 @@ class Filler:
 
     def _require_head(self, header: IndexHeader) -> None:
         """Raises FencedError when the history has gone on without this machine. What looks so may be a commit made here meanwhile."""
-        if self._replicator.is_recent_head(header) or not self._replicator.history.edges(since=header.txid):
+        if self._replicator.fencing.is_recent_head(header) or not self._replicator.history.edges(since=header.txid):
             return
         with self._index.locked():
-            self._replicator.require_head(self._replicator.header())
+            self._replicator.fencing.require_head(self._replicator.header())
 
 
 def view_is_missing(path: str, failure: BottomlessError) -> ReplicationError:

@@ -218,7 +218,7 @@ def test_who_was_stopped_before_its_page_objects_puts_none_over_newer_ones(world
     here = world.machine()
     stale = obedient(options=world.options)
     assert stale.do(f"con = connect({here.path()!r}); con.execute('CREATE TABLE t(name, x)')") == "ok", stale.said
-    assert stale.do("import bottomless_wal.replication.replicator; bottomless_wal.replication.replicator._PAUSE_SECONDS = 0.0") == "ok"
+    assert stale.do("import bottomless_wal.replication.fencing; bottomless_wal.replication.fencing._PAUSE_SECONDS = 0.0") == "ok"
     _stops(stale, "before view", INSERT.format("stale"))
     rival = _writer(world, world.machine())
     assert _inserts(rival, "rival") == "ok", rival.said

@@ -12,7 +12,7 @@ import pytest
 import bottomless_wal
 from bottomless_wal import ConflictError, ReplicationError
 from bottomless_wal.formats.index_header import Identity
-from bottomless_wal.replication import recovery
+from bottomless_wal.replication import recovery_actions
 from bottomless_wal.replication.index import LocalIndex
 from bottomless_wal.sqlite.database_reader import LocalDatabase
 from tests.support.cluster import Machine, World, _fail, child, refusal, rows
@@ -238,13 +238,13 @@ def test_a_stranger_that_writes_before_the_first_read_after_a_restore_is_noticed
     """Between the rename of the restored file and the look at its timestamps."""
     _closed(world)
     here = world.machine()
-    real = recovery.put_in_place
+    real = recovery_actions.put_in_place
 
     def put_in_place(*arguments: Any) -> None:
         real(*arguments)
         _stranger(here, "UPDATE t SET v = 'stranger' WHERE id = 1")
 
-    monkeypatch.setattr(recovery, "put_in_place", put_in_place)
+    monkeypatch.setattr(recovery_actions, "put_in_place", put_in_place)
     con = here.connect()
     con.execute("UPDATE t SET v = 'y' WHERE id = 2")
     assert world.bucket.log_image("app.db") == con.serialize("main")

@@ -534,11 +534,11 @@ store.nothing()
 store.lose_answers()
 commit(two)
 replicator = replica_of(one).replicator
-adopt = replicator._adopt
+adopt = replicator.fencing.adopt_in_doubt
 def adopted(*arguments):
     adopt(*arguments)
     store.log()
-replicator._adopt = adopted
+replicator.fencing.adopt_in_doubt = adopted
 commit(two)
 print(replicator.index.peek(replicator.index.path).position.frame, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
