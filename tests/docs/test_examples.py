@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 import pytest
-from pages import ROOT, blocks, inline_code, name_of, pages
+from doc_pages import ROOT, blocks, inline_code, name_of, pages
 
 from bottomless_wal.cli.main import main as command_line
 from bottomless_wal.core.config import ENV_PREFIX, OPTIONS

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from pages import ROOT, inline_code, name_of, pages
+from doc_pages import ROOT, inline_code, name_of, pages
 
 _FILE = re.compile(r"(?:bottomless_wal|tests|tools|docs|\.ci)/[\w./*-]+")
 _BARE = re.compile(r"\w+\.(?:py|toml|yml|yaml|sh)")
