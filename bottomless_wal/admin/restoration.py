@@ -12,7 +12,6 @@ one beside the old WAL, which SQLite would take for the database's own.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import secrets
 import shlex
@@ -35,9 +34,8 @@ from ..history.restore import Progress, Rebuilt, rebuild, rebuild_from_pages
 from ..history.scratch import Scratch, scratch, translated
 from ..history.segment_list import Edge
 from ..history.timeline import ranges, relisted, restorable, txid_at
-from ..replication.index import Backlog, IndexHeader, LocalIndex, boot_id
+from ..replication.index import UNKNOWN_SIZE, IndexHeader, LocalIndex, boot_id
 from ..replication.log_check import find_gap
-from ..replication.page_objects import UNKNOWN_SIZE
 from ..replication.replicator import home_of
 from ..runtime.registry import registry
 from ..runtime.replica import INDEX_SUFFIX
@@ -247,16 +245,20 @@ def _removed(target: Target, txid: int | None) -> RestoreError | None:
 
 def _index_header(target: Target, rebuilt: Rebuilt, proved_ms: int) -> IndexHeader:
     """The index of a file that has just been restored at the head, but for what only the file in its place can tell."""
-    header = IndexHeader(home_of(target.config, target.name), secrets.token_bytes(16), boot_id())
-    header.txid, header.state = rebuilt.txid, rebuilt.state
-    header.page_size, header.db_size = rebuilt.page_size, rebuilt.db_size
-    header.view_txid, header.view_size = min(rebuilt.view_txid, rebuilt.txid), UNKNOWN_SIZE
-    header.proved_ms = proved_ms
-    header.clean = True
-    if header.view_txid < header.txid and target.config.pages == "commit":
-        header.backlog = Backlog(header.view_txid, header.txid, 1)
-        header.view_txid = header.txid
-    return header
+    header = IndexHeader(
+        home_of(target.config, target.name),
+        secrets.token_bytes(16),
+        boot_id(),
+        page_size=rebuilt.page_size,
+        txid=rebuilt.txid,
+        state=rebuilt.state,
+        db_size=rebuilt.db_size,
+        view_txid=min(rebuilt.view_txid, rebuilt.txid),
+        view_size=UNKNOWN_SIZE,
+        proved_ms=proved_ms,
+        clean=True,
+    )
+    return header.pages_postponed(header.txid) if target.config.pages == "commit" else header
 
 
 @contextlib.contextmanager
@@ -287,9 +289,7 @@ def _put_in_place(destination: str, into: Scratch, index: LocalIndex, old: Local
     if header is None:
         os.unlink(old.path)
         return
-    index.identify(header, destination)
-    header.change_counter = int.from_bytes(os.pread(into.fd, 4, 24), "big")
-    index.save(header)
+    index.mark_restored(header, destination, int.from_bytes(os.pread(into.fd, 4, 24), "big"))
     index.sync()
     reach("before index")
     os.rename(index.path, old.path)
@@ -303,11 +303,11 @@ def _unclaimed(old: LocalIndex) -> Iterator[None]:
     if claim is None:
         yield
         return
-    old.save(dataclasses.replace(claim, identity=None, needs_scan=True))
+    old.disown(claim)
     try:
         yield
     except BaseException:
-        old.save(claim)
+        old.reclaim(claim)
         raise
 
 

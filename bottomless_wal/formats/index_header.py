@@ -41,13 +41,28 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from .page import repr_in_hex
 from .wal import Position
 
-__all__ = ["ENTRY_SIZE", "HEADER_SIZE", "MAX_INTENTS", "SEAL_OFFSET", "SEAL_SIZE", "Backlog", "Identity", "IndexHeader", "Intent", "Seal"]
+__all__ = [
+    "ENTRY_SIZE",
+    "HEADER_SIZE",
+    "MAX_INTENTS",
+    "SEAL_OFFSET",
+    "SEAL_SIZE",
+    "UNKNOWN_SIZE",
+    "Backlog",
+    "Identity",
+    "IndexHeader",
+    "IndexState",
+    "Intent",
+    "Seal",
+    "changed",
+]
 
 MAGIC: Final = b"BWALIDX3"
 HEADER_SIZE: Final = 16384
@@ -60,6 +75,8 @@ MAX_INTENTS: Final = (SEAL_OFFSET - _FIXED.size - 4) // _INTENT.size
 _NEEDS_SCAN, _CLEAN, _GONE, _IDENTITY, _SETTLED, _SUCCESSOR = 1, 2, 4, 8, 16, 32
 _NO_POSITION: Final = bytes(20)
 SEAL_SIZE: Final = _SEAL.size + 4
+UNKNOWN_SIZE: Final = 0xFFFFFFFF
+"""As `IndexHeader.view_size`: there may be objects past the end."""
 
 
 class Identity(NamedTuple):
@@ -148,10 +165,34 @@ class Seal(NamedTuple):
         )
 
 
+class IndexState(Enum):
+    """What an index says of the main file. The fields of the header tell it (`IndexHeader.index_state`)."""
+
+    NEW = auto()  # nothing is stored yet
+    BEING_REPLACED = auto()  # the file is an earlier state, to be replaced by the head
+    UNPROVED = auto()  # the index is at a txid, and nothing tells that the file came from there: a reset, or a restore from page objects
+    NEEDS_SCAN = auto()  # the file came from the txid; only a scan can tell what has changed since
+    IN_STEP = auto()  # the file came from the txid, and the position tells what has changed since
+
+
+if TYPE_CHECKING:
+    from dataclasses import replace as changed
+else:
+
+    def changed(header: IndexHeader, /, **changes: Any) -> IndexHeader:
+        """Return `header` with `changes`, as `dataclasses.replace`, which takes 20 times as long: every commit makes some."""
+        made = object.__new__(IndexHeader)
+        made.__dict__.update(header.__dict__, **changes)
+        return made
+
+
 @repr_in_hex("state")
-@dataclass(slots=True)
+@dataclass(frozen=True)
 class IndexHeader:
-    """The index's header, as a value. `position` None: there is no WAL, the main file holds everything."""
+    """The index's header, as a value. `position` None: there is no WAL, the main file holds everything.
+
+    What changes it returns a new one; only the index of `replication` saves it.
+    """
 
     home: bytes
     writer: bytes
@@ -172,7 +213,16 @@ class IndexHeader:
     is_settled: bool = False
     successor: Position | None = None
     seal_sequence: int = 0
-    intents: list[Intent] = field(default_factory=list)
+    intents: tuple[Intent, ...] = ()
+
+    @property
+    def index_state(self) -> IndexState:
+        """What this header says of the main file."""
+        if self.txid == 0:
+            return IndexState.BEING_REPLACED if self.state else IndexState.NEW
+        if not self.needs_scan:
+            return IndexState.IN_STEP
+        return IndexState.UNPROVED if self.identity is None else IndexState.NEEDS_SCAN
 
     def identifies(self, path: str) -> bool:
         """Return whether the file at `path` is, proved by a settled identity, as it was when this header was written."""
@@ -183,22 +233,45 @@ class IndexHeader:
         """The txid up to which the page view holds everything."""
         return self.view_txid if self.backlog is None else min(self.view_txid, self.backlog.after)
 
-    def absorb(self, seal: Seal | None) -> None:
-        """Follows what a restart of the WAL has left behind since this header was written."""
+    def absorb(self, seal: Seal | None) -> IndexHeader:
+        """Follow what a restart of the WAL has left behind since this header was written."""
         if seal is None or seal.sequence <= self.seal_sequence:
-            return
-        self.seal_sequence = seal.sequence
-        self.successor = None
+            return self
+        new = changed(self, seal_sequence=seal.sequence, successor=None)
         here = None if self.position is None else (self.position.salt1, self.position.salt2)
         if seal.anywhere or (seal.before == here and not seal.covered):
-            self.needs_scan = True
             if seal.after is None and seal.before == here and None not in (self.identity, seal.identity):
                 # The WAL went with commits that are not stored: they are in this very file, as we left it.
-                self.position, self.identity, self.is_settled = None, seal.identity, seal.is_settled
-            elif seal.before == here and seal.is_witnessed:
-                self.successor = seal.after
-        elif seal.before == here:
-            self.position, self.identity, self.is_settled = seal.after, seal.identity, seal.is_settled
+                return changed(new, needs_scan=True, position=None, identity=seal.identity, is_settled=seal.is_settled)
+            if seal.before == here and seal.is_witnessed:
+                return changed(new, needs_scan=True, successor=seal.after)
+            return changed(new, needs_scan=True)
+        if seal.before == here:
+            return changed(new, position=seal.after, identity=seal.identity, is_settled=seal.is_settled)
+        return new
+
+    def at(self, txid: int, state: int, page_size: int, db_size: int) -> IndexHeader:
+        """Stand at a state of the history."""
+        return changed(self, txid=txid, state=state, page_size=page_size, db_size=db_size)
+
+    def needing_scan(self) -> IndexHeader:
+        """Ask for a scan: the position proves nothing."""
+        return self if self.needs_scan else changed(self, needs_scan=True)
+
+    def with_intent(self, intent: Intent) -> IndexHeader:
+        """Note one intent more; where there are too many, the oldest goes."""
+        return changed(self, intents=(*self.intents[-(MAX_INTENTS - 1) :], intent))
+
+    def pages_put(self, upto: int) -> IndexHeader:
+        """The page objects of all commits up to `upto` were put, but for those of the backlog."""
+        return changed(self, view_txid=upto)
+
+    def pages_postponed(self, upto: int) -> IndexHeader:
+        """Commits in (view txid, upto] whose page objects nobody has put: they join the backlog, and count as seen."""
+        if self.view_txid >= upto:
+            return self
+        after = self.view_txid if self.backlog is None else min(self.backlog.after, self.view_txid)
+        return changed(self, backlog=Backlog(after, upto, 1), view_txid=upto)
 
     def encode(self) -> bytes:
         """The header's bytes, at most HEADER_SIZE."""
@@ -282,5 +355,5 @@ class IndexHeader:
             is_settled=bool(flags & _SETTLED),
             successor=Position.unpack(successor) if flags & _SUCCESSOR else None,
             seal_sequence=seal_sequence,
-            intents=list(map(Intent._make, _INTENT.iter_unpack(data[_FIXED.size : end]))),
+            intents=tuple(map(Intent._make, _INTENT.iter_unpack(data[_FIXED.size : end]))),
         )

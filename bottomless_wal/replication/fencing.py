@@ -28,8 +28,8 @@ from ..formats.wal import Position
 from ..history.log import History
 from ..history.segment_list import Edge
 from ..sqlite.database_reader import LocalDatabase
-from .index import IndexHeader, Intent, LocalIndex
-from .page_objects import UNKNOWN_SIZE, PageView
+from .index import UNKNOWN_SIZE, IndexHeader, Intent, LocalIndex, changed
+from .page_objects import PageView
 
 __all__ = ["Fencing"]
 
@@ -117,12 +117,9 @@ class Fencing:
                 and position.frame <= tip.frames
                 and self._local.wal.position(wal, position.frame) == position
             )
-        has_gone_on = self._index.move(header, position if known else None)
-        header.needs_scan = header.needs_scan or not known or has_gone_on
-        if known and not has_gone_on:
-            header.successor = None  # the position tells; and what it covers, a power loss must not undo
+        header = self._index.adopted(header, position if known else None)
         if edge.whole:
-            header.view_size = UNKNOWN_SIZE
+            header = changed(header, view_size=UNKNOWN_SIZE)
         pgnos, hashes = array("I"), array("Q")
         for pgno, known_hash in self._history.tables(found):
             pgnos.append(pgno)
@@ -130,7 +127,9 @@ class Fencing:
         # What was reached after it, locally, goes on from it.
         own = header.intents.index(Intent(edge.post_hash, edge.attempt))
         noted = [Intent(later.post_hash, 0) for later in header.intents[own + 1 :]]
-        self._index.record_segment(header, edge, pgnos, hashes, proved_ms=edge.time_ms, change_counter=header.change_counter, noted=noted)
+        header = self._index.record_segment(
+            header, edge, pgnos, hashes, proved_ms=edge.time_ms, change_counter=header.change_counter, noted=noted
+        )
         if known:
             self._on_logged(position)
         self.require_head(header)

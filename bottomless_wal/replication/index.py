@@ -5,6 +5,7 @@ Its file is also the replicator's lock between threads and processes. The bytes 
 
 Invariants:
 
+* Only this module saves a header: each method that takes one and says so changes it, saves it and returns it.
 * Entries are written before the header that counts on them. A crash between the two leaves entries of txid + 1 under a
   header of txid with intents: the stored segment is then adopted, which writes them again.
 * Whoever reads or writes holds the lock; but for the *seal*, which a WAL restart leaves behind while it holds SQLite's write lock,
@@ -33,11 +34,14 @@ from ..formats.index_header import (
     MAX_INTENTS,
     SEAL_OFFSET,
     SEAL_SIZE,
+    UNKNOWN_SIZE,
     Backlog,
     Identity,
     IndexHeader,
+    IndexState,
     Intent,
     Seal,
+    changed,
 )
 from ..formats.segment import Header
 from ..formats.wal import Position
@@ -47,14 +51,17 @@ __all__ = [
     "ENTRY_SIZE",
     "HEADER_SIZE",
     "MAX_INTENTS",
+    "UNKNOWN_SIZE",
     "Backlog",
     "Identity",
     "IndexCorrupt",
     "IndexHeader",
+    "IndexState",
     "Intent",
     "LocalIndex",
     "Seal",
     "boot_id",
+    "changed",
     "is_index",
 ]
 
@@ -115,45 +122,109 @@ class LocalIndex(FileLock):
         """
         header, seal = _read(self._fd)
         if header is not None and seal is not None and seal.sequence > header.seal_sequence:
-            header.absorb(seal)
-            self.save(header)
+            header = self._save(header.absorb(seal))
         return header
 
     def last_seal(self) -> Seal | None:
         """What the last restart of the WAL has left; None when there was none."""
         return _read(self._fd)[1]
 
-    def save(self, header: IndexHeader) -> None:
-        """Writes the header in one write: a killed process leaves the old one or the new one."""
+    def _save(self, header: IndexHeader) -> IndexHeader:
+        """Write the header in one write: a killed process leaves the old one or the new one."""
         data = header.encode()
         if os.pwrite(self._fd, data, 0) != len(data):
             raise OSError(f"short write to {self.path}")
+        return header
 
-    def identify(self, header: IndexHeader, main: str) -> None:
-        """Record in `header`, which is left to be saved, what the main file at `main` is now."""
-        header.identity, header.is_settled = _identify(self.path, self._fd, main, _TICK_LOOKS)
+    # --- changes of the header that are left to be saved -----------------------------------------------------------------
 
-    def record_scan(self, header: IndexHeader, position: Position | None, main: str) -> None:
-        """Record in `header`, which is left to be saved, that the log has what a scan of `main` found, up to `position`."""
-        if self.move(header, position):
-            header.needs_scan = True
-        else:
-            header.needs_scan, header.successor = False, None
-            self.identify(header, main)
+    def identify(self, header: IndexHeader, main: str) -> IndexHeader:
+        """Return `header` with what the main file at `main` is now; not saved."""
+        identity, is_settled = _identify(self.path, self._fd, main, _TICK_LOOKS)
+        return changed(header, identity=identity, is_settled=is_settled)
 
-    def move(self, header: IndexHeader, position: Position | None) -> bool:
-        """Set the position of `header`, which is left to be saved. Returns whether a seal tells that the WAL has gone on meanwhile.
+    def move(self, header: IndexHeader, position: Position | None) -> tuple[IndexHeader, bool]:
+        """Return (`header` at `position`, not saved; whether a seal tells that the WAL has gone on meanwhile).
 
         A seal speaks of the WAL that the position on the disk is in: once that is another, nobody can tell what the seal has witnessed.
         """
         seal = self.last_seal()
         if seal is None or seal.sequence <= header.seal_sequence or _salts(position) in (_salts(header.position), _salts(seal.after)):
-            header.position = position
-            return False  # there is none, or it is for the next load, or of before
-        header.absorb(seal)
-        if seal.after is not None:
-            header.position = position
-        return True
+            return changed(header, position=position), False  # there is none, or it is for the next load, or of before
+        header = header.absorb(seal)
+        return (changed(header, position=position) if seal.after is not None else header), True
+
+    def scanned(self, header: IndexHeader, position: Position | None, main: str) -> IndexHeader:
+        """Return `header`, not saved, once the log has what a scan of `main` found, up to `position`."""
+        header, has_gone_on = self.move(header, position)
+        if has_gone_on:
+            return header.needing_scan()
+        return self.identify(changed(header, needs_scan=False, successor=None), main)
+
+    def adopted(self, header: IndexHeader, position: Position | None) -> IndexHeader:
+        """Return `header`, not saved, where an attempt is adopted that led to `position` (None: it is not in the WAL that is there)."""
+        header, has_gone_on = self.move(header, position)
+        if position is None or has_gone_on:
+            return header.needing_scan()
+        return changed(header, successor=None)  # the position tells; and what it covers, a power loss must not undo
+
+    # --- changes of the header that are saved ------------------------------------------------------------------------------
+
+    def mark_open(self, header: IndexHeader) -> IndexHeader:
+        """Save that the database is in use: only a clean close says otherwise."""
+        return self._save(changed(header, boot=boot_id(), clean=False))
+
+    def mark_closed(self, header: IndexHeader) -> IndexHeader:
+        """Save, durably, that the database was closed cleanly."""
+        header = self._save(changed(header, clean=True))
+        self.sync()
+        return header
+
+    def mark_being_replaced(self, header: IndexHeader, state: int) -> IndexHeader:
+        """Save that the file, which is at the earlier `state`, is to be replaced by the head."""
+        return self._save(changed(header, state=state, needs_scan=True))
+
+    def mark_restored(self, header: IndexHeader, main: str, change_counter: int) -> IndexHeader:
+        """Save that the file at `main` was restored at the state of `header`."""
+        return self._save(changed(self.identify(header, main), change_counter=change_counter))
+
+    def disown(self, header: IndexHeader) -> IndexHeader:
+        """Save that the file does not come from the state of `header`, which `reclaim` takes back."""
+        return self._save(changed(header, identity=None, needs_scan=True))
+
+    def reclaim(self, header: IndexHeader) -> IndexHeader:
+        """Save `header` as it was before `disown`."""
+        return self._save(header)
+
+    def begin_rebuild(self, header: IndexHeader, position: Position | None, change_counter: int) -> IndexHeader:
+        """Save that the entries of this state are about to be made anew."""
+        return self._save(changed(header, position=position, change_counter=change_counter, needs_scan=True))
+
+    def begin_rebased(self, header: IndexHeader, txid: int, state: int) -> IndexHeader:
+        """Save that a log is to begin anew at `txid`, with a file that is not in its place yet."""
+        return self._save(changed(header, txid=txid, state=state, needs_scan=True))
+
+    def record_identity(self, header: IndexHeader, main: str) -> IndexHeader:
+        """Save what the main file at `main` is now."""
+        return self._save(self.identify(header, main))
+
+    def add_in_doubt(self, header: IndexHeader, post_hash: int, *, main: str, change_counter: int) -> IndexHeader:
+        """Save that txid + 1, with the state `post_hash`, is about to be put: the last intent is the attempt."""
+        if header.txid == 0:
+            # Should the answer be lost and the WAL be gone by the next open, this tells that the file has gone on from what was stored.
+            header = changed(self.identify(header, main), change_counter=change_counter, needs_scan=True)
+        last = header.intents[-1] if header.intents else None
+        if last is None or not last.attempt or last.post_hash != post_hash:  # else it is the same attempt, once more
+            header = header.with_intent(Intent(post_hash, secrets.randbits(63) + 1))
+        return self._save(header)
+
+    def add_pending(self, header: IndexHeader, state: int) -> IndexHeader:
+        """Save that a close leaves the file at `state`, which was not put."""
+        return self._save(header.with_intent(Intent(state, 0)))
+
+    def confirm(self, header: IndexHeader, position: Position | None, main: str, change_counter: int) -> IndexHeader:
+        """Save that a scan of `main`, up to `position`, found no difference."""
+        return self._save(changed(self.scanned(header, position, main), change_counter=change_counter))
 
     def record_segment(
         self,
@@ -165,23 +236,48 @@ class LocalIndex(FileLock):
         proved_ms: int,
         change_counter: int,
         noted: Sequence[Intent] = (),
-    ) -> None:
+    ) -> IndexHeader:
         """Follow a segment that is stored: page hashes first, then the header that counts on them. `noted` stays in doubt."""
         if edge.whole:
-            position, needs_scan = header.position, header.needs_scan
-            header.needs_scan = True
-            self.save(header)  # killed while the old entries go: scan
-            header.position, header.needs_scan = position, needs_scan
+            self._save(header.needing_scan())  # killed while the old entries go: scan
             reach("within record")
         self.pages.record(pgnos, hashes, edge.post)
         self.pages.remove(edge.db_size + 1, header.db_size, edge.post)
         reach("before header")
-        header.txid, header.state = edge.post, edge.post_hash
-        header.page_size, header.db_size = edge.page_size, edge.db_size
-        header.change_counter = change_counter
-        header.proved_ms = proved_ms
-        header.intents = list(noted)
-        self.save(header)
+        return self._save(
+            changed(
+                header,
+                txid=edge.post,
+                state=edge.post_hash,
+                page_size=edge.page_size,
+                db_size=edge.db_size,
+                change_counter=change_counter,
+                proved_ms=proved_ms,
+                intents=tuple(noted),
+            )
+        )
+
+    def advance_page_objects(self, header: IndexHeader, upto: int | None = None) -> IndexHeader:
+        """Save that page objects were put: of all commits up to `upto` (None: as `header` says)."""
+        view_txid = header.view_txid if upto is None else upto
+        return self._save(changed(header, view_txid=view_txid, view_size=max(header.view_size, header.db_size)))
+
+    def postpone_page_objects(self, header: IndexHeader, *, view_size: int | None = None) -> IndexHeader:
+        """Save that the page objects of all commits join the backlog. `view_size`: there may be objects up to there."""
+        if view_size is not None:
+            header = changed(header, view_size=view_size)
+        return self._save(header.pages_postponed(header.txid))
+
+    def advance_backlog(self, header: IndexHeader, before: Backlog, cursor: int, db_size: int) -> IndexHeader:
+        """Save that the pages of the backlog `before` were put up to `cursor`, of `db_size` pages."""
+        backlog = header.backlog
+        if backlog == before:
+            backlog = before._replace(cursor=cursor) if cursor <= db_size else None
+        return self._save(changed(header, view_size=max(header.view_size, db_size), backlog=backlog))
+
+    def record_sweep(self, header: IndexHeader) -> IndexHeader:
+        """Save that there is no page object past the end."""
+        return self._save(changed(header, view_size=header.db_size))
 
     def clear(self) -> None:
         """Forgets everything: the next look at the database is a scan."""
@@ -222,7 +318,7 @@ class LocalIndex(FileLock):
                 return
             sequence = max(sequence, header.seal_sequence + 1)
             unabsorbed = None if header.position is None else (header.position.salt1, header.position.salt2)
-            header.absorb(last)
+            header = header.absorb(last)
             identity, is_settled = _identify(path, fd, main, _PATIENT_LOOKS if is_last else _TICK_LOOKS)
             verdict = judge(header, identity)
             if verdict is None:
@@ -257,9 +353,7 @@ def _salts(position: Position | None) -> tuple[int, int] | None:
 
 def _header(fd: int) -> IndexHeader | None:
     header, seal = _read(fd)
-    if header is not None:
-        header.absorb(seal)
-    return header
+    return header.absorb(seal) if header is not None else None
 
 
 def _identify(path: str, fd: int, main: str, looks: int) -> tuple[Identity | None, bool]:

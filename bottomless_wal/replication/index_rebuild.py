@@ -1,6 +1,6 @@
 """The local index of a state that is the head, made anew: from the tables of the log alone, or from the local file where that is the head.
 
-Either way no more is believed than what gives the head's state hash. The header is left to be saved by the caller, when all is in place.
+Either way no more is believed than what gives the head's state hash. The header is returned, not saved.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from ..history.log import Head, History
 from ..history.planner import Suspects, newest, plan
 from ..history.segment_list import Edge
 from ..sqlite.database_reader import LocalDatabase, SnapshotLost
-from .index import IndexHeader, LocalIndex
-from .page_objects import UNKNOWN_SIZE
+from .index import UNKNOWN_SIZE, IndexHeader, LocalIndex, changed
 
 __all__ = ["learn", "learn_locally"]
 
@@ -28,8 +27,8 @@ logger = get_logger(__name__)
 _ATTEMPTS: Final = 8
 
 
-def learn(history: History, index: LocalIndex, header: IndexHeader, head: Head, edges: Sequence[Edge], *, width: int) -> None:
-    """The head's page hashes, from the tables of a chain of edges; no page is kept. `header` is left to be saved.
+def learn(history: History, index: LocalIndex, header: IndexHeader, head: Head, edges: Sequence[Edge], *, width: int) -> IndexHeader:
+    """The head's page hashes, from the tables of a chain of edges; no page is kept. The new header is not saved.
 
     Raises:
         RestoreError: no chain of edges leads to the head.
@@ -37,6 +36,7 @@ def learn(history: History, index: LocalIndex, header: IndexHeader, head: Head, 
     """
     suspects = Suspects()
     first: CorruptionError | None = None
+    view_txid = header.view_txid
     for _ in range(_ATTEMPTS):
         usable = suspects.without(edges)
         chain = plan(usable, head.txid)
@@ -47,7 +47,7 @@ def learn(history: History, index: LocalIndex, header: IndexHeader, head: Head, 
             break
         index.pages.clear()
         try:
-            _learn_chain(history, index, header, chain)
+            view_txid = _learn_chain(history, index, chain)
             break
         except _Misfit as misfit:
             logger.warning("%s", misfit.error.message)
@@ -62,15 +62,13 @@ def learn(history: History, index: LocalIndex, header: IndexHeader, head: Head, 
             f"the history of {history.name!r} has a gap before txid {head.txid}",
             hint="`bottomless-wal verify DB` shows where. `bottomless-wal reset --from-local DB` starts over from the local file.",
         )
-    header.txid, header.state = head.txid, head.state
-    header.page_size, header.db_size = head.page_size, head.db_size
-    header.view_size = UNKNOWN_SIZE
     state = index.pages.state_hash(head.db_size)
     if state != head.state:
         raise CorruptionError(
             f"the segments of {history.name!r} give the state {state:016x} at txid {head.txid}, not {head.state:016x}",
             hint="`bottomless-wal verify DB` shows which is wrong.",
         )
+    return changed(header.at(*head), view_txid=view_txid, view_size=UNKNOWN_SIZE)
 
 
 class _Misfit(Exception):
@@ -81,8 +79,9 @@ class _Misfit(Exception):
         self.edge, self.before, self.error = edge, before, error
 
 
-def _learn_chain(history: History, index: LocalIndex, header: IndexHeader, chain: Sequence[Edge]) -> None:
-    size, state = 0, 0
+def _learn_chain(history: History, index: LocalIndex, chain: Sequence[Edge]) -> int:
+    """Record the page hashes at the end of `chain`. Returns up to where the page view was complete by then."""
+    size, state, view_txid = 0, 0, 0
     before: Edge | None = None
     for edge in chain:
         try:
@@ -108,12 +107,13 @@ def _learn_chain(history: History, index: LocalIndex, header: IndexHeader, chain
             raise _Misfit(edge, None, error) from error
         size, state, before = found.header.db_size, found.header.post_hash, edge
         reach("within learn")
-        header.view_txid = min(found.header.view_txid, edge.post)
+        view_txid = min(found.header.view_txid, edge.post)
+    return view_txid
 
 
 def learn_locally(
     local: LocalDatabase, history: History, index: LocalIndex, header: IndexHeader, head: Head, edges: Sequence[Edge]
-) -> None:
+) -> IndexHeader:
     """The local file is the head: its own pages give the index. Only what the page view has missed is asked of the log."""
     last = newest(edges)
     found = history.header(last.pre, last.post)
@@ -131,9 +131,7 @@ def learn_locally(
         for first in range(1, head.db_size + 1, 65536):
             hashes = index.pages.entries(first, min(65536, head.db_size - first + 1))[0]
             index.pages.record(range(first, first + len(hashes)), hashes, head.txid)
-    header.txid, header.state = head.txid, head.state
-    header.page_size, header.db_size = head.page_size, head.db_size
-    header.view_txid, header.view_size = view_txid, UNKNOWN_SIZE
+    return changed(header.at(*head), view_txid=view_txid, view_size=UNKNOWN_SIZE)
 
 
 def _note_missed(history: History, index: LocalIndex, chain: Sequence[Edge], head: Head) -> bool:

@@ -31,7 +31,7 @@ from ..history.log import Head, History
 from ..history.planner import leading_to, newest, outermost
 from ..history.segment_list import Edge
 from ..sqlite.database_reader import LocalDatabase, Shape
-from .index import Identity, IndexHeader, LocalIndex
+from .index import Identity, IndexHeader, IndexState, LocalIndex
 from .wal_position import position_of
 
 __all__ = ["LocalState", "Place", "Relation", "earlier_txid", "local_state", "relate"]
@@ -115,7 +115,7 @@ def relate(
     if txid is not None:
         return Place(Relation.EARLIER, txid)
     header = _header_of(index, home)  # that took its time, and whoever restarts the WAL leaves a seal without asking for the lock
-    if header is not None and not header.txid and header.state == found.state:
+    if header is not None and header.index_state is IndexState.BEING_REPLACED and header.state == found.state:
         return Place(Relation.EARLIER)  # a fast-forward was cut off after its WAL had gone
     if header is not None and _descends(found, head, header, local):
         return Place(Relation.DESCENDS)

@@ -35,14 +35,11 @@ from ..formats.page import Page, page_hash
 from ..formats.page_object import PageTrailer, encode_page_object
 from ..history.log import History
 from ..sqlite.database_reader import LocalDatabase, SnapshotLost, Tip
-from .index import Backlog, IndexHeader, LocalIndex
+from .index import UNKNOWN_SIZE, Backlog, IndexHeader, LocalIndex
 
-__all__ = ["LOCK_SUFFIX", "UNKNOWN_SIZE", "PageView", "Turn"]
+__all__ = ["LOCK_SUFFIX", "PageView", "Turn"]
 
 logger = get_logger(__name__)
-
-UNKNOWN_SIZE: Final = 0xFFFFFFFF
-"""As `IndexHeader.view_size`: there may be objects past the end."""
 
 LOCK_SUFFIX: Final = "-view"
 """Of the view lock's file: behind the index's name. The file is empty, and gone after the last close."""
@@ -73,18 +70,18 @@ class PageView:
 
     def put(
         self, header: IndexHeader, pages: Iterable[Page], *, guard: Callable[[], None] = lambda: None, passed: Sequence[int] = ()
-    ) -> None:
+    ) -> IndexHeader:
         """Puts the pages of the commit that the index has just recorded, when somebody waits for them (ack=pages); else a turn does.
 
         `guard` is called just before; `passed`, when all is put, has the pages that could not be had. Raises whatever `guard` does, and:
             ReplicationError: the commit is in the log, but not all of its page objects are stored.
         """
         if self.config.ack != "pages":
-            return
+            return header
         reach("before view")
         try:
             guard()
-            self._put_missed(header, upto=header.txid - 1)
+            header = self._put_missed(header, upto=header.txid - 1)
             self._put(header, pages)
         except StoreError as error:
             raise ReplicationError(
@@ -93,19 +90,16 @@ class PageView:
             ) from error
         reach("after view")
         if passed:
-            self._into_backlog(header, upto=header.txid)
-        header.view_txid = header.txid
-        header.view_size = max(header.view_size, header.db_size)
-        self.index.save(header)
+            header = header.pages_postponed(header.txid)
+        return self.index.advance_page_objects(header, header.txid)
 
-    def postpone(self, header: IndexHeader) -> None:
+    def postpone(self, header: IndexHeader) -> IndexHeader:
         """The commit just recorded carries the whole database: its page objects are put in the background."""
         if self.config.pages == "commit":
-            header.view_size = UNKNOWN_SIZE
-            self._into_backlog(header, upto=header.txid)
-            self.index.save(header)
+            return self.index.postpone_page_objects(header, view_size=UNKNOWN_SIZE)
+        return header
 
-    def catch_up(self, header: IndexHeader) -> None:
+    def catch_up(self, header: IndexHeader) -> IndexHeader:
         """Puts what commits the view has missed, for somebody may be waiting for it (nothing unless ack=pages). Call it pinned.
 
         Raises:
@@ -113,7 +107,8 @@ class PageView:
         """
         if self.has_missed(header):
             passed: list[int] = []
-            self.put(header, self._missed(header, header.txid - 1, header.txid, passed), passed=passed)
+            return self.put(header, self._missed(header, header.txid - 1, header.txid, passed), passed=passed)
+        return header
 
     def has_missed(self, header: IndexHeader) -> bool:
         """Are there commits whose page objects nobody has put, nor left to the backlog (never unless ack=pages)?"""
@@ -135,8 +130,7 @@ class PageView:
         """
         if header.backlog is None:
             # A pass has a fixed end: pages that change meanwhile wait for the next, or no pass would ever come to its end.
-            self._into_backlog(header, upto=header.txid)
-            self.index.save(header)
+            header = self.index.postpone_page_objects(header)
         backlog = header.backlog
         if backlog is None:
             return None
@@ -160,12 +154,9 @@ class PageView:
         self._put(turn.header, turn.pages)
         reach("after fill")
 
-    def advance(self, header: IndexHeader, turn: Turn) -> None:
+    def advance(self, header: IndexHeader, turn: Turn) -> IndexHeader:
         """They are put. (Where the backlog was begun anew meanwhile, so are they: they are put once more.)"""
-        header.view_size = max(header.view_size, turn.header.db_size)
-        if header.backlog == turn.backlog:
-            header.backlog = turn.backlog._replace(cursor=turn.cursor) if turn.cursor <= turn.header.db_size else None
-        self.index.save(header)
+        return self.index.advance_backlog(header, turn.backlog, turn.cursor, turn.header.db_size)
 
     def finish(self, header: IndexHeader) -> None:
         """Puts what the last commits have left, unless it is much: that joins the backlog. Call it pinned.
@@ -174,9 +165,7 @@ class PageView:
             StoreError: they were not all stored. SnapshotLost: see `LocalDatabase.page`.
         """
         if header.view_txid < header.txid:
-            self._put_missed(header, upto=header.txid)
-            header.view_size = max(header.view_size, header.db_size)
-            self.index.save(header)
+            self.index.advance_page_objects(self._put_missed(header, upto=header.txid))
 
     def to_sweep(self, header: IndexHeader) -> bool:
         """May there be page objects past the end?"""
@@ -198,21 +187,19 @@ class PageView:
             logger.info("%s: deleting %d page objects past its end", self.local.path, len(beyond))
             self.history.store.delete(beyond)
         reach("after sweep")
-        header.view_size = header.db_size
-        self.index.save(header)
+        self.index.record_sweep(header)
 
-    def _put_missed(self, header: IndexHeader, *, upto: int) -> None:
-        """Puts the pages of commits in (view txid, upto]; where they are too many, they join the backlog."""
+    def _put_missed(self, header: IndexHeader, *, upto: int) -> IndexHeader:
+        """Puts the pages of commits in (view txid, upto]; where they are too many, they join the backlog. The header is not saved."""
         if header.view_txid >= upto:
-            return
+            return header
         passed: list[int] = []
         most = min(_MISSED_PAGES, _MISSED_BYTES // header.page_size)
         missed = list(islice(self._missed(header, header.view_txid, upto, passed), most + 1))
         if len(missed) > most or passed:
-            self._into_backlog(header, upto=upto)
-            return
+            return header.pages_postponed(upto)
         self._put(header, missed)
-        header.view_txid = upto
+        return header.pages_put(upto)
 
     def _missed(self, header: IndexHeader, after: int, upto: int, passed: list[int]) -> Iterator[Page]:
         """The pages that commits in (after, upto] changed last, as the log has them; see `_current` for `passed`."""
@@ -224,16 +211,6 @@ class PageView:
             rows = enumerate(zip(hashes, txids, strict=True), first)
             chosen = [(pgno, known) for pgno, (known, txid) in rows if after < txid <= upto and known]
             yield from self._current(header, tip, chosen, passed)
-
-    def _into_backlog(self, header: IndexHeader, *, upto: int) -> None:
-        """Commits in (view txid, upto] whose pages nobody has put: remembered, and counted as seen."""
-        if header.view_txid >= upto:
-            return
-        if header.backlog is None:
-            header.backlog = Backlog(header.view_txid, upto, 1)
-        else:
-            header.backlog = Backlog(min(header.backlog.after, header.view_txid), upto, 1)
-        header.view_txid = upto
 
     def _current(self, header: IndexHeader, tip: Tip, chosen: list[tuple[int, int]], passed: list[int]) -> Iterator[Page]:
         """The chosen pages, but for those that have changed locally since: their numbers join `passed`."""

@@ -24,7 +24,7 @@ from ..history.planner import leading_to
 from ..history.restore import Progress
 from ..history.segment_list import Edge
 from ..sqlite.database_reader import SnapshotLost
-from .index import Identity, IndexHeader, boot_id
+from .index import Identity, IndexHeader, IndexState, boot_id
 from .lineage import LocalState, Place, Relation, earlier_txid, local_state, relate
 from .log_check import find_gap
 from .recovery_actions import Actions, Situation, cut_off
@@ -170,7 +170,7 @@ class Boot:
     def _known_header(self) -> IndexHeader | None:
         """The index's header, if it can be believed without a scan."""
         header = self.index.load()
-        if header is None or header.home != self.replicator.home or header.needs_scan or header.txid == 0 or self._distrusted:
+        if header is None or header.home != self.replicator.home or header.index_state is not IndexState.IN_STEP or self._distrusted:
             return None
         if not header.identifies(self.local.path) or not (header.clean or header.boot == boot_id()):
             return None

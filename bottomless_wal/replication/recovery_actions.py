@@ -25,10 +25,9 @@ from ..history.scratch import Scratch, scratch
 from ..history.segment_list import Edge
 from ..sqlite.database_reader import SnapshotLost
 from ..sqlite.replace import aside, nobody_else, open_elsewhere, put_in_place
-from .index import Backlog, Identity, IndexHeader, boot_id
+from .index import UNKNOWN_SIZE, Identity, IndexHeader, IndexState, changed
 from .index_rebuild import learn, learn_locally
 from .lineage import LocalState, Place
-from .page_objects import UNKNOWN_SIZE
 from .replicator import Replicator
 
 __all__ = ["Actions", "Situation", "cut_off"]
@@ -87,11 +86,11 @@ class Actions:
         if not os.path.exists(self.local.path):
             aside(self.local.path)
         self.replicator.held = True
-        return self._opened(self.replicator.fresh())
+        return self.index.mark_open(self.replicator.fresh())
 
     def resume(self, header: IndexHeader) -> IndexHeader:
         """Go on from `header`, which can be believed."""
-        self._opened(header)
+        self.index.mark_open(header)
         return self.replicator.batch()
 
     def initial(self, found: Situation) -> IndexHeader:
@@ -99,11 +98,9 @@ class Actions:
         self._say_what_is_gone()
         self._convert()
         before = self.index.load()
-        if before is not None and before.home == self.replicator.home and before.txid and before.identity is None and before.needs_scan:
+        if before is not None and before.home == self.replicator.home and before.index_state is IndexState.UNPROVED:
             return self._begin_at(before)  # a restore from page objects alone was cut off
-        header = self.replicator.fresh()
-        self.replicator.upload_initial(header)
-        return self._opened(header)
+        return self.index.mark_open(self.replicator.upload_initial(self.replicator.fresh()))
 
     def catch_up(self, found: Situation) -> IndexHeader:
         """Store what the local file has beyond the head, if it has anything."""
@@ -115,8 +112,7 @@ class Actions:
             and header.home == self.replicator.home
             and head == (header.txid, header.state, header.page_size, header.db_size)
         ):
-            header.needs_scan = True
-            self._opened(header)
+            self.index.mark_open(header.needing_scan())
             try:
                 return self.replicator.batch()
             except IndexCorrupt as lost:
@@ -128,13 +124,9 @@ class Actions:
         head = found.head
         reach("before reset")
         self._convert()
-        header = self.replicator.fresh()
-        header.txid, header.state = head.txid, head.state
-        header.page_size, header.db_size = head.page_size, 0
-        header.needs_scan = True
         # No identity: should this die half-way, the file must not pass for a descendant of the head.
-        self.replicator.upload_reset(header)
-        return self._opened(header)
+        header = self.replicator.fresh().at(head.txid, head.state, head.page_size, 0).needing_scan()
+        return self.index.mark_open(self.replicator.upload_reset(header))
 
     def keep_local(self, found: Situation) -> IndexHeader:
         """The index takes the head's hashes; the next commit then carries every page that differs."""
@@ -145,11 +137,9 @@ class Actions:
         )
         self._convert()
         self.replicator.held = True
-        header = self.replicator.fresh()
-        self._learn(header, found)
-        header.needs_scan = True
+        header = self._learn(self.replicator.fresh(), found)
         # No identity: until a commit has made it so, the file is no descendant of the head, and the policy is asked again.
-        return self._opened(header)
+        return self.index.mark_open(header.needing_scan())
 
     def fast_forward(self, found: Situation) -> IndexHeader:
         """Replace the local file, which is at `found.earlier` (None: a fast-forward was cut off, so it is not known), by the head."""
@@ -159,9 +149,7 @@ class Actions:
         self.local.close()
         with nobody_else(self.local.path):
             pass  # a process that has it open needs the index as it is
-        header = self.replicator.unknown()
-        header.state, header.needs_scan = state, True
-        self.index.save(header)
+        header = self.index.mark_being_replaced(self.replicator.unknown(), state)
         self.index.pages.clear()
         # The main file must be whole by itself before its WAL goes: a crash in between leaves an earlier state, not a torn one.
         with self._plain() as connection:
@@ -204,21 +192,13 @@ class Actions:
             if rebuilt is None:
                 raise StoreError(f"the page objects of {self.history.name!r} vanished while they were looked at", hint="Try again.")
             # No identity: should this die before the log begins anew, the next open lets it begin, at this very txid.
-            header.txid, header.state, header.needs_scan = rebuilt.txid, rebuilt.state, True
-            self.index.save(header)
+            header = self.index.begin_rebased(header, rebuilt.txid, rebuilt.state)
             self.local.close()
             put_in_place(into.path, into.fd, self.local.path)
-        self._begin_at(header)
-        header.view_txid, header.backlog = header.txid, None
-        return self._opened(header)
+        header = self._begin_at(header)
+        return self.index.mark_open(changed(header, view_txid=header.txid, backlog=None))
 
     # --- their parts ---------------------------------------------------------------------------------------------------
-
-    def _opened(self, header: IndexHeader) -> IndexHeader:
-        """From here on the database is in use, and only a clean close says otherwise."""
-        header.boot, header.clean = boot_id(), False
-        self.index.save(header)
-        return header
 
     def _say_what_is_gone(self) -> None:
         """The bucket holds no history where the index knows one: somebody has deleted it, or an expiry rule has."""
@@ -259,34 +239,31 @@ class Actions:
         before = self.index.load()
         header = self.replicator.unknown()
         # Killed, or cut off from the store, before the entries are there: this header keeps the file's descent, and asks for them.
-        header.txid, header.state, header.page_size, header.db_size = head
-        self.index.identify(header, self.local.path)
+        header = self.index.identify(header.at(*head), self.local.path)
         if before is not None and before.home != header.home:
             before = None
-        header.position = before.position if before is not None and before.txid <= head.txid else None
+        position = before.position if before is not None and before.txid <= head.txid else None
         if before is None and local.state != head.state:
             # It descends by its WAL, which begins with the head's frames: what differs has a frame beyond them.
             last = self.history.header(*newest(found.edges)[:2])
-            header.position = last.positions[-1] if last is not None and last.positions else None
-        header.change_counter = min(local.change_counter, before.change_counter) if before is not None else local.change_counter
-        header.needs_scan = True
-        self.index.save(header)
+            position = last.positions[-1] if last is not None and last.positions else None
+        change_counter = min(local.change_counter, before.change_counter) if before is not None else local.change_counter
+        header = self.index.begin_rebuild(header, position, change_counter)
         self.index.pages.clear()
         reach("after clear")
         if local.state == head.state:
-            learn_locally(self.local, self.history, self.index, header, head, found.edges)
-            header.proved_ms = found.listed_ms
+            header = learn_locally(self.local, self.history, self.index, header, head, found.edges)
+            header = changed(header, proved_ms=found.listed_ms)
         else:
-            self._learn(header, found)
-        header.needs_scan = True  # finds the position, and the difference if there is one
-        header.change_counter = local.change_counter
-        self.index.identify(header, self.local.path)
-        self.replicator.upload_difference(header)
-        return self._opened(header)
+            header = self._learn(header, found)
+        # The scan finds the position, and the difference if there is one.
+        header = changed(header, needs_scan=True, change_counter=local.change_counter)
+        header = self.index.identify(header, self.local.path)
+        return self.index.mark_open(self.replicator.upload_difference(header))
 
-    def _learn(self, header: IndexHeader, found: Situation) -> None:
-        learn(self.history, self.index, header, found.head, found.edges, width=self.replicator.config.concurrency)
-        header.proved_ms = found.listed_ms
+    def _learn(self, header: IndexHeader, found: Situation) -> IndexHeader:
+        header = learn(self.history, self.index, header, found.head, found.edges, width=self.replicator.config.concurrency)
+        return changed(header, proved_ms=found.listed_ms)
 
     @contextlib.contextmanager
     def _alone(self, found: Situation) -> Iterator[None]:
@@ -299,34 +276,36 @@ class Actions:
 
     def _begin_at(self, header: IndexHeader) -> IndexHeader:
         """The log begins anew with the snapshot edge 0 -> txid of `header`, so that the line of txids goes on."""
-        self.replicator.upload_rebased(header)
-        return self._opened(header)
+        return self.index.mark_open(self.replicator.upload_rebased(header))
 
     def _put_in_place(self, into: Scratch, rebuilt: Rebuilt, header: IndexHeader, proved_ms: int) -> IndexHeader:
         path = self.local.path
         self.local.close()
         made = os.fstat(into.fd)
         put_in_place(into.path, into.fd, path)
-        header.txid, header.state = rebuilt.txid, rebuilt.state
-        header.page_size, header.db_size = rebuilt.page_size, rebuilt.db_size
-        header.view_txid = min(rebuilt.view_txid, rebuilt.txid)
-        header.view_size = UNKNOWN_SIZE
-        header.position, header.needs_scan = None, False
-        header.proved_ms = proved_ms
-        self.index.identify(header, path)
+        header = changed(
+            header.at(rebuilt.txid, rebuilt.state, rebuilt.page_size, rebuilt.db_size),
+            view_txid=min(rebuilt.view_txid, rebuilt.txid),
+            view_size=UNKNOWN_SIZE,
+            position=None,
+            proved_ms=proved_ms,
+        )
+        header = self.index.identify(header, path)
         # Until a connection reads, another program can write to it and leave no trace but in its timestamps.
         is_untouched = header.identity is not None and header.identity[1:4] == (
             made.st_ino,
             rebuilt.page_size * rebuilt.db_size,
             made.st_mtime_ns,
         )
-        header.needs_scan = not (is_untouched and header.is_settled)
-        header.change_counter = int.from_bytes(os.pread(into.fd, 4, 24), "big")
-        if header.backlog is None and header.view_txid < header.txid and self.replicator.config.pages == "commit":
-            header.backlog = Backlog(header.view_txid, header.txid, 1)
-            header.view_txid = header.txid
+        header = changed(
+            header,
+            needs_scan=not (is_untouched and header.is_settled),
+            change_counter=int.from_bytes(os.pread(into.fd, 4, 24), "big"),
+        )
+        if header.backlog is None and self.replicator.config.pages == "commit":
+            header = header.pages_postponed(header.txid)
         logger.info("%s: restored at txid %d (%d pages)", path, header.txid, header.db_size)
-        return self._opened(header)
+        return self.index.mark_open(header)
 
 
 def cut_off(path: str, place: str, cause: RestoreError) -> RestoreError:

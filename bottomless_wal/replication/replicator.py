@@ -35,7 +35,7 @@ from ..history.page_table import IndexCorrupt
 from ..sqlite.database_reader import LocalDatabase, Shape, SnapshotLost, Tip
 from .changes import Change, stage_difference, stage_frames, stage_whole
 from .fencing import Fencing
-from .index import MAX_INTENTS, Identity, IndexHeader, Intent, LocalIndex, boot_id
+from .index import Identity, IndexHeader, IndexState, LocalIndex, Seal, boot_id, changed
 from .lineage import local_state
 from .page_objects import PageView
 from .wal_position import Standing, position_of, standing
@@ -115,6 +115,7 @@ class Replicator:
                 header = self.header()
             except SnapshotLost as lost:
                 logger.info("%s: %s: looking again", self.local.path, lost)
+                header = self.header()
         raise ReplicationError(
             f"the WAL of {self.local.path} kept changing under the replicator", hint="The commit stays pending; see the log."
         )
@@ -122,11 +123,10 @@ class Replicator:
     def header(self) -> IndexHeader:
         """The index's header. Raises IndexCorrupt when there is none of this history."""
         header = self.index.load()
-        if header is None or header.home != self.home or (header.state and not header.txid):
+        if header is None or header.home != self.home or header.index_state is IndexState.BEING_REPLACED:
             raise IndexCorrupt(f"{self.index.path} is missing, damaged, of another history, or of a file that is to be replaced")
         # Another process may have said so at its own close; here the database is in use.
-        header.clean = False
-        return header
+        return changed(header, clean=False) if header.clean else header
 
     def fresh(self) -> IndexHeader:
         """A new header over an empty index; not saved."""
@@ -146,58 +146,62 @@ class Replicator:
                 tip = self.local.tip()
                 found = standing(self.local, header, tip)
                 if found in (Standing.COVERED, Standing.FRAMES):
-                    self._refresh_identity(header, tip)
+                    header = self._refresh_identity(header, tip)
                     if header.intents and tip.frames == (header.position.frame if header.position is not None else 0):
                         break  # an attempt may still arrive: only a put of the state as it is now tells what the head is
-                    if self._frames(header, tip):
-                        self._catch_up(header)
-                        return header
+                    header, is_done = self._frames(header, tip)
+                    if is_done:
+                        return self._catch_up(header)
                     break
             if found is Standing.LOST or look == _LOOKS - 1:
                 break
             self._sleep(0.005)
-        self.upload_difference(header)
-        return header
+        return self.upload_difference(header)
 
-    def _catch_up(self, header: IndexHeader) -> None:
+    def _catch_up(self, header: IndexHeader) -> IndexHeader:
         """The page objects that earlier commits have missed; not over those of a writer that has gone on since."""
         if self.view.has_missed(header):
             self.fencing.require_head(header)
-            self.view.catch_up(header)
+            return self.view.catch_up(header)
+        return header
 
-    def _frames(self, header: IndexHeader, tip: Tip) -> bool:
-        """Everything from the position to the tip, commit by commit. False: only a scan can tell what changed."""
+    def _frames(self, header: IndexHeader, tip: Tip) -> tuple[IndexHeader, bool]:
+        """Everything from the position to the tip, commit by commit. (header, False): from there only a scan can tell what changed."""
         while header.position is not None and header.position.frame < tip.frames:
             change = stage_frames(self.local, self.index, self.history, header, tip, level=self.config.level)
             if change is None:
-                return False
-            self._commit(header, change)
-        return True
+                return header, False
+            header = self._commit(header, change)
+        return header, True
 
     # --- scans ---------------------------------------------------------------------------------------------------------
 
-    def upload_initial(self, header: IndexHeader) -> None:
+    def upload_initial(self, header: IndexHeader) -> IndexHeader:
         """Store the whole database as the segment 0 -> 1. Its page objects are put in the background."""
-        with self._scan(header) as (tip, shape):
-            self._commit(header, self._whole(tip, shape, pre=0, post=1), scanned=True, background=True)
+        with self._scan() as (seal, tip, shape):
+            header = header.absorb(seal)
+            return self._commit(header, self._whole(tip, shape, pre=0, post=1), scanned=True, background=True)
 
-    def upload_reset(self, header: IndexHeader) -> None:
+    def upload_reset(self, header: IndexHeader) -> IndexHeader:
         """Store the whole database as the next commit, which discards what came before. Its page objects are put in the background."""
-        with self._scan(header) as (tip, shape):
+        with self._scan() as (seal, tip, shape):
+            header = header.absorb(seal)
             change = self._whole(tip, shape, pre=header.txid, post=header.txid + 1, reset=header.txid > 0)
-            self._commit(header, change, scanned=True, background=True)
+            return self._commit(header, change, scanned=True, background=True)
 
-    def upload_rebased(self, header: IndexHeader) -> None:
+    def upload_rebased(self, header: IndexHeader) -> IndexHeader:
         """Store the whole database as the segment 0 -> txid of `header`: a log that begins anew, so that the line of txids goes on.
 
         Its page objects are put in the background.
         """
-        with self._scan(header) as (tip, shape):
-            self._commit(header, self._whole(tip, shape, pre=0, post=header.txid), scanned=True, background=True)
+        with self._scan() as (seal, tip, shape):
+            header = header.absorb(seal)
+            return self._commit(header, self._whole(tip, shape, pre=0, post=header.txid), scanned=True, background=True)
 
-    def upload_difference(self, header: IndexHeader) -> None:
+    def upload_difference(self, header: IndexHeader) -> IndexHeader:
         """Store the pages that differ from the index as the next commit: all of them at txid 0, or if the page size became another."""
-        with self._scan(header) as (tip, shape):
+        with self._scan() as (seal, tip, shape):
+            header = header.absorb(seal)
             change: Change | None
             if header.txid == 0:
                 change = self._whole(tip, shape, pre=0, post=1)
@@ -207,49 +211,39 @@ class Replicator:
             else:
                 change = stage_difference(self.local, self.index, self.history, header, tip, shape, level=self.config.level)
             if change is not None:
-                self._commit(header, change, scanned=True)
-            else:
-                self._confirm(header, tip, shape)
+                return self._commit(header, change, scanned=True)
+            return self._confirm(header, tip, shape)
 
     @contextlib.contextmanager
-    def _scan(self, header: IndexHeader) -> Iterator[tuple[Tip, Shape]]:
-        """Hold a snapshot of the database, which is scanned."""
+    def _scan(self) -> Iterator[tuple[Seal | None, Tip, Shape]]:
+        """Hold a snapshot of the database, which is scanned. Gives the seal with it that is to be taken into account."""
         # Seals up to here speak of what the snapshot will contain; a later one must be looked at.
-        header.absorb(self.index.last_seal())
+        seal = self.index.last_seal()
         with self.local.snapshot() as tip:
             if self.local.wal.header() != tip.header:
                 raise SnapshotLost(f"the WAL of {self.local.path} was replaced")
-            yield tip, self.local.shape(tip)
+            yield seal, tip, self.local.shape(tip)
 
     def _whole(self, tip: Tip, shape: Shape, *, pre: int, post: int, reset: bool = False) -> Change:
         return stage_whole(self.local, self.history, tip, shape, pre=pre, post=post, reset=reset, level=self.config.level)
 
-    def _confirm(self, header: IndexHeader, tip: Tip, shape: Shape) -> None:
+    def _confirm(self, header: IndexHeader, tip: Tip, shape: Shape) -> IndexHeader:
         """A scan has found no difference: the state at `tip` is the head."""
         self.fencing.require_head(header)  # as a put would: a commit that has led back to the head may be waiting for it
-        self.index.record_scan(header, position_of(self.local, tip), self.local.path)
-        header.change_counter = shape.change_counter
-        self.index.save(header)
+        header = self.index.confirm(header, position_of(self.local, tip), self.local.path, shape.change_counter)
         self.on_logged(header.position)
-        self._catch_up(header)
+        return self._catch_up(header)
 
     # --- put -----------------------------------------------------------------------------------------------------------
 
-    def _commit(self, header: IndexHeader, change: Change, *, scanned: bool = False, background: bool = False) -> None:
+    def _commit(self, header: IndexHeader, change: Change, *, scanned: bool = False, background: bool = False) -> IndexHeader:
         """Stores `change` and records it; then the page objects, unless they are left to the `background`.
 
         Commits that together changed nothing are stored, too: an earlier attempt may still arrive, and another writer may have gone on.
         Only the put, which contends for the next key, tells that the state that is acknowledged is the head.
         """
         reach("before intent")
-        if header.txid == 0:
-            # Should the answer be lost and the WAL be gone by the next open, this tells that the file has gone on from what was stored.
-            self.index.identify(header, self.local.path)
-            header.change_counter, header.needs_scan = change.change_counter, True
-        last = header.intents[-1] if header.intents else None
-        if last is None or not last.attempt or last.post_hash != change.post_hash:  # else it is the same attempt, once more
-            header.intents = [*header.intents[-(MAX_INTENTS - 1) :], Intent(change.post_hash, secrets.randbits(63) + 1)]
-        self.index.save(header)
+        header = self.index.add_in_doubt(header, change.post_hash, main=self.local.path, change_counter=change.change_counter)
         reach("before put")
         answered_ms = int(self.history.store.now() * 1000)
         now_ms = int(self.history.store.estimate() * 1000)
@@ -286,15 +280,17 @@ class Replicator:
         self.fencing.note_stored(edge.post, stored)
         self.on_head(edge.post)
         if scanned:
-            self.index.record_scan(header, change.position, self.local.path)
+            header = self.index.scanned(header, change.position, self.local.path)
         else:
-            header.position = change.position
-        self.index.record_segment(header, edge, change.pgnos, change.hashes, proved_ms=date_ms, change_counter=change.change_counter)
+            header = changed(header, position=change.position)
+        header = self.index.record_segment(
+            header, edge, change.pgnos, change.hashes, proved_ms=date_ms, change_counter=change.change_counter
+        )
         self.on_logged(header.position)
         if background:
-            self.view.postpone(header)
+            return self.view.postpone(header)
         else:
-            self.view.put(header, change.pages(), guard=lambda: self.fencing.require_recent_head(header))
+            return self.view.put(header, change.pages(), guard=lambda: self.fencing.require_recent_head(header))
 
     def note_pending(self) -> None:
         """Note the state hash of what a close leaves pending: the next open knows by it that the file goes on from the head.
@@ -306,12 +302,11 @@ class Replicator:
             if (header.txid or header.intents) and not self.held:
                 state = local_state(self.local, None).state
                 if state != header.state:
-                    header.intents = [*header.intents[-(MAX_INTENTS - 1) :], Intent(state, 0)]
-                    self.index.save(header)
+                    self.index.add_pending(header, state)
 
     # --- identity ------------------------------------------------------------------------------------------------------
 
-    def _refresh_identity(self, header: IndexHeader, tip: Tip) -> None:
+    def _refresh_identity(self, header: IndexHeader, tip: Tip) -> IndexHeader:
         """Follows the main file's change by checkpoints; a change that none explains was made behind our back: scan.
 
         A checkpoint writes first and tells afterwards: a change is suspect only when it has stayed unexplained for a while.
@@ -319,26 +314,24 @@ class Replicator:
         identity = Identity.of(self.local.path)
         if identity == header.identity:
             self._backfilled, self._suspect = tip[:3], None
-            if not header.is_settled:
-                self.index.identify(header, self.local.path)
-            return
+            return header if header.is_settled else self.index.identify(header, self.local.path)
         if header.identity is not None and self._backfilled == tip[:3]:
             if self._suspect is None or self._suspect[0] != identity:
                 self._suspect = (identity, time.monotonic())
-                return
+                return header
             if time.monotonic() - self._suspect[1] < _SUSPECT_SECONDS:
-                return
+                return header
             logger.warning("%s was changed by other means than SQLite: scanning", self.local.path)
-            header.needs_scan = True
+            header = header.needing_scan()
         if _was_cut(header, identity):
             # A checkpoint cuts the file only where the database has shrunk. Else pages were cut off that no frame may hold.
             logger.warning("%s is shorter than it was at txid %d: scanning", self.local.path, header.txid)
-            header.needs_scan = True
+            header = header.needing_scan()
         self._backfilled, self._suspect = tip[:3], None
-        self.index.identify(header, self.local.path)
-        self.index.save(header)
+        header = self.index.record_identity(header, self.local.path)
         if header.needs_scan:
             raise SnapshotLost("the main file was changed behind SQLite's back")
+        return header
 
 
 def _was_cut(header: IndexHeader, identity: Identity | None) -> bool:

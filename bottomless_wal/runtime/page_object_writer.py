@@ -259,7 +259,7 @@ class Filler:
                 view.put_turn(turn)
                 with self._index.locked():
                     header = replicator.header()
-                    view.advance(header, turn)
+                    header = view.advance(header, turn)
                     if goal and max(turn.backlog.cursor, 1) == turn.cursor <= turn.header.db_size:
                         # What is due next is ahead of the log, and the process that has committed it may have been killed.
                         header = replicator.batch()

@@ -336,12 +336,10 @@ class Replica:
                     return
                 if header.position is not None:
                     # Others have it open, or an exit has left its connections. A WAL proves itself; checkpoints have changed the file.
-                    self.index.identify(header, self.path)
+                    header = self.index.identify(header, self.path)
                 # Else it was recorded when the WAL went, under SQLite's lock: a file that is another by now was written to since.
                 if not header.needs_scan and header.identity == Identity.of(self.path) is not None:
-                    header.clean = True
-                    self.index.save(header)
-                    self.index.sync()
+                    self.index.mark_closed(header)
         except (OSError, ConfigError) as error:
             logger.warning("%s: not marked as cleanly closed: %s", self.path, error)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,8 +19,10 @@ from bottomless_wal.formats.index_header import (
     Backlog,
     Identity,
     IndexHeader,
+    IndexState,
     Intent,
     Seal,
+    changed,
 )
 from bottomless_wal.formats.wal import Position
 
@@ -49,7 +53,7 @@ headers = st.builds(
     is_settled=st.booleans(),
     successor=st.none() | positions,
     seal_sequence=u64,
-    intents=st.lists(st.builds(Intent, u64, u64), max_size=20),
+    intents=st.lists(st.builds(Intent, u64, u64), max_size=20).map(tuple),
 )
 seals = st.builds(
     Seal,
@@ -78,7 +82,7 @@ def test_a_seal_comes_back_as_it_was(seal: Seal) -> None:
 
 
 def test_the_longest_header_ends_before_the_seal_and_that_before_the_entries() -> None:
-    header = IndexHeader(bytes(16), bytes(16), bytes(16), intents=[Intent(n, n) for n in range(MAX_INTENTS)])
+    header = IndexHeader(bytes(16), bytes(16), bytes(16), intents=tuple(Intent(n, n) for n in range(MAX_INTENTS)))
     assert len(header.encode()) <= SEAL_OFFSET
     assert SEAL_OFFSET + SEAL_SIZE <= HEADER_SIZE
     assert IndexHeader.decode(header.encode()) == header
@@ -109,8 +113,7 @@ def test_what_is_no_index_is_no_header(raw: bytes) -> None:
 
 def _sealed(position: Position | None, seal: Seal | None) -> IndexHeader:
     header = IndexHeader(bytes(16), bytes(16), bytes(16), position=position, seal_sequence=5)
-    header.absorb(seal)
-    return header
+    return header.absorb(seal)
 
 
 HERE = Position(1, 2, 3, 4, 5)
@@ -140,8 +143,7 @@ def test_what_a_seal_does_to_a_position(position: Position | None, seal: Seal | 
 def test_the_view_is_complete_only_up_to_its_backlog() -> None:
     header = IndexHeader(bytes(16), bytes(16), bytes(16), txid=9, view_txid=9)
     assert header.view_complete == 9
-    header.backlog = Backlog(4, 7, 100)
-    assert header.view_complete == 4
+    assert replace(header, backlog=Backlog(4, 7, 100)).view_complete == 4
 
 
 def test_golden_vectors() -> None:
@@ -156,7 +158,7 @@ def test_golden_vectors() -> None:
     assert [header.home.hex(), header.writer.hex(), header.boot.hex()] == meaning["names"]
     assert {name: getattr(header, name) for name in meaning["numbers"]} == meaning["numbers"]
     assert header.successor == Position(*meaning["successor"])
-    assert header.intents == [Intent(*row) for row in meaning["intents"]]
+    assert header.intents == tuple(Intent(*row) for row in meaning["intents"])
     assert header.encode() == (VECTORS / "header-3.index").read_bytes()
     seal = Seal.decode((VECTORS / "seal.index").read_bytes())
     told = meaning["seal"]
@@ -179,7 +181,7 @@ def test_a_position_that_is_carried_across_takes_the_main_files_identity_with_it
 def test_a_wal_that_goes_with_what_is_not_stored_leaves_the_files_identity_and_asks_for_a_scan() -> None:
     before, after = Identity(1, 2, 3, 4, 5), Identity(1, 2, 9, 9, 9)
     header = IndexHeader(bytes(16), bytes(16), bytes(16), position=HERE, seal_sequence=5, identity=before)
-    header.absorb(Seal(6, (1, 2), None, covered=False, identity=after))
+    header = header.absorb(Seal(6, (1, 2), None, covered=False, identity=after))
     assert (header.position, header.identity, header.needs_scan) == (None, after, True)
 
 
@@ -208,21 +210,61 @@ def test_only_a_settled_identity_identifies(tmp_path: Path) -> None:
     file.write_bytes(b"content")
     header = IndexHeader(bytes(16), bytes(16), bytes(16), identity=Identity.of(str(file)), is_settled=True)
     assert header.identifies(str(file))
-    header.is_settled = False
-    assert not header.identifies(str(file))
-    header.is_settled = True
+    assert not replace(header, is_settled=False).identifies(str(file))
     file.write_bytes(b"another content")
     assert not header.identifies(str(file))
     file.unlink()
     assert not header.identifies(str(file))
-    header.identity = None
-    assert not header.identifies(str(file))
+    assert not replace(header, identity=None).identifies(str(file))
 
 
 def test_a_witnessed_seal_tells_what_follows_though_the_position_is_lost() -> None:
     header = _sealed(HERE, Seal(6, (1, 2), NEXT, covered=False, is_witnessed=True))
     assert (header.position, header.successor, header.needs_scan) == (HERE, NEXT, True)
-    header.absorb(Seal(7, (1, 2), Position(77, 9, 0, 1, 1), covered=False))
+    header = header.absorb(Seal(7, (1, 2), Position(77, 9, 0, 1, 1), covered=False))
     assert header.successor is None, "somebody has restarted the WAL unseen"
     assert _sealed(HERE, Seal(6, (1, 2), NEXT, covered=True, is_witnessed=True)).successor is None
     assert _sealed(HERE, Seal(6, (8, 8), NEXT, covered=False, is_witnessed=True)).successor is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, IndexState.NEW),
+        ({"needs_scan": True, "identity": Identity(1, 2, 3, 4, 5)}, IndexState.NEW),  # a first commit is in doubt
+        ({"state": 7, "needs_scan": True}, IndexState.BEING_REPLACED),
+        ({"txid": 3, "state": 7, "needs_scan": True}, IndexState.UNPROVED),
+        ({"txid": 3, "needs_scan": True, "identity": Identity(1, 2, 3, 4, 5)}, IndexState.NEEDS_SCAN),
+        ({"txid": 3, "identity": Identity(1, 2, 3, 4, 5)}, IndexState.IN_STEP),
+        ({"txid": 3, "position": HERE}, IndexState.IN_STEP),
+    ],
+)
+def test_the_state_of_an_index_is_told_by_its_fields(fields: dict[str, Any], expected: IndexState) -> None:
+    header = IndexHeader(bytes(16), bytes(16), bytes(16), **fields)
+    assert header.index_state is expected
+    decoded = IndexHeader.decode(header.encode())
+    assert decoded is not None
+    assert decoded.index_state is expected
+
+
+@given(headers)
+def test_a_header_is_a_value(header: IndexHeader) -> None:
+    before = header.encode()
+    assert changed(header, txid=7, needs_scan=True) == replace(header, txid=7, needs_scan=True)
+    with pytest.raises(FrozenInstanceError):
+        header.txid = 7  # type: ignore[misc]
+    assert header.encode() == before
+
+
+def test_commits_whose_pages_nobody_has_put_join_the_backlog() -> None:
+    header = IndexHeader(bytes(16), bytes(16), bytes(16), txid=9, view_txid=5)
+    later = header.pages_postponed(7)
+    assert (later.view_txid, later.backlog, later.view_complete) == (7, Backlog(5, 7, 1), 5)
+    last = changed(later, backlog=Backlog(5, 7, 40)).pages_postponed(9)
+    assert (last.view_txid, last.backlog) == (9, Backlog(5, 9, 1)), "it begins anew"
+    assert last.pages_postponed(9) is last
+
+
+def test_where_there_are_too_many_intents_the_oldest_goes() -> None:
+    header = IndexHeader(bytes(16), bytes(16), bytes(16), intents=tuple(Intent(n, n) for n in range(MAX_INTENTS)))
+    assert header.with_intent(Intent(1, 2)).intents == (*header.intents[1:], Intent(1, 2))

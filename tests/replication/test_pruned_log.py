@@ -452,7 +452,7 @@ def test_a_stray_commit_that_ends_where_a_snapshot_does_keeps_nobody_from_the_he
         head = past.history.head(edges)
         assert head is not None
         header = IndexHeader(bytes(16), bytes(16), bytes(16))
-        learn(past.history, index, header, head, edges, width=2)
+        header = learn(past.history, index, header, head, edges, width=2)
         assert (header.txid, header.state) == (9, past.states[9].hash)
     index.close()
 

@@ -544,8 +544,7 @@ def test_an_index_that_tells_of_pages_without_end_is_made_anew(world: World) -> 
     data = index.read_bytes()
     header = IndexHeader.decode(data[:HEADER_SIZE])
     assert header is not None
-    header.db_size = 2**32 - 1
-    encoded = header.encode()
+    encoded = replace(header, db_size=2**32 - 1).encode()
     index.write_bytes(encoded + data[len(encoded) :])
     assert outcomes(world, "reopen", machine=machine) == [""]
     con = machine.connect()

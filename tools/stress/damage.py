@@ -64,19 +64,20 @@ def absurd_index(rng: random.Random, data: bytes) -> bytes | None:
         field = rng.choice((*NUMBERS, "position", "flags", "identity", "seal", "intents"))
         value = rng.choice(ABSURD)
         if field in NUMBERS:
-            setattr(header, field, value if field in ("txid", "state", "view_txid") else value & 0xFFFFFFFF)
+            header = replace(header, **{field: value if field in ("txid", "state", "view_txid") else value & 0xFFFFFFFF})
         elif field == "position":
             known = header.position or Position(1, 2, 3, 4, 5)
             restarted = replace(known, salt1=known.salt1 + 1 & 0xFFFFFFFF)
-            header.position = rng.choice((None, replace(known, frame=value & 0xFFFFFFFF), replace(known, cks1=7), restarted))
+            told = rng.choice((None, replace(known, frame=value & 0xFFFFFFFF), replace(known, cks1=7), restarted))
+            header = replace(header, position=told)
         elif field == "flags":
-            header.needs_scan, header.clean = rng.random() < 0.5, rng.random() < 0.5
+            header = replace(header, needs_scan=rng.random() < 0.5, clean=rng.random() < 0.5)
         elif field == "identity" and header.identity is not None:
-            header.identity = header.identity._replace(inode=value & 2**62, size=value & 2**40)
+            header = replace(header, identity=header.identity._replace(inode=value & 2**62, size=value & 2**40))
         elif field == "seal":
-            header.seal_sequence = value
+            header = replace(header, seal_sequence=value)
         else:
-            header.intents = [Intent(rng.choice(ABSURD), rng.choice(ABSURD)), Intent(header.state, 0)]
+            header = replace(header, intents=(Intent(rng.choice(ABSURD), rng.choice(ABSURD)), Intent(header.state, 0)))
     encoded = header.encode()
     return encoded + data[len(encoded) :]
 

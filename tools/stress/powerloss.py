@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from bottomless_wal.formats.index_header import HEADER_SIZE, IndexHeader
@@ -38,6 +39,6 @@ def age_index(path: Path, before: Path, rng: random.Random) -> None:
     aged = b"".join(rng.choice((now, then))[at : at + _BLOCK] for at in range(0, len(now), _BLOCK))
     header = IndexHeader.decode(aged[:HEADER_SIZE])
     if header is not None:
-        header.boot = rng.randbytes(16)
+        header = replace(header, boot=rng.randbytes(16))
         aged = header.encode() + aged[len(header.encode()) :]
     index.write_bytes(aged)
