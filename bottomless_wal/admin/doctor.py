@@ -30,10 +30,10 @@ _PATIENCE: Final = 5.0  # seconds of retries for one request
 _PUTS: Final = 7
 _SLOW: Final = 0.25
 _CLOCK_WARNING, _CLOCK_REFUSED = 5.0, 900.0  # servers refuse requests that are 15 minutes off
-_CREDENTIAL_CAUSES: Final = frozenset(
-    {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError", "ProfileNotFound"}
+_CREDENTIAL_CODES: Final = frozenset(
+    {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}  # the server's
+    | {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError", "ProfileNotFound"}
 )
-_CREDENTIAL_CODES: Final = frozenset({"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,17 +128,11 @@ def _bucket(config: Config, store: Store) -> list[Check]:
 
 
 def _blamed(error: StoreError) -> str:
-    from ..storage.s3_errors import code_of, status_of  # only where it was loaded anyway
-
-    cause = error.__cause__
-    while isinstance(cause, StoreError):  # retries wrap what they gave up on
-        cause = cause.__cause__
-    code, status = code_of(cause), status_of(cause)
-    if code == "RequestTimeTooSkewed":
+    if error.code == "RequestTimeTooSkewed":
         return "clock"
-    if type(cause).__name__ in _CREDENTIAL_CAUSES or code in _CREDENTIAL_CODES or status in (401, 403):
+    if error.code in _CREDENTIAL_CODES or error.status in (401, 403):
         return "credentials"
-    return "bucket" if code == "NoSuchBucket" or 400 <= status < 500 else "endpoint"
+    return "bucket" if error.code == "NoSuchBucket" or 400 <= (error.status or 0) < 500 else "endpoint"
 
 
 def _objects(store: Store, key: str) -> Check:

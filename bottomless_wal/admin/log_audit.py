@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..core import pool
-from ..core.errors import BottomlessError, CorruptionError
+from ..core.errors import CorruptionError
 from ..formats import keys
 from ..formats.segment import Header
 from ..history.log import Head
@@ -117,7 +117,7 @@ class LogAudit:
 
     def _problem(self, kind: str, key: str, message: str) -> None:
         if not any(known.object == key and known.kind == kind for known in self.problems):
-            self.problems.append(Problem(kind, key, message.removeprefix(f"{key} ").removeprefix(f"{key}: ")))
+            self.problems.append(Problem(kind, key, message))
 
     # --- each segment by itself, and all of them together ---------------------------------------------------------------
 
@@ -141,8 +141,9 @@ class LogAudit:
             key = keys.segment_key(self.history.name, edge.pre, edge.post)
             if header is None:
                 continue  # retention has taken it away since it was listed
-            if isinstance(header, BottomlessError):
-                self._problem("body" if header.message.startswith(f"{prefix}body/") else "corrupt", *_named(header, key))
+            if isinstance(header, CorruptionError):
+                damaged = header.key or key  # an error about a body names the body
+                self._problem("corrupt" if keys.parse_body_key(self.history.name, damaged) is None else "body", damaged, header.reason)
                 continue
             if header.body is not None:
                 named.add(header.body.name)
@@ -247,14 +248,8 @@ class LogAudit:
                 return "corrupt", key, f"does not follow the state {before:016x}"
             self.hashes.apply(found.name, found.header, self.history.tables(found))
         except CorruptionError as error:
-            return "corrupt", *_named(error, key)
+            return "corrupt", error.key or key, error.reason
         self._made = found.header.commits[-1].time_ms / 1000
         if self.hashes.state_hash != found.header.post_hash:
             return "corrupt", key, f"leads to the state {self.hashes.state_hash:016x}, not to {found.header.post_hash:016x} as it says"
         return None
-
-
-def _named(error: BottomlessError, key: str) -> tuple[str, str]:
-    """(key, message): an error about a body names the body, not the segment that was asked for."""
-    first = error.message.split(maxsplit=1)[0].rstrip(":,")
-    return (first if "/" in first and first != key else key), error.message

@@ -123,7 +123,7 @@ class ViewAudit:
         if beyond:
             return Fault("superfluous", pgno, pgno, f"the database has {head.db_size} pages, this is none of them")
         if isinstance(found, CorruptionError):
-            return Fault("damaged", pgno, pgno, found.message.split(": ", 1)[-1])
+            return Fault("damaged", pgno, pgno, found.reason)
         known, txid = found
         if known == self.hashes.page_hash(pgno):
             return None
@@ -162,7 +162,11 @@ class ViewAudit:
         for edge in chain:
             found = self.target.history.segment(edge.pre, edge.post)
             if found is None:
-                raise CorruptionError(f"the segment {edge.pre} -> {edge.post} vanished", hint="Verify again.")
+                raise CorruptionError(
+                    f"the segment {edge.pre} -> {edge.post} vanished",
+                    hint="Verify again.",
+                    key=keys.segment_key(self.target.name, edge.pre, edge.post),
+                )
             for block in self.target.history.blocks(found):
                 for page in block:
                     if page.pgno in wanted and self.hashes.txid(page.pgno) == edge.post:

@@ -21,7 +21,7 @@ from typing import Final
 
 import apsw
 
-from ..core.errors import CorruptionError, RestoreError
+from ..core.errors import BottomlessError, CorruptionError, RestoreError
 from ..formats import keys
 from ..formats.page import page_hash, repr_in_hex
 from ..history.integrity import integrity_fault
@@ -251,7 +251,7 @@ def _compare(path: str, hashes: TableReplay, head: Head, report: Report) -> None
                 if look == _LOOKS - 1:
                     raise
     except (apsw.Error, SnapshotLost) as error:
-        report.problems.append(Problem("local", path, str(getattr(error, "message", error)).removeprefix(f"{path} ")))
+        report.problems.append(Problem("local", path, error.reason if isinstance(error, BottomlessError) else str(error)))
         return
     finally:
         # Of a database that nobody has open, the files that looking at it has made go again.

@@ -247,6 +247,7 @@ class History:
         raise RestoreError(
             f"the newest segment of {self.name!r} (txid {last}) vanished while it was looked at",
             hint="Another program deletes objects of this history. Try again when it is done.",
+            txid=last,
         )
 
     def stream(self, edge: Edge, *, chunk: int, stored: bool = False) -> Stream | None:
@@ -270,7 +271,9 @@ class History:
                 start += len(data)
                 more = self.store.read(key, start, chunk)
                 if more is None:
-                    raise CorruptionError(f"{key} vanished while it was read", hint="Another program deletes objects. Try again.")
+                    raise CorruptionError.about(
+                        key, "vanished while it was read", joint=" ", hint="Another program deletes objects. Try again.", key=key
+                    )
                 data = more
 
         header, blocks = segment.read(rest(), name=key)
@@ -309,11 +312,19 @@ class History:
             if data is None:
                 raise CorruptionError(
                     f"{key}, which holds the pages of {name}, is missing",
+                    key=key,
+                    other_key=name,
                     hint="Objects of this history were deleted. `bottomless-wal verify DB` shows what can still be restored.",
                 )
             if len(data) != length:
-                raise CorruptionError(
-                    f"{key} is {start + len(data)} bytes long; {name} says {body.size}",
+                raise CorruptionError.about(
+                    key,
+                    f"is {start + len(data)} bytes long; {name} says {body.size}",
+                    joint=" ",
+                    key=key,
+                    other_key=name,
+                    expected=body.size,
+                    actual=start + len(data),
                     hint="The object was damaged. `bottomless-wal verify DB` shows what can still be restored.",
                 )
             return data
@@ -403,7 +414,12 @@ def _encoded(pages: Iterator[Page], page_size: int, level: int) -> Iterator[byte
 
 def _check_ends(header: Header, pre: int, post: int, key: str) -> None:
     if (header.pre, header.post) != (pre, post):
-        raise CorruptionError(
-            f"{key} holds the edge {header.pre} -> {header.post}",
+        raise CorruptionError.about(
+            key,
+            f"holds the edge {header.pre} -> {header.post}",
+            joint=" ",
+            key=key,
+            expected=f"{pre} -> {post}",
+            actual=f"{header.pre} -> {header.post}",
             hint="An object was copied to a key that is not its own: remove it from the bucket.",
         )
