@@ -11,7 +11,7 @@ import click
 import pytest
 
 import bottomless_wal
-from bottomless_wal.cli import main
+from bottomless_wal.cli.main import main
 
 PACKAGE = Path(bottomless_wal.__file__).parent
 COMMAND = re.compile(r"(?:`bottomless-wal |bottomless-wal |`)([a-z]+)\b((?: [^`]*)?)(`?)")
