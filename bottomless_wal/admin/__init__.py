@@ -6,10 +6,10 @@ These are library functions; the command line only shows what they return.
 from __future__ import annotations
 
 from .compaction import CompactionReport, PruneReport, SnapshotReport, compact, forget, prune, snapshot
-from .doctor import Check, diagnose
-from .inspection import Inspection, Listed, inspect, listing
-from .log_audit import Problem
+from .doctor import Check, CheckState, diagnose
+from .inspection import Inspection, Listed, Relation, inspect, listing
 from .prices import LIST_PRICES, Prices, load_prices
+from .problems import Problem, ProblemKind
 from .reset import reset_from_local
 from .restoration import Restored, restore
 from .state_list import State, States, states
@@ -19,6 +19,7 @@ from .verification import Report, verify
 __all__ = [
     "LIST_PRICES",
     "Check",
+    "CheckState",
     "CompactionReport",
     "Cost",
     "Inspection",
@@ -26,7 +27,9 @@ __all__ = [
     "Listed",
     "Prices",
     "Problem",
+    "ProblemKind",
     "PruneReport",
+    "Relation",
     "Report",
     "Restored",
     "SnapshotReport",

@@ -17,6 +17,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Final
 
 from ..core.config import Config
@@ -24,31 +25,40 @@ from ..core.errors import BottomlessError, StoreError
 from ..storage import Store, open_store
 from .stored_database import configured
 
-__all__ = ["Check", "diagnose"]
+__all__ = ["Check", "CheckState", "diagnose"]
 
 _PATIENCE: Final = 5.0  # seconds of retries for one request
 _PUTS: Final = 7
 _SLOW: Final = 0.25
 _CLOCK_WARNING, _CLOCK_REFUSED = 5.0, 900.0  # servers refuse requests that are 15 minutes off
-_CREDENTIAL_CAUSES: Final = frozenset(
-    {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError", "ProfileNotFound"}
+_CREDENTIAL_CODES: Final = frozenset(
+    {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}  # the server's
+    | {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError", "ProfileNotFound"}
 )
-_CREDENTIAL_CODES: Final = frozenset({"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"})
+
+
+class CheckState(StrEnum):
+    """The outcome of a check."""
+
+    OK = "ok"
+    WARNING = "warning"
+    """It works, with less."""
+    FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line: `state` is ok, warning (it works, with less) or failed. `detail` says what was seen, `hint` what to do."""
+    """One line of a diagnosis. `detail` says what was seen, `hint` what to do."""
 
     name: str
-    state: str
+    state: CheckState
     detail: str
     hint: str = ""
 
     @property
     def ok(self) -> bool:
         """It did not fail."""
-        return self.state != "failed"
+        return self.state is not CheckState.FAILED
 
 
 def diagnose(**options: object) -> list[Check]:
@@ -80,7 +90,7 @@ def _checks(config: Config, store: Store, clock: Callable[[], float], wall: Call
             return
         created = _create_only(store)
         yield created
-        yield from _versioning(store, ignored=created.state == "warning")
+        yield from _versioning(store, ignored=created.state is CheckState.WARNING)
         yield from _times(store, key, clock, wall)
     finally:
         with contextlib.suppress(BottomlessError):
@@ -90,55 +100,49 @@ def _checks(config: Config, store: Store, clock: Callable[[], float], wall: Call
 def _endpoint(config: Config, clock: Callable[[], float]) -> Check:
     parts = urllib.parse.urlsplit(config.endpoint)
     if config.endpoint == "aws":
-        return Check("endpoint", "ok", "Amazon S3, of the region that boto3 is set to")
+        return Check("endpoint", CheckState.OK, "Amazon S3, of the region that boto3 is set to")
     if parts.scheme == "file":
         directory = urllib.parse.unquote(parts.path)
         if os.path.isdir(directory) or config.create_bucket:
-            return Check("endpoint", "ok", f"the directory {directory}")
+            return Check("endpoint", CheckState.OK, f"the directory {directory}")
         hint = "Is the disk mounted? If it is, set create_bucket=1 (LIBSQL_BOTTOMLESS_CREATE_BUCKET=1) to have the directory made."
-        return Check("endpoint", "failed", f"there is no directory {directory}", hint)
+        return Check("endpoint", CheckState.FAILED, f"there is no directory {directory}", hint)
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     began = clock()
     try:
         socket.create_connection((host, port), timeout=config.connect_timeout).close()
     except OSError as error:
         if any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ):
-            return Check("endpoint", "ok", f"{config.endpoint} is not reached directly; a proxy is set")
+            return Check("endpoint", CheckState.OK, f"{config.endpoint} is not reached directly; a proxy is set")
         return Check(
             "endpoint",
-            "failed",
+            CheckState.FAILED,
             f"{config.endpoint} cannot be reached: {error}",
             "Is the server running, and the address right (LIBSQL_BOTTOMLESS_ENDPOINT, or --endpoint)?",
         )
-    return Check("endpoint", "ok", f"{config.endpoint} answers after {_ms(clock() - began)}")
+    return Check("endpoint", CheckState.OK, f"{config.endpoint} answers after {_ms(clock() - began)}")
 
 
 def _bucket(config: Config, store: Store) -> list[Check]:
     """Credentials and bucket: one request tells about both."""
-    credentials = [] if config.endpoint.startswith("file:") else [Check("credentials", "ok", "accepted")]
+    credentials = [] if config.endpoint.startswith("file:") else [Check("credentials", CheckState.OK, "accepted")]
     try:
         store.prepare()
     except StoreError as error:
         if not credentials:
-            return [Check("bucket", "failed", error.message, error.hint)]
+            return [Check("bucket", CheckState.FAILED, error.message, error.hint)]
         failed = _blamed(error)
-        what = Check(failed, "failed", error.message, error.hint)
+        what = Check(failed, CheckState.FAILED, error.message, error.hint)
         return [*credentials, what] if failed == "bucket" else [what]
-    return [*credentials, Check("bucket", "ok", store.describe())]
+    return [*credentials, Check("bucket", CheckState.OK, store.describe())]
 
 
 def _blamed(error: StoreError) -> str:
-    from ..storage.s3_errors import code_of, status_of  # only where it was loaded anyway
-
-    cause = error.__cause__
-    while isinstance(cause, StoreError):  # retries wrap what they gave up on
-        cause = cause.__cause__
-    code, status = code_of(cause), status_of(cause)
-    if code == "RequestTimeTooSkewed":
+    if error.code == "RequestTimeTooSkewed":
         return "clock"
-    if type(cause).__name__ in _CREDENTIAL_CAUSES or code in _CREDENTIAL_CODES or status in (401, 403):
+    if error.code in _CREDENTIAL_CODES or error.status in (401, 403):
         return "credentials"
-    return "bucket" if code == "NoSuchBucket" or 400 <= status < 500 else "endpoint"
+    return "bucket" if error.code == "NoSuchBucket" or 400 <= (error.status or 0) < 500 else "endpoint"
 
 
 def _objects(store: Store, key: str) -> Check:
@@ -154,7 +158,7 @@ def _objects(store: Store, key: str) -> Check:
         store.delete([key])
         gone = store.get(key, limit=2000) is None
     except BottomlessError as error:
-        return Check("objects", "failed", f"{step}: {error.message}", error.hint or "The credentials need the right to do this.")
+        return Check("objects", CheckState.FAILED, f"{step}: {error.message}", error.hint or "The credentials need the right to do this.")
     wrong = [
         what
         for what, well in (
@@ -166,19 +170,19 @@ def _objects(store: Store, key: str) -> Check:
         if not well
     ]
     if wrong:
-        return Check("objects", "failed", "; ".join(wrong), "A store without read-after-write consistency cannot be used.")
-    return Check("objects", "ok", "written, read, listed and deleted")
+        return Check("objects", CheckState.FAILED, "; ".join(wrong), "A store without read-after-write consistency cannot be used.")
+    return Check("objects", CheckState.OK, "written, read, listed and deleted")
 
 
 def _create_only(store: Store) -> Check:
     try:
         if store.conditional():
-            return Check("create-only", "ok", "a second writer is refused (If-None-Match)")
+            return Check("create-only", CheckState.OK, "a second writer is refused (If-None-Match)")
     except BottomlessError as error:
-        return Check("create-only", "failed", error.message, error.hint)
+        return Check("create-only", CheckState.FAILED, error.message, error.hint)
     return Check(
         "create-only",
-        "warning",
+        CheckState.WARNING,
         "this server ignores If-None-Match: each commit looks before it writes, one request more",
         "Make sure that only one machine writes a database, or use a server that knows create-only writes.",
     )
@@ -189,23 +193,23 @@ def _versioning(store: Store, *, ignored: bool) -> Iterator[Check]:
     try:
         versioned = store.versioned()
     except BottomlessError as error:
-        yield Check("versioning", "warning", error.message, error.hint)
+        yield Check("versioning", CheckState.WARNING, error.message, error.hint)
         return
     if versioned is None:
         return
     if not versioned:
-        yield Check("versioning", "ok", "off")
+        yield Check("versioning", CheckState.OK, "off")
     elif ignored:
         yield Check(
             "versioning",
-            "warning",
+            CheckState.WARNING,
             "on, and create-only writes are ignored: some servers (Ceph) honour If-None-Match only while a bucket has no versioning",
             "Use a bucket without versioning: there a second writer is refused.",
         )
     else:
         yield Check(
             "versioning",
-            "warning",
+            CheckState.WARNING,
             "on: what retention and the page view delete or overwrite stays as noncurrent versions, and frees nothing",
             "Set a lifecycle rule for noncurrent versions and expired delete markers, and none for current objects.",
         )
@@ -222,19 +226,21 @@ def _times(store: Store, key: str, clock: Callable[[], float], wall: Callable[[]
             # The answer's Date is in whole seconds, and of some moment between question and answer.
             skews.append(min(0.0, date + 1 - before) or max(0.0, date - wall()))
     except BottomlessError as error:
-        yield Check("round trip", "failed", error.message, error.hint)
+        yield Check("round trip", CheckState.FAILED, error.message, error.hint)
         return
     median = statistics.median(times)
     detail = f"{_ms(median)} for a small write (median of {_PUTS}, {_ms(min(times))} to {_ms(max(times))})"
     if median > _SLOW:
-        yield Check("round trip", "warning", detail, "A commit waits for two or more of them: ack=log, or a server nearby, is faster.")
+        yield Check(
+            "round trip", CheckState.WARNING, detail, "A commit waits for two or more of them: ack=log, or a server nearby, is faster."
+        )
     else:
-        yield Check("round trip", "ok", detail)
+        yield Check("round trip", CheckState.OK, detail)
     skew = min(skews, key=abs)
     if abs(skew) < _CLOCK_WARNING:
-        yield Check("clock", "ok", f"this machine's and the server's agree, to {max(1.0, abs(skew)):.0f} s")
+        yield Check("clock", CheckState.OK, f"this machine's and the server's agree, to {max(1.0, abs(skew)):.0f} s")
         return
-    state = "failed" if abs(skew) >= _CLOCK_REFUSED else "warning"
+    state = CheckState.FAILED if abs(skew) >= _CLOCK_REFUSED else CheckState.WARNING
     detail = f"this machine's is {abs(skew):.0f} s {'behind' if skew > 0 else 'ahead of'} the server's"
     yield Check("clock", state, detail, "Set this machine's clock (NTP): servers refuse requests that are minutes off.")
 

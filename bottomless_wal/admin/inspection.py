@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from enum import StrEnum
 
 from ..core.errors import BottomlessError
 from ..formats import keys
@@ -23,7 +24,7 @@ from ..sqlite.wal_reader import WalFile
 from ..storage import Entry, open_store
 from .stored_database import Target, configured, opened, stored_name
 
-__all__ = ["Inspection", "Listed", "inspect", "listing"]
+__all__ = ["Inspection", "Listed", "Relation", "inspect", "listing"]
 
 
 @dataclass(slots=True)
@@ -49,9 +50,29 @@ class Listed:
         return len(self.edges)
 
 
+class Relation(StrEnum):
+    """How a local file, as its index knows it, stands to its history."""
+
+    NOTHING = "nothing"
+    """There is neither a file nor a history."""
+    NO_FILE = "no-file"
+    NO_HISTORY = "no-history"
+    UNKNOWN = "unknown"
+    """There is no index of this history beside the file."""
+    AT_HEAD = "at-head"
+    """The file is the head, but for commits that may not be stored yet (`Inspection.pending`)."""
+    BEYOND = "beyond"
+    """Its txid is higher than the head's."""
+    BEHIND = "behind"
+    """It is an earlier state of the history, but for commits that may not be stored yet (`Inspection.pending`)."""
+    DIVERGED = "diverged"
+
+
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A local file and its history. `relation` says in words how they stand to each other, and what opening the file would do.
+    """A local file and its history.
+
+    `standing` is how they stand to each other; `relation` says it in words, and what opening the file would do.
 
     `local` is what its index knows (None: nothing); `pending` whether there are commits that are not in the log (None: only a scan could
     tell); `in_step` is True when the file is known to hold exactly the head.
@@ -66,6 +87,7 @@ class Inspection:
     head: Head | None
     in_step: bool
     relation: str
+    standing: Relation = field(metadata={"json": False})
 
 
 def listing(database: str | os.PathLike[str] | None = None, **options: object) -> list[Listed]:
@@ -122,10 +144,10 @@ def inspect(path: str | os.PathLike[str], **options: object) -> Inspection:
         local = _index_of(local_path) if size else None
         foreign = local is not None and local.home != home_of(target.config, target.name)
         pending = None if local is None else _pending(local_path, local)
-        in_step, relation = _relation(target, size, None if foreign else local, pending, head, edges)
+        in_step, standing, relation = _relation(target, size, None if foreign else local, pending, head, edges)
         if foreign:
             relation = f"its index belongs to another bucket, endpoint or name; {relation}"
-        return Inspection(local_path, target.name, target.store.describe(), size, local, pending, head, in_step, relation)
+        return Inspection(local_path, target.name, target.store.describe(), size, local, pending, head, in_step, relation, standing)
 
 
 def _index_of(path: str) -> IndexHeader | None:
@@ -154,26 +176,31 @@ def _pending(path: str, local: IndexHeader) -> bool | None:
 
 def _relation(
     target: Target, size: int | None, local: IndexHeader | None, pending: bool | None, head: Head | None, edges: Sequence[Edge]
-) -> tuple[bool, str]:
+) -> tuple[bool, Relation, str]:
+    """Return whether the file is known to hold exactly the head, its standing, and that in words."""
     if not size:
         if head is None:
-            return False, "there is neither a local file nor a history: opening it starts one"
-        return False, f"there is no local file: opening it restores txid {head.txid}"
+            return False, Relation.NOTHING, "there is neither a local file nor a history: opening it starts one"
+        return False, Relation.NO_FILE, f"there is no local file: opening it restores txid {head.txid}"
     if head is None:
-        return False, "the bucket has no history of it: opening it uploads the whole database"
+        return False, Relation.NO_HISTORY, "the bucket has no history of it: opening it uploads the whole database"
     if local is None:
-        return False, "nothing is known about the local file: opening it compares it with the history, page by page"
+        words = "nothing is known about the local file: opening it compares it with the history, page by page"
+        return False, Relation.UNKNOWN, words
     more = {True: ", and has commits that are not stored yet", False: "", None: ", and may have changed since"}[pending]
     if (local.txid, local.state) == (head.txid, head.state):
         if pending is False:
-            return True, "the local file is at the head"
-        return False, f"the local file was at the head{more}: opening stores the difference if its WAL proves it, else is a conflict"
+            return True, Relation.AT_HEAD, "the local file is at the head"
+        words = f"the local file was at the head{more}: opening stores the difference if its WAL proves it, else is a conflict"
+        return False, Relation.AT_HEAD, words
     if local.txid > head.txid:
-        return False, f"the local file was at txid {local.txid}, beyond the head: objects were deleted, or this is another bucket"
+        words = f"the local file was at txid {local.txid}, beyond the head: objects were deleted, or this is another bucket"
+        return False, Relation.BEYOND, words
     if _is_past(target, local, edges):
         ahead = f"the history has gone on by {head.txid - local.txid} since the local file was at txid {local.txid}"
-        return False, ahead + (": opening it fast-forwards" if pending is False else more)
-    return False, f"the local file (txid {local.txid}, state {local.state:016x}) is no state of the history: they diverged"
+        return False, Relation.BEHIND, ahead + (": opening it fast-forwards" if pending is False else more)
+    words = f"the local file (txid {local.txid}, state {local.state:016x}) is no state of the history: they diverged"
+    return False, Relation.DIVERGED, words
 
 
 def _is_past(target: Target, local: IndexHeader, edges: Sequence[Edge]) -> bool:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from ..core import pool
-from ..core.errors import BottomlessError, CorruptionError
+from ..core.errors import CorruptionError
 from ..formats import keys
 from ..formats.segment import Header
 from ..history.log import Head
@@ -22,25 +21,13 @@ from ..history.restore import Progress
 from ..history.retention import oldest_promised
 from ..history.segment_list import Edge
 from ..history.timeline import ranges
+from .problems import Problem, ProblemKind
 from .stored_database import Target
 
-__all__ = ["LogAudit", "Problem"]
+__all__ = ["LogAudit"]
 
 _READ_AHEAD: Final = 48 << 20
 _FRESH_SECONDS: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something that is not as it should be. `object` is the key of the object (the first of them), or the path of the local file.
-
-    `kind`: gap, corrupt, contradiction, body, no-log; stale, missing, superfluous, damaged (page objects); integrity; local.
-    """
-
-    kind: str
-    object: str
-    message: str
-    repaired: bool = False
 
 
 class LogAudit:
@@ -115,9 +102,9 @@ class LogAudit:
     def _head(self) -> Head:
         return Head(self.txid, self.hashes.state_hash, self.hashes.page_size, self.hashes.db_size)
 
-    def _problem(self, kind: str, key: str, message: str) -> None:
+    def _problem(self, kind: ProblemKind, key: str, message: str) -> None:
         if not any(known.object == key and known.kind == kind for known in self.problems):
-            self.problems.append(Problem(kind, key, message.removeprefix(f"{key} ").removeprefix(f"{key}: ")))
+            self.problems.append(Problem(kind, key, message))
 
     # --- each segment by itself, and all of them together ---------------------------------------------------------------
 
@@ -141,15 +128,17 @@ class LogAudit:
             key = keys.segment_key(self.history.name, edge.pre, edge.post)
             if header is None:
                 continue  # retention has taken it away since it was listed
-            if isinstance(header, BottomlessError):
-                self._problem("body" if header.message.startswith(f"{prefix}body/") else "corrupt", *_named(header, key))
+            if isinstance(header, CorruptionError):
+                damaged = header.key or key  # an error about a body names the body
+                is_body = keys.parse_body_key(self.history.name, damaged) is not None
+                self._problem(ProblemKind.BODY if is_body else ProblemKind.CORRUPT, damaged, header.reason)
                 continue
             if header.body is not None:
                 named.add(header.body.name)
                 if stored.get(header.body.name) != header.body.size:
                     found = stored.get(header.body.name)
                     what = "is missing" if found is None else f"is {found} bytes long, not {header.body.size}"
-                    self._problem("body", prefix + header.body.name, f"{what}: it holds the pages of {key}")
+                    self._problem(ProblemKind.BODY, prefix + header.body.name, f"{what}: it holds the pages of {key}")
                     continue
             if edge.post == self.txid:
                 self.told = Head(header.post, header.post_hash, header.page_size, header.db_size)
@@ -180,7 +169,9 @@ class LogAudit:
             known, by = states.get(txid, (state, ""))
             if known != state:
                 self._problem(
-                    "contradiction", key, f"says that txid {txid} has the state {state:016x}; {by or 'every history'} says {known:016x}"
+                    ProblemKind.CONTRADICTION,
+                    key,
+                    f"says that txid {txid} has the state {state:016x}; {by or 'every history'} says {known:016x}",
                 )
                 return False
         for txid, state in told.items():
@@ -197,7 +188,7 @@ class LogAudit:
             if not any(edge.pre == reached for edge in edges):
                 until = f"; the next segment begins at txid {resumed}" if beyond else ""
                 self._problem(
-                    "gap",
+                    ProblemKind.GAP,
                     keys.segment_key(self.history.name, reached, reached + 1),
                     f"is missing: nothing leads on from txid {reached}{until}",
                 )
@@ -219,7 +210,7 @@ class LogAudit:
             if first - 1 not in begun:
                 which = f"txid {first}" if first == last else f"txids {first} to {last}"
                 self._problem(
-                    "gap",
+                    ProblemKind.GAP,
                     keys.segment_key(self.history.name, first - 1, first),
                     f"is missing: {which} cannot be restored, though no older than retention={config.retention:g}; what follows can",
                 )
@@ -236,25 +227,23 @@ class LogAudit:
                 return edge
         return None
 
-    def _apply(self, edge: Edge) -> tuple[str, str, str] | None:
+    def _apply(self, edge: Edge) -> tuple[ProblemKind, str, str] | None:
         key = keys.segment_key(self.history.name, edge.pre, edge.post)
         before = self.hashes.state_hash
         try:
             found = self.history.segment(edge.pre, edge.post)
             if found is None:
-                return "gap", key, "vanished while the history was verified"
+                return ProblemKind.GAP, key, "vanished while the history was verified"
             if not found.header.whole and found.header.pre_hash != before:
-                return "corrupt", key, f"does not follow the state {before:016x}"
+                return ProblemKind.CORRUPT, key, f"does not follow the state {before:016x}"
             self.hashes.apply(found.name, found.header, self.history.tables(found))
         except CorruptionError as error:
-            return "corrupt", *_named(error, key)
+            return ProblemKind.CORRUPT, error.key or key, error.reason
         self._made = found.header.commits[-1].time_ms / 1000
         if self.hashes.state_hash != found.header.post_hash:
-            return "corrupt", key, f"leads to the state {self.hashes.state_hash:016x}, not to {found.header.post_hash:016x} as it says"
+            return (
+                ProblemKind.CORRUPT,
+                key,
+                f"leads to the state {self.hashes.state_hash:016x}, not to {found.header.post_hash:016x} as it says",
+            )
         return None
-
-
-def _named(error: BottomlessError, key: str) -> tuple[str, str]:
-    """(key, message): an error about a body names the body, not the segment that was asked for."""
-    first = error.message.split(maxsplit=1)[0].rstrip(":,")
-    return (first if "/" in first and first != key else key), error.message

@@ -26,6 +26,7 @@ from ..history.segment_list import Edge
 from ..replication.index import LocalIndex
 from ..replication.page_objects import LOCK_SUFFIX
 from ..runtime.replica import INDEX_SUFFIX
+from .problems import ProblemKind
 from .stored_database import Target
 
 __all__ = ["Fault", "ViewAudit"]
@@ -37,7 +38,7 @@ _AT_ONCE: Final = 64  # page objects put while the local index is locked
 class Fault:
     """The objects of the pages `first` to `last` are stale, missing, superfluous or damaged."""
 
-    kind: str
+    kind: ProblemKind
     first: int
     last: int
     detail: str
@@ -86,7 +87,7 @@ class ViewAudit:
             yield from self._missing(expected, min(pgno, head.db_size + 1), lock)
             expected = max(expected, pgno + 1)
             if pgno > head.db_size or pgno == lock:
-                yield Fault("superfluous", pgno, pgno, f"the database has {head.db_size} pages, this is none of them")
+                yield Fault(ProblemKind.SUPERFLUOUS, pgno, pgno, f"the database has {head.db_size} pages, this is none of them")
             elif (fault := self._judge(pgno, found, head, lock)) is not None:
                 yield fault
         yield from self._missing(expected, head.db_size + 1, lock)
@@ -102,7 +103,7 @@ class ViewAudit:
     def _missing(start: int, stop: int, lock: int) -> Iterator[Fault]:
         for first, last in ((start, min(stop, lock) - 1), (max(start, lock + 1), stop - 1)):
             if first <= last:
-                yield Fault("missing", first, last, "is missing")
+                yield Fault(ProblemKind.MISSING, first, last, "is missing")
 
     def _read(self, pgno: int) -> tuple[int, int] | CorruptionError | None:
         """(page hash, txid that it was written at, 0 if it does not say), the error, or None without an object."""
@@ -119,18 +120,20 @@ class ViewAudit:
     def _judge(self, pgno: int, found: tuple[int, int] | CorruptionError | None, head: Head, lock: int) -> Fault | None:
         beyond = pgno > head.db_size or pgno == lock
         if found is None:
-            return None if beyond else Fault("missing", pgno, pgno, "is missing")
+            return None if beyond else Fault(ProblemKind.MISSING, pgno, pgno, "is missing")
         if beyond:
-            return Fault("superfluous", pgno, pgno, f"the database has {head.db_size} pages, this is none of them")
+            return Fault(ProblemKind.SUPERFLUOUS, pgno, pgno, f"the database has {head.db_size} pages, this is none of them")
         if isinstance(found, CorruptionError):
-            return Fault("damaged", pgno, pgno, found.message.split(": ", 1)[-1])
+            return Fault(ProblemKind.DAMAGED, pgno, pgno, found.reason)
         known, txid = found
         if known == self.hashes.page_hash(pgno):
             return None
         if txid > head.txid:
-            return Fault("stale", pgno, pgno, f"was written at txid {txid}, which the log does not have")
+            return Fault(ProblemKind.STALE, pgno, pgno, f"was written at txid {txid}, which the log does not have")
         written = f"as it was at txid {txid}" if txid else "another content"
-        return Fault("stale", pgno, pgno, f"holds {written}; the head (txid {head.txid}) has the page from txid {self.hashes.txid(pgno)}")
+        return Fault(
+            ProblemKind.STALE, pgno, pgno, f"holds {written}; the head (txid {head.txid}) has the page from txid {self.hashes.txid(pgno)}"
+        )
 
     # --- repair --------------------------------------------------------------------------------------------------------
 
@@ -140,8 +143,8 @@ class ViewAudit:
         Raises:
             StoreError, CorruptionError.
         """
-        excess = [pgno for fault in faults if fault.kind == "superfluous" for pgno in range(fault.first, fault.last + 1)]
-        wanted = _Runs([fault for fault in faults if fault.kind != "superfluous"])
+        excess = [pgno for fault in faults if fault.kind is ProblemKind.SUPERFLUOUS for pgno in range(fault.first, fault.last + 1)]
+        wanted = _Runs([fault for fault in faults if fault.kind is not ProblemKind.SUPERFLUOUS])
         pages = self._pages(chain, wanted)
         while some := list(islice(pages, _AT_ONCE)):
             with self._quiet():
@@ -162,7 +165,11 @@ class ViewAudit:
         for edge in chain:
             found = self.target.history.segment(edge.pre, edge.post)
             if found is None:
-                raise CorruptionError(f"the segment {edge.pre} -> {edge.post} vanished", hint="Verify again.")
+                raise CorruptionError(
+                    f"the segment {edge.pre} -> {edge.post} vanished",
+                    hint="Verify again.",
+                    key=keys.segment_key(self.target.name, edge.pre, edge.post),
+                )
             for block in self.target.history.blocks(found):
                 for page in block:
                     if page.pgno in wanted and self.hashes.txid(page.pgno) == edge.post:
@@ -220,7 +227,7 @@ def _merged(faults: Iterable[Fault]) -> Iterator[Fault]:
     """Neighbours with the same fault as one, told by the first of them. Damage is told one by one."""
     held: Fault | None = None
     for fault in faults:
-        if held is not None and held.kind == fault.kind != "damaged" and fault.first == held.last + 1:
+        if held is not None and held.kind is fault.kind is not ProblemKind.DAMAGED and fault.first == held.last + 1:
             held = Fault(held.kind, held.first, fault.last, held.detail)
             continue
         if held is not None:

@@ -21,7 +21,7 @@ from typing import Final
 
 import apsw
 
-from ..core.errors import CorruptionError, RestoreError
+from ..core.errors import BottomlessError, CorruptionError, RestoreError
 from ..formats import keys
 from ..formats.page import page_hash, repr_in_hex
 from ..history.integrity import integrity_fault
@@ -31,8 +31,9 @@ from ..history.restore import Progress, rebuild, rebuild_from_pages
 from ..history.scratch import Scratch, scratch
 from ..sqlite.database_reader import LocalDatabase, SnapshotLost
 from ..sqlite.own_connection import OwnConnection
-from .log_audit import LogAudit, Problem
+from .log_audit import LogAudit
 from .page_audit import Fault, ViewAudit
+from .problems import Problem, ProblemKind
 from .stored_database import Target, opened
 
 __all__ = ["Report", "verify"]
@@ -137,7 +138,7 @@ def _verify_integrity(target: Target, report: Report, head: Head) -> None:
     if fault is None:
         report.notes.append(f"SQLite's integrity_check finds txid {head.txid} sound")
     else:
-        report.problems.append(Problem("integrity", keys.log_prefix(target.name), f"txid {head.txid}: {fault}"))
+        report.problems.append(Problem(ProblemKind.INTEGRITY, keys.log_prefix(target.name), f"txid {head.txid}: {fault}"))
 
 
 # --- the page view -----------------------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ def _verify_view_alone(target: Target, report: Report) -> None:
         with _temporary_scratch() as into:
             rebuilt = rebuild_from_pages(target.history, into, width=target.config.concurrency)
     except (RestoreError, CorruptionError) as error:
-        report.problems.append(Problem("damaged", keys.page_prefix(target.name), error.message))
+        report.problems.append(Problem(ProblemKind.DAMAGED, keys.page_prefix(target.name), error.message))
         rebuilt = None
     else:
         if rebuilt is None:
@@ -225,7 +226,7 @@ def _verify_view_alone(target: Target, report: Report) -> None:
         report.pages = report.page_objects = rebuilt.db_size
         report.notes.append(f"the page objects alone are a sound database at txid {rebuilt.txid}")
     report.problems.append(
-        Problem("no-log", keys.log_prefix(target.name), "there is no log; opening the database somewhere begins a new one")
+        Problem(ProblemKind.NO_LOG, keys.log_prefix(target.name), "there is no log; opening the database somewhere begins a new one")
     )
 
 
@@ -234,7 +235,7 @@ def _verify_view_alone(target: Target, report: Report) -> None:
 
 def _compare(path: str, hashes: TableReplay, head: Head, report: Report) -> None:
     if not os.path.exists(path) or os.path.getsize(path) == 0:
-        report.problems.append(Problem("local", path, "there is no such file, or it is empty"))
+        report.problems.append(Problem(ProblemKind.LOCAL, path, "there is no such file, or it is empty"))
         return
 
     def connect() -> apsw.Connection:
@@ -251,14 +252,16 @@ def _compare(path: str, hashes: TableReplay, head: Head, report: Report) -> None
                 if look == _LOOKS - 1:
                     raise
     except (apsw.Error, SnapshotLost) as error:
-        report.problems.append(Problem("local", path, str(getattr(error, "message", error)).removeprefix(f"{path} ")))
+        report.problems.append(Problem(ProblemKind.LOCAL, path, error.reason if isinstance(error, BottomlessError) else str(error)))
         return
     finally:
         # Of a database that nobody has open, the files that looking at it has made go again.
         local.close(checkpoint=closed)
     if differing:
         report.problems.append(
-            Problem("local", path, f"differs from txid {head.txid}: {'; '.join(differing[:3])}" + ("; ..." if differing[3:] else ""))
+            Problem(
+                ProblemKind.LOCAL, path, f"differs from txid {head.txid}: {'; '.join(differing[:3])}" + ("; ..." if differing[3:] else "")
+            )
         )
     else:
         report.notes.append(f"{path} holds exactly txid {head.txid}")

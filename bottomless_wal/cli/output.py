@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from ..core.config import ENV_PREFIX
@@ -115,7 +115,8 @@ def _plain(value: Any, name: str = "") -> Any:
     if isinstance(value, int) and name in _HASHES:
         return f"{value:016x}"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name), field.name) for field in dataclasses.fields(value)}
+        shown = [field.name for field in dataclasses.fields(value) if field.metadata.get("json", True)]
+        return {name: _plain(getattr(value, name), name) for name in shown}
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, Mapping):
@@ -126,6 +127,8 @@ def _plain(value: Any, name: str = "") -> Any:
         return {"error": type(value).__name__, "message": value.message, "hint": value.hint}
     if isinstance(value, datetime):
         return value.isoformat(timespec="milliseconds" if value.microsecond else "seconds")
+    if isinstance(value, StrEnum):
+        return value.value
     if isinstance(value, Enum):
         return value.name.lower()
     return value.hex() if isinstance(value, bytes) else value

@@ -84,6 +84,8 @@ class Config:
                 raise ConfigError(
                     f"ack=pages waits for page objects, but pages={chosen['pages']} writes none at a commit",
                     hint="Use ack=log (or ack=local) with pages=checkpoint and pages=off.",
+                    option="pages",
+                    actual=str(chosen["pages"]),
                 )
         return cls(**chosen)  # type: ignore[arg-type]  # every value went through its option's parser
 
@@ -215,10 +217,17 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
 def _parse(name: str, value: object, *, where: str) -> object:
     option = OPTIONS.get(name)
     if option is None:
-        raise ConfigError(f"unknown option {name!r} in {where}", hint=f"Known options: {', '.join(OPTIONS)}.")
+        raise ConfigError(f"unknown option {name!r} in {where}", hint=f"Known options: {', '.join(OPTIONS)}.", option=name)
     try:
         return option.parse(value)
     except (ValueError, TypeError):
         # An endpoint may carry a password: then the value is not repeated.
-        shown = "the value" if name == "endpoint" and "@" in str(value) else repr(value)
-        raise ConfigError(f"{shown} is no {name} (from {where})", hint=f"{name}: {option.known}.") from None
+        is_secret = name == "endpoint" and "@" in str(value)
+        shown = "the value" if is_secret else repr(value)
+        raise ConfigError(
+            f"{shown} is no {name} (from {where})",
+            hint=f"{name}: {option.known}.",
+            option=name,
+            expected=option.known,
+            actual=None if is_secret else str(value),
+        ) from None

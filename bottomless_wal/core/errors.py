@@ -14,11 +14,32 @@
 All of them are `apsw.SQLError`, so that a statement, an ATTACH or an open that fails for one of these reasons is also caught by
 `except apsw.Error`, and SQLite sees plain SQLITE_ERROR: a code such as SQLITE_BUSY or SQLITE_FULL, raised after a local
 commit, would leave a transaction that is neither committed nor rolled back.
+
+Every error has the attributes below, so that no code has to search its message. What is not known is None.
+
+    message    str         what happened, and to which object
+    hint       str         what to do now; may be empty
+    reason     str         what happened, without the name of the object or of the request if `message` begins with it
+    key        str         the key of the object in the store
+    other_key  str         the key of a second object, which contradicts the first
+    path       str         the local file
+    txid       int         the transaction that the error is about: wanted, missing, pending or wrong
+    expected   int or str  what the log, the format or the caller asks for (a state hash, a number of bytes or pages)
+    actual     int or str  what was found instead, in the same unit
+    option     str         the option of `connect` with a bad value (ConfigError); `actual` is the value
+    status     int         the HTTP status of the store's answer
+    code       str         the error code in the store's answer, such as "NoSuchBucket"; without an answer, the name of the client's error
+                           ("NoCredentialsError") or of the operating system's ("ENOSPC")
+
+    is_transient  bool     the failure of the store may pass; a StoreError with it was retried until the time was over
+
+An error that is raised because of another one (a ReplicationError because of a StoreError) has the attributes of that one, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Final, Self, TypedDict, TypeVar, Unpack, overload
 
 import apsw
 
@@ -35,19 +56,84 @@ __all__ = [
     "TransientError",
 ]
 
+E = TypeVar("E", bound="BottomlessError")
+
+
+class Details(TypedDict, total=False):
+    """The attributes of an error besides its message and its hint; see the module."""
+
+    reason: str
+    key: str | None
+    other_key: str | None
+    path: str | None
+    txid: int | None
+    expected: int | str | None
+    actual: int | str | None
+    option: str | None
+    status: int | None
+    code: str | None
+    is_transient: bool
+
 
 class BottomlessError(apsw.SQLError):
-    """Base of the tree. `message` says what happened and to what; `hint` what to do now (may be empty)."""
+    """Base of the tree. The module describes its attributes."""
+
+    reason: str
+    key: str | None = None
+    other_key: str | None = None
+    path: str | None = None
+    txid: int | None = None
+    expected: int | str | None = None
+    actual: int | str | None = None
+    option: str | None = None
+    status: int | None = None
+    code: str | None = None
+    is_transient: bool = False
 
     ticket: int = 0
     """The worker's ticket of the commit that this is the error of; 0: of none."""
     at_end: Callable[[BaseException], None] | None = None
     """Called with the error when it is deallocated, while its traceback is still there."""
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str = "", **details: Unpack[Details]) -> None:
         super().__init__(message, hint)
         self.message = message
         self.hint = hint
+        self.reason = message
+        vars(self).update(details)
+
+    @classmethod
+    def about(cls, subject: str, reason: str, /, *, joint: str = ": ", hint: str = "", **details: Unpack[Details]) -> Self:
+        """Return an error whose message is `subject` (the object, or the request), `joint` and `reason`."""
+        details.setdefault("reason", reason)
+        return cls(f"{subject}{joint}{reason}", hint=hint, **details)
+
+    @property
+    def details(self) -> Details:
+        """The attributes that are known, besides message, hint and reason: as arguments for another error."""
+        found: Any = {name: getattr(self, name) for name in _COPIED if getattr(self, name) != getattr(BottomlessError, name)}
+        return found  # type: ignore[no-any-return]
+
+    @overload
+    def copy(self, message: str | None = None, *, hint: str | None = None, **changes: Unpack[Details]) -> Self: ...
+    @overload
+    def copy(self, message: str | None = None, *, kind: type[E], hint: str | None = None, **changes: Unpack[Details]) -> E: ...
+    def copy(
+        self, message: str | None = None, *, kind: type[BottomlessError] | None = None, hint: str | None = None, **changes: Unpack[Details]
+    ) -> BottomlessError:
+        """Return a new error with the attributes of this one: neither raised yet, nor with its cause.
+
+        Args:
+            message: the new message. It is the new reason, too, unless `changes` has one.
+            kind: the class of the new error, if it is another one.
+            hint: the new hint.
+            changes: attributes that differ.
+        """
+        details: Details = {**self.details, **changes}
+        if message is None:
+            message = self.message
+            details.setdefault("reason", self.reason)
+        return (kind or type(self))(message, hint=self.hint if hint is None else hint, **details)
 
     def __del__(self) -> None:
         if self.at_end is not None:
@@ -55,7 +141,7 @@ class BottomlessError(apsw.SQLError):
 
     def __reduce__(self) -> tuple[object, ...]:
         # An error crosses to another process whole, as those of a worker process do.
-        return _rebuild, (type(self), self.message, self.hint)
+        return _rebuild, (type(self), self.message, self.hint, {**self.details, "reason": self.reason})
 
     def __str__(self) -> str:
         return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
@@ -71,6 +157,8 @@ class StoreError(BottomlessError):
 
 class TransientError(StoreError):
     """A failure of the store that may pass: a lost connection, a timeout, 5xx, SlowDown. The only kind that is retried."""
+
+    is_transient = True
 
 
 class ReplicationError(BottomlessError):
@@ -96,12 +184,15 @@ class ConflictError(BottomlessError):
 
 
 class CorruptionError(BottomlessError):
-    """Bytes that are not what their format or checksum says."""
+    """Bytes that are not what their format or checksum says. `key` names the object in the store, or `path` the local file."""
 
 
 class RestoreError(BottomlessError):
     """The wanted state cannot be rebuilt, and verified, from what the store holds. No local file was changed."""
 
 
-def _rebuild(kind: type[BottomlessError], message: str, hint: str) -> BottomlessError:
-    return kind(message, hint=hint)
+_COPIED: Final = tuple(name for name in Details.__annotations__ if name != "reason")
+
+
+def _rebuild(kind: type[BottomlessError], message: str, hint: str, details: Details) -> BottomlessError:
+    return kind(message, hint=hint, **details)

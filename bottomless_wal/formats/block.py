@@ -57,9 +57,14 @@ def check_growth(name: str, before: int, after: int, grown: int, page_size: int)
         CorruptionError: they are not all that it grew by.
     """
     if grown != pages_between(before, after, page_size):
-        raise CorruptionError(
-            f"{name} says that the database grew from {before} to {after} pages, and has {grown} new ones",
+        raise CorruptionError.about(
+            name,
+            f"says that the database grew from {before} to {after} pages, and has {grown} new ones",
+            joint=" ",
             hint="`bottomless-wal verify DB` shows what can still be restored.",
+            key=name,
+            expected=pages_between(before, after, page_size),
+            actual=grown,
         )
 
 
@@ -196,8 +201,11 @@ def unpack(block: memoryview, rows: Sequence[tuple[int, int]], page_size: int) -
 def corrupt(name: str, error: FormatError) -> CorruptionError:
     """The error that names the object, out of the one that says what is wrong with it."""
     if isinstance(error, NewerFormatError):
-        return CorruptionError(f"{name}: {error}", hint="Upgrade bottomless-wal.")
-    return CorruptionError(
-        f"{name} is not sound: {error}",
+        return CorruptionError.about(name, str(error), hint="Upgrade bottomless-wal.", key=name)
+    return CorruptionError.about(
+        name,
+        f"is not sound: {error}",
+        joint=" ",
+        key=name,
         hint="The object was damaged, or is not of this program. `bottomless-wal verify DB` shows what can still be restored.",
     )

@@ -71,14 +71,18 @@ def database_name(database_id: str, path: str) -> str:
         raise ConfigError(
             f"the name of {path!r} (database_id {database_id!r}) cannot be written as bytes",
             hint="Give the file, and database_id, a name that the file system could store.",
+            path=path,
         ) from error
     if base in (b"", b".", b".."):
-        raise ConfigError(f"{path!r} has no file name to store the database under", hint="Open a file, not a directory.")
+        raise ConfigError(f"{path!r} has no file name to store the database under", hint="Open a file, not a directory.", path=path)
     name = f"{_escape(prefix)}~{_escape(base)}" if prefix else _escape(base)
     if len(name) + _LONGEST_SUFFIX > _COMPONENT_LIMIT:
         raise ConfigError(
             f"the name {name!r} is {len(name)} bytes long; {_COMPONENT_LIMIT - _LONGEST_SUFFIX} fit into a key",
             hint="Use a shorter file name or database_id (bytes outside A-Z a-z 0-9 . _ - count three times).",
+            path=path,
+            expected=_COMPONENT_LIMIT - _LONGEST_SUFFIX,
+            actual=len(name),
         )
     return name
 

@@ -83,14 +83,14 @@ def decode_page_object(data: bytes, *, name: str, pgno: int) -> tuple[bytes, Pag
             raise FormatError("the checksum of its trailer is wrong")
         _, version, reserved, *rest = _FIELDS.unpack(fields)
         if version > _VERSION or reserved or any(fields[-4:]):
-            raise CorruptionError(f"{name}: format version {version} is newer than this program", hint=_NEWER_HINT)
+            raise CorruptionError.about(name, f"format version {version} is newer than this program", hint=_NEWER_HINT, key=name)
         trailer = PageTrailer(*rest)
         if version != _VERSION or trailer.page_size != len(page) or trailer.pgno != pgno:
             raise FormatError(f"the trailer tells of page {trailer.pgno} with {trailer.page_size} bytes (version {version})")
         if page_hash(pgno, page) != trailer.page_hash:
             raise FormatError("the page is not what its hash says")
     except FormatError as error:
-        raise CorruptionError(f"{name} is not sound: {error}", hint=_DAMAGED_HINT) from error
+        raise CorruptionError.about(f"{name} is not sound", str(error), hint=_DAMAGED_HINT, key=name) from error
     return page, trailer
 
 

@@ -143,6 +143,7 @@ def snapshot(history: History, edges: Iterable[Edge], target: int, *, level: int
             raise RestoreError(
                 f"no snapshot of {history.name!r} can be made: its history has a gap before txid {target}",
                 hint="`bottomless-wal verify DB` shows where.",
+                txid=target,
             )
         if len(chain) == 1 and chain[0].pre == 0:
             return None
@@ -156,7 +157,7 @@ def snapshot(history: History, edges: Iterable[Edge], target: int, *, level: int
             _require_listed(history, known_all, chain[-1])
             return merge(history, chain, whole=True, level=level, breathe=breathe)
         except CorruptionError as error:
-            named = [edge for edge in chain if f"{edge.pre:016x}-{edge.post:016x}" in error.message]
+            named = [edge for edge in chain if edge[:2] in _ends_named(history, error)]
             if not named or attempt == _ATTEMPTS:
                 raise
             logger.warning("%s", error.message)
@@ -164,6 +165,14 @@ def snapshot(history: History, edges: Iterable[Edge], target: int, *, level: int
             worst = max(named, key=lambda edge: edge.post - edge.pre)
             known = [edge for edge in known if edge[:2] != worst[:2]]
     raise AssertionError("unreachable")
+
+
+def _ends_named(history: History, error: CorruptionError) -> set[tuple[int, int]]:
+    """Return (pre, post) of the edges that `error` is about; of a body, those of the edge that it belongs to."""
+    named = {key for key in (error.key, error.other_key) if key is not None}
+    bodies = (keys.parse_body_key(history.name, key) for key in named)
+    segments = (keys.parse_segment_key(history.name, key) for key in named)
+    return {ends for ends in segments if ends is not None} | {body[:2] for body in bodies if body is not None}
 
 
 def _runs(chain: Sequence[Edge]) -> Iterator[list[Edge]]:
@@ -185,9 +194,15 @@ def _require_listed(history: History, edges: Sequence[Edge], last: Edge) -> None
     if told is not None and header is None:
         raise Vanished(f"the edge {last.pre} -> {last.post} of {history.name!r} is gone")
     if header is not None and header.post_hash != told:
-        raise CorruptionError(
-            f"{keys.segment_key(history.name, last.pre, last.post)} leads to state hash {header.post_hash:016x}, and the history has "
-            f"{told:016x} at txid {last.post}: it is no part of it",
+        key = keys.segment_key(history.name, last.pre, last.post)
+        raise CorruptionError.about(
+            key,
+            f"leads to state hash {header.post_hash:016x}, and the history has {told:016x} at txid {last.post}: it is no part of it",
+            joint=" ",
+            key=key,
+            txid=last.post,
+            expected=told,
+            actual=header.post_hash,
             hint="It was left by a writer that was away. `bottomless-wal prune DB` removes it in time.",
         )
 
@@ -216,9 +231,16 @@ def merge(history: History, chain: list[Edge], *, whole: bool = False, level: in
     headers = [part.header for part in parts]
     for one, other in itertools.pairwise(parts):
         if not other.header.reset and (other.header.pre_hash, other.header.page_size) != (one.header.post_hash, one.header.page_size):
-            raise CorruptionError(
-                f"{other.name} does not follow {one.name}: before it the state hash is {other.header.pre_hash:016x}, after that one "
+            raise CorruptionError.about(
+                other.name,
+                f"does not follow {one.name}: before it the state hash is {other.header.pre_hash:016x}, after that one "
                 f"{one.header.post_hash:016x}",
+                joint=" ",
+                key=other.name,
+                other_key=one.name,
+                txid=other.header.pre,
+                expected=one.header.post_hash,
+                actual=other.header.pre_hash,
                 hint="`bottomless-wal verify DB` shows what can still be restored.",
             )
     last = headers[-1]
@@ -250,6 +272,11 @@ def merge(history: History, chain: list[Edge], *, whole: bool = False, level: in
     if header.whole and state != header.post_hash:
         raise CorruptionError(
             f"the edges from {parts[begin].name} to {parts[-1].name} give the state hash {state:016x}, not {header.post_hash:016x}",
+            key=parts[begin].name,
+            other_key=parts[-1].name,
+            txid=header.post,
+            expected=header.post_hash,
+            actual=state,
             hint="`bottomless-wal verify DB` shows what can still be restored.",
         )
     reach("before merged")

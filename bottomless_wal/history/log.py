@@ -23,7 +23,8 @@ from ..core.logs import get_logger
 from ..formats import keys, segment
 from ..formats.page import Page, repr_in_hex
 from ..formats.segment import LISTED_ROWS, Body, Header, Mapper, Segment
-from ..storage import Entry, Store
+from ..storage import Store
+from . import listing
 from .planner import leading_to
 from .segment_list import Edge, Edges
 
@@ -104,63 +105,16 @@ class History:
         self._lock = threading.Lock()
 
     def edges(self, *, since: int = 0, bodies: bool = False) -> Edges:
-        """All edges with pre >= `since`, in the order of their keys. Foreign keys below the prefix are passed over.
-
-        The sizes of bodies, which sort behind all edges, are looked up where all edges are asked for; and else with `bodies`.
-        """
-        body_prefix = keys.body_prefix(self.name)
-        sizes: dict[tuple[int, int], int] = {}
-        foreign: list[str] = []
-
-        dates: list[float] = []
-
-        def sized(entry: Entry) -> None:
-            body = keys.parse_body_key(self.name, entry.key)
-            if body is not None:
-                sizes[body[:2]] = max(entry.size, sizes.get(body[:2], 0))
-
-        def listed() -> Iterator[Edge]:
-            for entry in self.store.list(keys.log_prefix(self.name), after=keys.log_after(self.name, since)):
-                if not dates:
-                    dates.append(self.store.now())
-                if entry.key.startswith(body_prefix):
-                    if since:
-                        return
-                    sized(entry)
-                    continue
-                ends = keys.parse_segment_key(self.name, entry.key)
-                if ends is None:
-                    foreign[1:] = [entry.key]  # the first and the last
-                    continue
-                yield Edge(*ends, entry.size, entry.modified)
-
-        found = Edges(listed())
-        if since and bodies:
-            for entry in self.store.list(body_prefix, after=keys.body_after(self.name, since)):
-                sized(entry)
-        found = found.with_bodies(sizes)
-        found.listed_ms = int(dates[0] * 1000) if dates else 0
-        if foreign:
-            logger.warning("%r to %r in %s are no objects of ours: passed over", foreign[0], foreign[-1], self.store.describe())
-        return found
+        """All edges with pre >= `since`; see `listing.all_edges`."""
+        return listing.all_edges(self.store, self.name, since=since, bodies=bodies)
 
     def snapshots(self) -> list[Edge]:
         """All edges from 0, in the order of their keys: one request, as a rule."""
-        ends = ((keys.parse_segment_key(self.name, entry.key), entry) for entry in self.store.list(keys.snapshot_prefix(self.name)))
-        found = [Edge(*pair, entry.size, entry.modified) for pair, entry in ends if pair is not None]
-        bodies: dict[tuple[int, int], int] = {}
-        for entry in self.store.list(f"{keys.body_prefix(self.name)}{0:016x}-") if found else ():
-            body = keys.parse_body_key(self.name, entry.key)
-            if body is not None:
-                bodies[body[:2]] = max(entry.size, bodies.get(body[:2], 0))
-        return [edge._replace(body=bodies.get(edge[:2], 0)) for edge in found]
+        return listing.snapshots(self.store, self.name)
 
     def some_edges(self, *, since: int = 0, limit: int) -> tuple[list[Edge], bool]:
         """Return the edges among the first `limit` objects of the log with pre >= `since`, and whether these are all."""
-        listing = self.store.list(keys.log_prefix(self.name), after=keys.log_after(self.name, since))
-        rows = list(itertools.islice(listing, limit))
-        named = ((keys.parse_segment_key(self.name, row.key), row) for row in rows)
-        return [Edge(*ends, row.size, row.modified) for ends, row in named if ends is not None], len(rows) < limit
+        return listing.some_edges(self.store, self.name, since=since, limit=limit)
 
     @_twice
     def segment(self, pre: int, post: int) -> Segment | None:
@@ -247,6 +201,7 @@ class History:
         raise RestoreError(
             f"the newest segment of {self.name!r} (txid {last}) vanished while it was looked at",
             hint="Another program deletes objects of this history. Try again when it is done.",
+            txid=last,
         )
 
     def stream(self, edge: Edge, *, chunk: int, stored: bool = False) -> Stream | None:
@@ -270,7 +225,9 @@ class History:
                 start += len(data)
                 more = self.store.read(key, start, chunk)
                 if more is None:
-                    raise CorruptionError(f"{key} vanished while it was read", hint="Another program deletes objects. Try again.")
+                    raise CorruptionError.about(
+                        key, "vanished while it was read", joint=" ", hint="Another program deletes objects. Try again.", key=key
+                    )
                 data = more
 
         header, blocks = segment.read(rest(), name=key)
@@ -309,11 +266,19 @@ class History:
             if data is None:
                 raise CorruptionError(
                     f"{key}, which holds the pages of {name}, is missing",
+                    key=key,
+                    other_key=name,
                     hint="Objects of this history were deleted. `bottomless-wal verify DB` shows what can still be restored.",
                 )
             if len(data) != length:
-                raise CorruptionError(
-                    f"{key} is {start + len(data)} bytes long; {name} says {body.size}",
+                raise CorruptionError.about(
+                    key,
+                    f"is {start + len(data)} bytes long; {name} says {body.size}",
+                    joint=" ",
+                    key=key,
+                    other_key=name,
+                    expected=body.size,
+                    actual=start + len(data),
                     hint="The object was damaged. `bottomless-wal verify DB` shows what can still be restored.",
                 )
             return data
@@ -403,7 +368,12 @@ def _encoded(pages: Iterator[Page], page_size: int, level: int) -> Iterator[byte
 
 def _check_ends(header: Header, pre: int, post: int, key: str) -> None:
     if (header.pre, header.post) != (pre, post):
-        raise CorruptionError(
-            f"{key} holds the edge {header.pre} -> {header.post}",
+        raise CorruptionError.about(
+            key,
+            f"holds the edge {header.pre} -> {header.post}",
+            joint=" ",
+            key=key,
+            expected=f"{pre} -> {post}",
+            actual=f"{header.pre} -> {header.post}",
             hint="An object was copied to a key that is not its own: remove it from the bucket.",
         )

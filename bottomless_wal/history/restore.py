@@ -16,10 +16,10 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Unpack
 
 from ..core import pool
-from ..core.errors import BottomlessError, CorruptionError, RestoreError
+from ..core.errors import BottomlessError, CorruptionError, Details, RestoreError
 from ..core.failpoints import reach
 from ..core.logs import get_logger
 from ..formats import keys
@@ -60,8 +60,17 @@ class Rebuilt:
 class _Misfit(Exception):
     """An edge does not belong where the plan put it, or vanished meanwhile."""
 
-    def __init__(self, edge: Edge, cause: str, error: BottomlessError | None = None, *, before: Edge | None = None) -> None:
+    def __init__(
+        self,
+        edge: Edge,
+        cause: str,
+        error: BottomlessError | None = None,
+        *,
+        before: Edge | None = None,
+        **details: Unpack[Details],
+    ) -> None:
         super().__init__(cause)
+        self.details: Details = details if error is None else {**error.details, **details}
         self.edge = edge
         self.before = before  # the one that it does not follow
         self.cause = cause
@@ -188,7 +197,7 @@ def _read_page_objects(
         pgno, key, size = item
         data = history.store.get(key, limit=PAGE_OBJECT_LIMIT)
         if data is None:
-            raise RestoreError(f"{key} vanished during the restore", hint="Another program deletes objects. Try again.")
+            raise RestoreError(f"{key} vanished during the restore", hint="Another program deletes objects. Try again.", key=key)
         return pgno, *decode_page_object(data, name=key, pgno=pgno), size
 
     found = _PageObjects()
@@ -199,6 +208,9 @@ def _read_page_objects(
             raise RestoreError(
                 f"{keys.page_key(history.name, pgno)} holds a page of {len(page)} bytes, the pages before it have {found.page_size}",
                 hint="Objects of two databases are mixed under one name. Remove the older ones, then try again.",
+                key=keys.page_key(history.name, pgno),
+                expected=found.page_size,
+                actual=len(page),
             )
         found.bare += trailer is None
         if trailer is not None and (found.newest is None or trailer.txid > found.newest.txid):
@@ -213,6 +225,7 @@ def _read_page_objects(
         raise RestoreError(
             f"a page object of {history.name!r} says that it was written at txid {found.newest.txid}, which no history has",
             hint="Remove the page objects that are not of this program.",
+            txid=found.newest.txid,
         )
     return found
 
@@ -227,6 +240,9 @@ def _require_complete(history: History, found: _PageObjects) -> int:
         raise RestoreError(
             f"{keys.page_key(history.name, first)} is missing: page {first} of {db_size} ({missing} missing in all)",
             hint="The page objects are no complete database, and there is no log to restore from.",
+            key=keys.page_key(history.name, first),
+            expected=db_size,
+            actual=db_size - missing,
         )
     return db_size
 
@@ -237,6 +253,9 @@ def _require_state(history: History, newest: PageTrailer, state: int) -> None:
             f"the page objects of {history.name!r} are no single state: state hash {state:016x}, but the newest of them "
             f"(txid {newest.txid}) says {newest.post_hash:016x}",
             hint="A commit was cut off while they were written, and there is no log to restore from. Restore an older copy of the bucket.",
+            txid=newest.txid,
+            expected=newest.post_hash,
+            actual=state,
         )
 
 
@@ -264,7 +283,7 @@ def _apply_chain(
     for edge, found in zip(chain, pool.ordered(load, chain, ahead), strict=True):
         key = keys.segment_key(history.name, edge.pre, edge.post)
         if found is None:
-            raise _Misfit(edge, f"{key} is missing")
+            raise _Misfit(edge, f"{key} is missing", key=key)
         if isinstance(found, BottomlessError):
             raise _Misfit(edge, found.message, found)
         header = found.header
@@ -273,6 +292,9 @@ def _apply_chain(
                 edge,
                 f"{key} does not follow state {state.state:016x} (txid {state.txid}): it says {header.pre_hash:016x} before it",
                 before=before,
+                key=key,
+                expected=state.state,
+                actual=header.pre_hash,
             )
         before = edge
         state.requests += 1
@@ -286,7 +308,13 @@ def _apply_chain(
         state.txid, state.state, state.view_txid = header.post, replay.state_hash, header.view_txid
         state.page_size, state.db_size = replay.page_size, replay.db_size
         if state.state != header.post_hash:
-            raise _Misfit(edge, f"{key} leads to state hash {state.state:016x}, not to {header.post_hash:016x} as it says")
+            raise _Misfit(
+                edge,
+                f"{key} leads to state hash {state.state:016x}, not to {header.post_hash:016x} as it says",
+                key=key,
+                expected=header.post_hash,
+                actual=state.state,
+            )
         done += edge.size + (header.body.size if header.body is not None else 0)
         if progress is not None:
             progress(done, total)
@@ -301,6 +329,9 @@ def _require_listed(history: History, edges: Sequence[Edge], chain: list[Edge], 
         raise _Misfit(
             chain[-1],
             f"{key} leads to state hash {state.state:016x}, and the history has {told:016x} at txid {state.txid}: it is no part of it",
+            key=key,
+            expected=told,
+            actual=state.state,
         )
 
 
@@ -332,19 +363,23 @@ def _require_every_page(pages: PageTable, state: Rebuilt, chain: list[Edge]) -> 
 
 def _no_way(history: History, target: int, edges: Sequence[Edge], first: _Misfit | None, arguments: str) -> RestoreError:
     if first is not None:
+        details: Details = {**first.details, "txid": target}
         return RestoreError(
             f"cannot restore {history.name!r} to txid {target}: {first.cause}",
             hint=(first.error.hint if first.error is not None else "")
             or "No other way leads there. `bottomless-wal verify DB` shows what can still be restored.",
+            **details,
         )
     reached = 0
     for edge in sorted(edges, key=lambda e: (e.pre, e.post)):
         if edge.pre <= reached < edge.post <= target:
             reached = edge.post
+    key = keys.segment_key(history.name, reached, reached + 1)
     return RestoreError(
-        f"cannot restore {history.name!r} to txid {target}: the log has a gap after txid {reached} "
-        f"(missing object {keys.segment_key(history.name, reached, reached + 1)})",
+        f"cannot restore {history.name!r} to txid {target}: the log has a gap after txid {reached} (missing object {key})",
         hint=f"Restore the state before the gap: `bottomless-wal restore --txid {reached} {arguments}`."
         if reached
         else "Check the bucket's name.",
+        key=key,
+        txid=target,
     )

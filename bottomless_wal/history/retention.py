@@ -85,6 +85,8 @@ def superfluous(edges: Sequence[Edge], *, now: float, retention: float, keep_sna
                 f"nothing was deleted: without what is old, some state of {base} to {head} could not be restored any more",
                 hint="The history has a gap. `bottomless-wal verify DB` shows where. "
                 "`bottomless-wal reset --from-local DB` and `bottomless-wal snapshot DB` close it.",
+                expected=before,
+                actual=len(after),
             )
     return gone, base
 
@@ -127,20 +129,29 @@ def _require_sound(history: History, edges: Sequence[Edge], base: int, breathe: 
     found = history.stream(edge, chunk=_CHUNK, stored=True)
     if found is None:
         raise CorruptionError(
-            f"nothing was deleted: the snapshot of txid {base} is gone", hint="Another program deletes objects. Try again."
+            f"nothing was deleted: the snapshot of txid {base} is gone",
+            hint="Another program deletes objects. Try again.",
+            key=keys.segment_key(history.name, 0, base),
+            txid=base,
         )
     try:
         for _ in found.blocks():
             breathe()
     except CorruptionError as error:
-        raise CorruptionError(f"nothing was deleted: {error.message}", hint=error.hint) from error
+        raise error.copy(f"nothing was deleted: {error.message}") from error
     for after in edges:
         if after.pre == base:
             follows = history.header(after.pre, after.post)
             if follows is not None and not follows.reset and follows.pre_hash != found.header.post_hash:
+                key = keys.segment_key(history.name, *after[:2])
                 raise CorruptionError(
-                    f"nothing was deleted: {keys.segment_key(history.name, *after[:2])} does not follow {found.name}",
+                    f"nothing was deleted: {key} does not follow {found.name}",
                     hint="`bottomless-wal verify DB` shows what can still be restored.",
+                    key=key,
+                    other_key=found.name,
+                    txid=base,
+                    expected=found.header.post_hash,
+                    actual=follows.pre_hash,
                 )
 
 

@@ -79,4 +79,6 @@ def translated(destination: str) -> Iterator[None]:
         raise RestoreError(
             f"cannot restore to {destination}: {error.strerror or error}",
             hint=hint or "Nothing was changed. Check that the directory exists and can be written.",
+            path=destination,
+            code=errno.errorcode.get(error.errno or 0),
         ) from error

@@ -92,7 +92,10 @@ def txid_at(history: History, edges: Sequence[Edge], moment: datetime, *, width:
     """
     if not isinstance(moment, datetime):
         raise ConfigError(
-            f"{moment!r} is no datetime", hint="Such as datetime(2026, 11, 22, 10, 0, tzinfo=UTC); without a tzinfo it is in UTC."
+            f"{moment!r} is no datetime",
+            hint="Such as datetime(2026, 11, 22, 10, 0, tzinfo=UTC); without a tzinfo it is in UTC.",
+            option="timestamp",
+            actual=repr(moment),
         )
     moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
     limit = moment.timestamp() * 1000
@@ -111,6 +114,8 @@ def txid_at(history: History, edges: Sequence[Edge], moment: datetime, *, width:
         f"{history.name!r} has no state of {_text(moment)}: the earliest that can be restored is txid {first.txid}, "
         f"of {_text(moment_of(first))}",
         hint="Ask for a later moment. `bottomless-wal ls DB` shows what there is.",
+        expected=_text(moment),
+        actual=_text(moment_of(first)),
     )
 
 

@@ -303,7 +303,7 @@ class Worker:
         error = self._fatal or self._error
         if error is None:
             raise AssertionError("a failed ticket without an error")
-        fresh = type(error)(error.message, hint=error.hint)
+        fresh = error.copy()
         fresh.__cause__ = error.__cause__
         return fresh
 
@@ -462,9 +462,11 @@ class Worker:
     def _as_replication_error(self, failure: BottomlessError) -> BottomlessError:
         if isinstance(failure, ReplicationError | FencedError | ConflictError):
             return failure
-        error = ReplicationError(
+        error = failure.copy(
             f"commits to {self._local.path} stand, but are not stored: {failure.message}",
+            kind=ReplicationError,
             hint="They stay pending, and are sent with the next commit, flush() or open. Do not repeat the statement. " + failure.hint,
+            path=self._local.path,
         )
         error.__cause__ = failure
         return error

@@ -279,7 +279,9 @@ class Filler:
 
 def view_is_missing(path: str, failure: BottomlessError) -> ReplicationError:
     """What flush() raises when the log is complete and the page view is not."""
-    return ReplicationError(
+    return failure.copy(
         f"everything committed to {path} is in the log, but not all page objects are stored: {failure.message}",
+        kind=ReplicationError,
+        path=path,
         hint="Nothing is lost. They are put with the next flush(), or in the background. " + failure.hint,
     )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 import apsw
 
 from ..core.config import Config
-from ..core.errors import BottomlessError, ConfigError, FencedError, FilesLostError, ReplicationError
+from ..core.errors import BottomlessError, ConfigError, FencedError, ReplicationError
 from ..core.failpoints import reach
 from ..core.logs import get_logger
 from ..core.threads import has_exited, is_own_thread
@@ -180,7 +180,7 @@ class Replica:
             # What an outage leaves is sent later; what stands in lost files never is.
             failure = worker.fatal or worker.files_lost
             if failure is not None:
-                raise type(failure)(failure.message, hint=failure.hint)
+                raise failure.copy()
             return
         ticket = worker.submit()
         try:
@@ -280,7 +280,7 @@ class Replica:
                 self._at_work = False
         lost = self.worker.files_lost
         if lost is not None and was_pending:
-            raise FilesLostError(lost.message, hint=lost.hint)
+            raise lost.copy()
 
     def _close_local(self) -> None:
         drained = self._try("the worker", self.drain)

@@ -69,8 +69,11 @@ class Shape(NamedTuple):
 
 def main_file_lost(path: str, how: str) -> FilesLostError:
     """Return the error for a main file that was `how` ("deleted or replaced", "truncated") while connections have it open."""
-    return FilesLostError(
-        f"{path} was {how} while connections have it open: what they committed since the last acknowledged commit is not stored",
+    return FilesLostError.about(
+        path,
+        f"was {how} while connections have it open: what they committed since the last acknowledged commit is not stored",
+        joint=" ",
+        path=path,
         hint="If the file was moved, move it back. Else close every connection to it, in all processes, and open the path again: that "
         "restores the state in the bucket, unless the WAL that is left fits the file. So look before you repeat a statement.",
     )
@@ -212,8 +215,11 @@ class LocalDatabase:
                 self._sleep(0.02)
 
     def _cannot_look(self, cause: apsw.Error) -> ReplicationError:
-        return ReplicationError(
-            f"{self.path} could not be looked at for replication: {cause}",
+        return ReplicationError.about(
+            self.path,
+            f"could not be looked at for replication: {cause}",
+            joint=" ",
+            path=self.path,
             hint="What is committed stays pending. Check the file's permissions, the disk, and the limit of file descriptors.",
         )
 
@@ -384,7 +390,9 @@ class LocalDatabase:
         """
         first = self.page(tip, 1, None)
         if first is None or len(first) < 100 or not first.startswith(b"SQLite format 3\0"):
-            raise CorruptionError(f"{self.path} is not an SQLite database", hint="Open the right file, or move this one away.")
+            raise CorruptionError.about(
+                self.path, "is not an SQLite database", joint=" ", hint="Open the right file, or move this one away.", path=self.path
+            )
         page_size = 65536 if first[16:18] == b"\0\1" else int.from_bytes(first[16:18], "big")
         counter, stated = struct.unpack_from(">II", first, 24)
         if tip.frames and tip.header is not None:
@@ -394,8 +402,13 @@ class LocalDatabase:
         if stated == 0 or counter != struct.unpack_from(">I", first, 92)[0]:
             stated = actual  # a writer older than SQLite 3.7 left the size in the header behind
         if actual < stated:
-            raise CorruptionError(
-                f"{self.path} is cut short: {actual} pages of the {stated} that its header tells",
+            raise CorruptionError.about(
+                self.path,
+                f"is cut short: {actual} pages of the {stated} that its header tells",
+                joint=" ",
+                path=self.path,
+                expected=stated,
+                actual=actual,
                 hint=f"Restore it: `bottomless-wal restore --force {shlex.quote(self.path)}`.",
             )
         return Shape(page_size, stated, counter)

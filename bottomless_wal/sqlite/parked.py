@@ -47,11 +47,13 @@ class Parked:
         self._is_stored = is_stored
         self._raised: Callable[[], BaseException | None] = lambda: None
         if isinstance(error, BottomlessError):
-            self._kind, self._message, self._hint = type(error), error.message, error.hint
+            self._error: BottomlessError = error.copy()
         else:
-            self._kind = ReplicationError
-            self._message = f"the commit to {path} stands, but the wait until it is stored was ended by {error!r}"
-            self._hint = "It is sent in the background."
+            self._error = ReplicationError(
+                f"the commit to {path} stands, but the wait until it is stored was ended by {error!r}",
+                hint="It is sent in the background.",
+                path=path,
+            )
 
     def raised(self, error: BaseException, connection: apsw.Connection | None) -> None:
         """Note that `error` is about to be raised for this commit."""
@@ -78,12 +80,12 @@ class Parked:
 
     def copy(self) -> BottomlessError:
         """Return the error anew, as the WAL hook raises it in the statement that committed."""
-        return self._kind(self._message, hint=self._hint)
+        return self._error.copy()
 
     def late_copy(self, what: str) -> BottomlessError:
         """Return the error anew, for a use of the connection after that statement. `what` happened to this use."""
-        message = f"an earlier commit of this connection was not acknowledged: {self._message}"
-        return self._kind(message, hint=f"{what} {self._hint}".strip())
+        message = f"an earlier commit of this connection was not acknowledged: {self._error.message}"
+        return self._error.copy(message, hint=f"{what} {self._error.hint}".strip())
 
 
 class _Held:

@@ -218,6 +218,7 @@ def check_key(key: str) -> str:
         raise ConfigError(
             f"{key!r} is no name for an object",
             hint="A key has 1 to 1024 bytes of printable UTF-8 and no empty, '.' or '..' part between its slashes.",
+            key=key,
         )
     return key
 

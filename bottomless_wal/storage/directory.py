@@ -52,7 +52,9 @@ class DirectoryStore:
         parts = urllib.parse.urlsplit(config.endpoint)
         directory = urllib.parse.unquote(parts.path)
         if parts.scheme != "file" or not directory.startswith("/") or "\0" in directory:
-            raise ConfigError(f"{config.endpoint!r} names no directory", hint="Such as file:///srv/backup.")
+            raise ConfigError(
+                f"{config.endpoint!r} names no directory", hint="Such as file:///srv/backup.", option="endpoint", actual=config.endpoint
+            )
         self.stats = Stats()
         self._root = os.path.join(directory, config.bucket)
         self._create_bucket = config.create_bucket
@@ -71,8 +73,14 @@ class DirectoryStore:
             with open(fd, "rb", buffering=0) as file:
                 size = os.fstat(fd).st_size
                 if size > limit:
-                    raise CorruptionError(
-                        f"{key!r} in {self.describe()}: {size} bytes, where at most {limit} can be", hint="It is none of ours."
+                    raise CorruptionError.about(
+                        f"{key!r} in {self.describe()}",
+                        f"{size} bytes, where at most {limit} can be",
+                        hint="It is none of ours.",
+                        key=key,
+                        path=self._path(key),
+                        expected=limit,
+                        actual=size,
                     )
                 return self._taken(file.read())
 
@@ -158,7 +166,7 @@ class DirectoryStore:
 
     def _path(self, key: str) -> str:
         if check_key(key).split("/")[0] == _TEMPORARY:
-            raise ConfigError(f"{key!r} is no name for an object", hint=f"{_TEMPORARY!r} is for files that are being written.")
+            raise ConfigError(f"{key!r} is no name for an object", hint=f"{_TEMPORARY!r} is for files that are being written.", key=key)
         return os.path.join(self._root, key)
 
     def _open(self, key: str) -> int | None:
@@ -173,7 +181,14 @@ class DirectoryStore:
         if not stat.S_ISREG(mode):
             os.close(fd)
             if not stat.S_ISDIR(mode):
-                raise StoreError(f"{key!r} in {self.describe()} is no file", hint="Remove it: it is none of ours.")
+                raise StoreError.about(
+                    f"{key!r} in {self.describe()}",
+                    "is no file",
+                    joint=" ",
+                    hint="Remove it: it is none of ours.",
+                    key=key,
+                    path=self._path(key),
+                )
             return None
         return fd
 
@@ -245,6 +260,8 @@ class DirectoryStore:
             raise StoreError(
                 f"{self.describe()} does not exist",
                 hint="Is the disk mounted? create_bucket=1 (LIBSQL_BOTTOMLESS_CREATE_BUCKET=1) has it made.",
+                path=self._root,
+                code="NoSuchBucket",
             )
 
     def _walk(self, above: str, prefix: str, after: str) -> Iterator[Entry]:
@@ -283,7 +300,14 @@ class DirectoryStore:
             yield
         except OSError as error:
             what = f"{verb} {key!r} in {self.describe()}" if key else f"{verb} {self.describe()}"
-            raise StoreError(f"{what}: {error.strerror or error}", hint=_HINTS.get(error.errno or 0, "")) from error
+            raise StoreError.about(
+                what,
+                error.strerror or str(error),
+                hint=_HINTS.get(error.errno or 0, ""),
+                key=key or None,
+                path=os.path.join(self._root, key) if key else self._root,
+                code=errno.errorcode.get(error.errno or 0),
+            ) from error
 
 
 def _make_all(directory: str) -> None:

@@ -66,16 +66,16 @@ class Retrier:
         if self._closed:
             self._closing.set()
 
-    def run(self, what: str, attempt: Callable[[], R]) -> R:
+    def run(self, what: str, attempt: Callable[[], R], *, key: str | None = None) -> R:
         """The answer of `attempt()`, which is repeated while it raises `TransientError` and time is left.
 
         Raises:
-            StoreError: what `attempt` raised, the time is over, or the store was closed. `what` names the request.
+            StoreError: what `attempt` raised, the time is over, or the store was closed. `what` names the request, `key` its object.
         """
         start = self._clock()
         end = _deadline.get()
         if end is not None and start >= end:
-            raise StoreError(f"{what}: the time that was set for it is over", hint="Try again with more time.")
+            raise StoreError.about(what, "the time that was set for it is over", key=key, hint="Try again with more time.")
         if end is None and self._timeout > 0:
             end = start + self._timeout
         token = _attempt_end.set(end)
@@ -93,9 +93,13 @@ class Retrier:
         except TransientError as error:
             attempts = state.statistics["attempt_number"]
             effort = f"{self._clock() - start:.1f} s and {attempts} attempt{'s' if attempts > 1 else ''}"
-            raise StoreError(
-                f"{what}: given up after {effort}: {_cause(error, what)}",
+            reason = f"given up after {effort}: {error.reason}"
+            raise error.copy(
+                f"{what}: {reason}",
+                kind=StoreError,
                 hint=error.hint or f"Is {self._where} up and reachable from here? retry_timeout sets how long it is tried.",
+                reason=reason,
+                key=error.key or key,
             ) from error
         finally:
             _attempt_end.reset(token)
@@ -161,7 +165,7 @@ class Retrier:
     def _retrying(self, what: str, state: tenacity.RetryCallState) -> None:
         self._stats.retry()
         error = state.outcome and state.outcome.exception()
-        cause = _cause(error, what) if isinstance(error, TransientError) else error
+        cause = error.reason if isinstance(error, TransientError) else error
         logger.info("%s: attempt %d failed, again in %.2f s: %s", what, state.attempt_number, state.upcoming_sleep, cause)
 
     def _wait(self, seconds: float) -> None:
@@ -169,8 +173,3 @@ class Retrier:
             self._sleep(seconds)
         else:
             self._closing.wait(seconds)
-
-
-def _cause(error: TransientError, what: str) -> str:
-    """The message without the request's name, which is said already."""
-    return error.message.removeprefix(f"{what}: ")

@@ -23,7 +23,6 @@ from .base import Entry, Receipt, Stats, check_key, parts
 from .retry import Retrier
 from .s3_client import Answer, Connection
 from .s3_create import Creator
-from .s3_errors import code_of, status_of
 
 __all__ = ["S3Store"]
 
@@ -76,15 +75,26 @@ class S3Store:
             with contextlib.closing(answer.fields["Body"]) as body:
                 length = answer.fields.get("ContentLength")
                 if length is not None and length > limit:
-                    raise CorruptionError(f"{what}: {length} bytes, where at most {limit} can be", hint="It is none of ours.")
+                    raise CorruptionError.about(
+                        what,
+                        f"{length} bytes, where at most {limit} can be",
+                        hint="It is none of ours.",
+                        key=key,
+                        expected=limit,
+                        actual=length,
+                    )
                 data = self._connection.take(body, limit + 1 if length is None else length, what)
             if length is None and len(data) > limit:
-                raise CorruptionError(f"{what}: more than the {limit} bytes that can be", hint="It is none of ours.")
+                raise CorruptionError.about(
+                    what, f"more than the {limit} bytes that can be", hint="It is none of ours.", key=key, expected=limit, actual=len(data)
+                )
             if length is not None and len(data) != length:
-                raise TransientError(f"{what}: the answer ended after {len(data)} of {length} bytes")
+                raise TransientError.about(
+                    what, f"the answer ended after {len(data)} of {length} bytes", key=key, expected=length, actual=len(data)
+                )
             return data
 
-        return self._retrier.run(what, attempt)
+        return self._retrier.run(what, attempt, key=key)
 
     def read(self, key: str, start: int, length: int) -> bytes | None:
         if start < 0 or length < 0:
@@ -101,7 +111,7 @@ class S3Store:
             with contextlib.closing(answer.fields["Body"]) as body:
                 first, end, size = _extent(answer.fields, what)
                 if first > start or end < min(start + length, size):
-                    raise TransientError(f"{what}: asked for {wanted}, answered with bytes {first} to {end - 1} of {size}")
+                    raise TransientError.about(what, f"asked for {wanted}, answered with bytes {first} to {end - 1} of {size}", key=key)
                 skip = start - first
                 while skip > 0:  # a server that does not know ranges sends the object from its beginning
                     skipped = len(self._connection.take(body, min(skip, _SKIP), what))
@@ -111,10 +121,12 @@ class S3Store:
                 count = max(0, min(start + length, end) - start)
                 data = self._connection.take(body, count, what) if count else b""
             if len(data) != count:
-                raise TransientError(f"{what}: the answer ended after {len(data)} of {count} bytes")
+                raise TransientError.about(
+                    what, f"the answer ended after {len(data)} of {count} bytes", key=key, expected=count, actual=len(data)
+                )
             return data
 
-        return self._retrier.run(what, attempt)
+        return self._retrier.run(what, attempt, key=key)
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Entry]:
         last, token, seen, idle = after, "", "", 0
@@ -123,15 +135,20 @@ class S3Store:
             rows = page.get("Contents") or ()
             idle = 0 if rows and rows[-1]["Key"] > seen else idle + 1
             if idle > _IDLE_PAGES:
-                raise StoreError(f"{self._what('LIST', prefix)}: {idle} answers without a new key, and the server says there is more")
+                raise StoreError.about(
+                    self._what("LIST", prefix), f"{idle} answers without a new key, and the server says there is more", key=seen or None
+                )
             for row in rows:
                 seen = key = row["Key"]
                 if key <= after or not key.startswith(prefix):
                     continue  # a server that does not know StartAfter
                 if key <= last and last != after:
-                    raise StoreError(
-                        f"{self._what('LIST', prefix)}: {key!r} came after {last!r}",
+                    raise StoreError.about(
+                        self._what("LIST", prefix),
+                        f"{key!r} came after {last!r}",
                         hint="This server does not list in the order of the keys, which is relied upon: use another.",
+                        key=key,
+                        other_key=last,
                     )
                 last = key
                 yield Entry(key, int(row["Size"]), row["LastModified"].timestamp())
@@ -139,7 +156,7 @@ class S3Store:
                 return
             previous, token = token, page.get("NextContinuationToken") or ""
             if token in ("", previous):
-                raise StoreError(f"{self._what('LIST', prefix)}: the server says there is more, but not how to get it")
+                raise StoreError.about(self._what("LIST", prefix), "the server says there is more, but not how to get it")
 
     def _page(self, prefix: str, after: str, token: str, size: int = 1000) -> dict[str, Any]:
         what = self._what("LIST", prefix)
@@ -149,7 +166,7 @@ class S3Store:
             fields = self._ask("list", what, "list_objects_v2", Prefix=prefix, MaxKeys=size, **where).fields
             if "IsTruncated" not in fields:
                 # An empty listing is a statement that people's data depends on: it must be one of S3, not any page in XML.
-                raise TransientError(f"{what}: the answer is no listing", hint="Is the endpoint an S3 server's?")
+                raise TransientError.about(what, "the answer is no listing", hint="Is the endpoint an S3 server's?")
             return fields
 
         return self._retrier.run(what, attempt)
@@ -158,7 +175,7 @@ class S3Store:
 
     def put(self, key: str, data: bytes) -> Receipt:
         what = self._what("PUT", check_key(key))
-        return self._retrier.run(what, lambda: Receipt(True, self._connection.put("put", what, key, data).date))
+        return self._retrier.run(what, lambda: Receipt(True, self._connection.put("put", what, key, data).date), key=key)
 
     def create(self, key: str, data: bytes) -> Receipt:
         return self._creator.create(self._what("PUT (create)", check_key(key)), key, data)
@@ -171,7 +188,7 @@ class S3Store:
             data = beginning[0] if beginning else b""
             self.put(key, data)
             return len(data)
-        upload: dict[str, Any] = {"Key": key, "UploadId": self._retrier.run(what, lambda: self._begin(what, key))}
+        upload: dict[str, Any] = {"Key": key, "UploadId": self._retrier.run(what, lambda: self._begin(what, key), key=key)}
         try:
             sent: list[tuple[_Part, int]] = list(
                 ordered(
@@ -190,20 +207,22 @@ class S3Store:
     def _begin(self, what: str, key: str) -> str:
         fields = self._ask("begin", what, "create_multipart_upload", Key=key).fields
         if not fields.get("UploadId"):
-            raise TransientError(f"{what}: the answer begins no upload", hint="Is the endpoint an S3 server's?")
+            raise TransientError.about(what, "the answer begins no upload", hint="Is the endpoint an S3 server's?")
         return str(fields["UploadId"])
 
     def _part(self, what: str, upload: dict[str, Any], number: int, data: bytes) -> tuple[_Part, int]:
         if number > _MOST_PARTS:
-            raise StoreError(f"{what}: more than {_MOST_PARTS} parts of {len(data)} bytes", hint="Make smaller transactions.")
+            raise StoreError.about(
+                what, f"more than {_MOST_PARTS} parts of {len(data)} bytes", hint="Make smaller transactions.", key=upload["Key"]
+            )
 
         def attempt() -> _Part:
             fields = self._ask("part", what, "upload_part", PartNumber=number, data=data, **upload).fields
             if not fields.get("ETag"):
-                raise TransientError(f"{what}: the answer to part {number} is not one of S3", hint="Is the endpoint an S3 server's?")
+                raise TransientError.about(what, f"the answer to part {number} is not one of S3", hint="Is the endpoint an S3 server's?")
             return {"PartNumber": number, "ETag": fields["ETag"]}
 
-        return self._retrier.run(what, attempt), len(data)
+        return self._retrier.run(what, attempt, key=upload["Key"]), len(data)
 
     def _complete(self, what: str, upload: dict[str, Any], done: Iterable[_Part], size: int) -> None:
         """Ends the upload; that the object is there, and whole, is seen, not concluded."""
@@ -223,10 +242,12 @@ class S3Store:
             seen = self._ask("head", what, "head_object", Key=upload["Key"], expected={"404"})
             found = None if seen.refusal else seen.fields.get("ContentLength")
             if found != size:
-                raise TransientError(f"{what}: {size} bytes were uploaded, {'nothing' if found is None else found} is there")
+                raise TransientError.about(
+                    what, f"{size} bytes were uploaded, {'nothing' if found is None else found} is there", expected=size, actual=found
+                )
 
-        self._retrier.run(what, complete)
-        self._retrier.run(what, check)
+        self._retrier.run(what, complete, key=upload["Key"])
+        self._retrier.run(what, check, key=upload["Key"])
 
     def _abort(self, what: str, upload: dict[str, Any]) -> None:
         def attempt() -> None:
@@ -247,7 +268,7 @@ class S3Store:
 
     def _delete_one(self, key: str) -> None:
         what = self._what("DELETE", check_key(key))
-        self._retrier.run(what, lambda: self._ask("delete", what, "delete_object", Key=key, expected={"NoSuchKey"}))
+        self._retrier.run(what, lambda: self._ask("delete", what, "delete_object", Key=key, expected={"NoSuchKey"}), key=key)
 
     def _delete_many(self, batch: _Keys) -> _Keys:
         """Deletes what it can in one request; the keys that have to be deleted one by one."""
@@ -260,7 +281,7 @@ class S3Store:
             except StoreError as error:
                 # Some servers do not know this request, or want a checksum of another kind with it. Bucket and permissions
                 # are looked at by the single deletes, too.
-                if isinstance(error, TransientError) or status_of(error.__cause__) not in (400, 405, 411, 501):
+                if error.is_transient or error.status not in (400, 405, 411, 501):
                     raise
                 logger.info("%s deletes only single objects: %s", self.describe(), error.message)
                 self._bulk_delete = False
@@ -281,7 +302,7 @@ class S3Store:
         try:
             status = self._retrier.run(what, lambda: self._ask("versioning", what, "get_bucket_versioning").fields.get("Status"))
         except StoreError as error:
-            if status_of(error.__cause__) not in _UNKNOWN_STATUS:
+            if error.is_transient or error.status not in _UNKNOWN_STATUS:
                 raise
             logger.info("%s: %s", what, error.message)
             return None
@@ -291,7 +312,7 @@ class S3Store:
         try:
             self._page("", "", "", size=1)
         except StoreError as error:
-            if not self._config.create_bucket or code_of(error.__cause__) != "NoSuchBucket":
+            if not self._config.create_bucket or error.code != "NoSuchBucket":
                 raise
             self._make_bucket()
             self._page("", "", "", size=1)
@@ -345,5 +366,5 @@ def _extent(fields: dict[str, Any], what: str) -> tuple[int, int, int]:
             return int(first), int(last) + 1, int(size)
         length = int(fields["ContentLength"])
     except (KeyError, TypeError, ValueError):
-        raise TransientError(f"{what}: it cannot be told which bytes the answer holds ({span!r})") from None
+        raise TransientError.about(what, f"it cannot be told which bytes the answer holds ({span!r})") from None
     return 0, length, length

@@ -102,7 +102,7 @@ class Connection:
             refusal = next((name for name in (code_of(error), str(status_of(error))) if name in expected), None)
             if refusal is not None and isinstance(error, ClientError):
                 return Answer({}, refusal, date)
-            told = translated(error, what)
+            told = translated(error, what, parameters.get("Key"))
             # What no header can carry is a part of the credentials, and botocore repeats it.
             raise told from None if has_secret(error) else error
         headers = fields["ResponseMetadata"]["HTTPHeaders"]
@@ -110,7 +110,9 @@ class Connection:
             # A portal's page must pass neither for an object that is damaged nor for one that is there.
             if "Body" in fields:
                 fields["Body"].close()
-            raise TransientError(f"{what}: the answer is a page in HTML", hint="Is the endpoint an S3 server's?")
+            raise TransientError.about(
+                what, "the answer is a page in HTML", hint="Is the endpoint an S3 server's?", key=parameters.get("Key")
+            )
         return Answer(fields, "", self._dated(headers))
 
     def put(self, kind: str, what: str, key: str, data: bytes, *, expected: Iterable[str] = (), **more: str) -> Answer:
@@ -119,7 +121,7 @@ class Connection:
         headers = answer.fields.get("ResponseMetadata", {}).get("HTTPHeaders", {})
         if not answer.refusal and not _of_s3(headers):
             # A portal or a misdirected proxy may say 200 to everything. What it says is no proof that anything is stored.
-            raise TransientError(f"{what}: the answer is not one of S3", hint="Is the endpoint an S3 server's?")
+            raise TransientError.about(what, "the answer is not one of S3", hint="Is the endpoint an S3 server's?", key=key)
         return answer
 
     def take(self, body: Any, count: int, what: str) -> bytes:
@@ -176,7 +178,9 @@ class Connection:
                     setattr(self, name, make(self._config, self._remaining))
                 except ValueError as error:
                     hint = "An endpoint is such as http://localhost:9000, or aws."
-                    raise ConfigError(f"{self._config.endpoint!r} is no endpoint: {error}", hint=hint) from error
+                    raise ConfigError(
+                        f"{self._config.endpoint!r} is no endpoint: {error}", hint=hint, option="endpoint", actual=self._config.endpoint
+                    ) from error
                 except BotoCoreError as error:
                     raise translated(error, "setting up boto3") from error
                 except (ImportError, OSError) as error:

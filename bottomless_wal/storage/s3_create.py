@@ -34,7 +34,6 @@ from ..core.threads import fork_aware
 from .base import Receipt
 from .retry import Retrier
 from .s3_client import Answer, Connection
-from .s3_errors import status_of
 
 __all__ = ["PROBE_SECONDS", "Creator"]
 
@@ -104,7 +103,7 @@ class Creator:
 
         can_cover = mode.honoured and not mode.versioned
         try:
-            answer = self._retrier.run(what, attempt)
+            answer = self._retrier.run(what, attempt, key=key)
         except BaseException:
             if can_cover:
                 self._doubt(key, data)
@@ -132,7 +131,7 @@ class Creator:
             if key not in self._doubts:
                 return
             what = f"HEAD {key!r} in {self._where}"
-            seen = self._retrier.run(what, lambda: self._ask("head", what, "head_object", key, expected={"404"}))
+            seen = self._retrier.run(what, lambda: self._ask("head", what, "head_object", key, expected={"404"}), key=key)
             # Without a version the condition held. The doubt stays: the lost attempt may still be on its way.
             if not seen.refusal and _version(seen):
                 self._resolve(what, key)
@@ -168,7 +167,7 @@ class Creator:
             # A 412 at the first of the two is an earlier attempt's doing, and as good a proof.
             honoured = self._retrier.run(what, lambda: any(put(IfNoneMatch="*") for _ in range(2)))
         except StoreError as error:
-            if status_of(error.__cause__) not in (400, 501):
+            if error.is_transient or error.status not in (400, 501):
                 raise
             # Only where the same write without the condition is accepted is it the condition that the server refuses.
             self._retrier.run(what, put)
@@ -228,11 +227,11 @@ class Creator:
             try:
                 alone = self._uncover(what, key, self._doubts[key])
             except StoreError as error:
-                raise StoreError(
-                    f"{what}: versioning was switched on in this bucket, and the server ignores If-None-Match there; it cannot be told "
-                    f"whether this write covers a rival's object: {error.message.removeprefix(f'{what}: ')}",
-                    hint=_HINT,
-                ) from error
+                reason = (
+                    "versioning was switched on in this bucket, and the server ignores If-None-Match there; it cannot be told "
+                    f"whether this write covers a rival's object: {error.reason}"
+                )
+                raise error.copy(f"{what}: {reason}", kind=StoreError, hint=_HINT, reason=reason, key=key) from error
         del self._doubts[key]
         return alone
 
@@ -261,13 +260,13 @@ class Creator:
                 "versions", what, "list_object_versions", parameters={"Prefix": key, "MaxKeys": _MOST_VERSIONS}
             ).fields
             if "IsTruncated" not in fields:
-                raise TransientError(f"{what}: the answer is not a listing of versions", hint="Is the endpoint an S3 server's?")
+                raise TransientError.about(what, "the answer is not a listing of versions", hint="Is the endpoint an S3 server's?")
             return fields
 
-        fields = self._retrier.run(what, attempt)
+        fields = self._retrier.run(what, attempt, key=key)
         rows = [row for row in fields.get("Versions") or () if row["Key"] == key]
         if fields["IsTruncated"] and len(rows) >= _MOST_VERSIONS:
-            raise StoreError(f"{what}: the key has more than {_MOST_VERSIONS} versions")
+            raise StoreError.about(what, f"the key has more than {_MOST_VERSIONS} versions", key=key)
         markers = [row["LastModified"] for row in fields.get("DeleteMarkers") or () if row["Key"] == key]
         # Times may be in whole seconds: a version as old as the marker counts, for it may be a rival's.
         since = max(markers, default=None)
@@ -284,14 +283,14 @@ class Creator:
             with contextlib.closing(answer.fields["Body"]) as body:
                 data = self._connection.take(body, size, what)
             if len(data) != size:
-                raise TransientError(f"{what}: the answer ended after {len(data)} of {size} bytes")
+                raise TransientError.about(what, f"the answer ended after {len(data)} of {size} bytes", expected=size, actual=len(data))
             return data
 
-        data = self._retrier.run(what, attempt)
+        data = self._retrier.run(what, attempt, key=key)
         return (size, hashlib.sha256(data).digest()) in attempts
 
     def _delete(self, what: str, key: str, expected: Iterable[str], **version: str) -> None:
-        self._retrier.run(what, lambda: self._ask("delete", what, "delete_object", key, expected=expected, **version))
+        self._retrier.run(what, lambda: self._ask("delete", what, "delete_object", key, expected=expected, **version), key=key)
 
     def _ask(self, kind: str, what: str, method: str, key: str, *, expected: Iterable[str] = (), **parameters: str) -> Answer:
         return self._connection.request(kind, what, method, expected=expected, parameters={"Key": key, **parameters})

@@ -24,7 +24,7 @@ from botocore.exceptions import (
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
-from ..core.errors import StoreError, TransientError
+from ..core.errors import Details, StoreError, TransientError
 
 __all__ = ["FAILURES", "code_of", "has_secret", "headers_of", "status_of", "translated"]
 
@@ -112,40 +112,45 @@ def has_secret(error: BaseException) -> bool:
     return not isinstance(error, ClientError) and any(sign in str(error) for sign in ("header value", "codec can't encode"))
 
 
-def translated(error: BaseException, what: str) -> StoreError:
-    """Our error for one of `FAILURES`. `what` names the request, its key and the store.
+def translated(error: BaseException, what: str, key: str | None = None) -> StoreError:
+    """Our error for one of `FAILURES`. `what` names the request, its key and the store; `key` is the key of the one object it is about.
 
     Only ever called with the error of one attempt: whether it is repeated is decided by the class that comes out.
     """
     if isinstance(error, ClientError):
-        return _refused(error, what)
+        return _refused(error, what, key)
     if has_secret(error):
-        return StoreError(f"{what}: the credentials hold a character that no HTTP header can, such as a line's end", hint=_CREDENTIALS)
+        cause = "the credentials hold a character that no HTTP header can, such as a line's end"
+        return StoreError.about(what, cause, key=key, hint=_CREDENTIALS)
     cause = " ".join(str(error).split()) or type(error).__name__
+    code = type(error).__name__
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return StoreError(f"{what}: {cause}", hint=_CREDENTIALS)
+        return StoreError.about(what, cause, key=key, hint=_CREDENTIALS, code=code)
     if isinstance(error, SSLError) and any(sign in cause for sign in _CERTIFICATE):
-        return StoreError(f"{what}: {cause}", hint=_OTHER_NAME if "match" in cause else _AUTHORITY)
+        return StoreError.about(what, cause, key=key, hint=_OTHER_NAME if "match" in cause else _AUTHORITY, code=code)
     if isinstance(error, CredentialRetrievalError):
-        return TransientError(f"{what}: {cause}", hint=_CREDENTIALS)
+        return TransientError.about(what, cause, key=key, hint=_CREDENTIALS, code=code)
     if isinstance(error, ResponseParserError):
-        return TransientError(f"{what}: the answer is not one of S3: {cause[:200]}", hint="Is the endpoint an S3 server's?")
+        cause = f"the answer is not one of S3: {cause[:200]}"
+        return TransientError.about(what, cause, key=key, hint="Is the endpoint an S3 server's?", code=code)
     if isinstance(error, HTTPClientError | BotoConnectionError | IncompleteReadError | HTTPError | OSError):
-        return TransientError(f"{what}: {cause}")
-    return StoreError(f"{what}: {cause}", hint="Check endpoint, bucket and boto3's own settings.")
+        return TransientError.about(what, cause, key=key, code=code)
+    return StoreError.about(what, cause, key=key, hint="Check endpoint, bucket and boto3's own settings.", code=code)
 
 
-def _refused(error: ClientError, what: str) -> StoreError:
+def _refused(error: ClientError, what: str, key: str | None) -> StoreError:
     code, status = code_of(error), status_of(error)
     message = " ".join(str(_answer(error, "Error").get("Message") or "").split())[:300]
-    text = f"{what}: {' '.join(part for part in (str(status or ''), code, message) if part)}"
+    reason = " ".join(part for part in (str(status or ""), code, message) if part)
+    known: Details = {"key": key, "status": status or None, "code": code or None}
     hint = _HINTS.get(code, "")
     if status == 403 or code in ("AccessDenied", "InvalidToken"):
-        return StoreError(text, hint=hint or _DENIED)
+        return StoreError.about(what, reason, hint=hint or _DENIED, **known)
     if code in _TRANSIENT:
-        return TransientError(text, hint=hint)
+        return TransientError.about(what, reason, hint=hint, **known)
     if code in _HINTS:
-        return StoreError(text, hint=hint)
+        return StoreError.about(what, reason, hint=hint, **known)
     if status in _TRANSIENT_STATUS or (status >= 500 and status != _NOT_IMPLEMENTED):
-        return TransientError(text)
-    return StoreError(text, hint="Check endpoint and bucket." if status in (301, 302, 307, 308, 400, 404, 405) else "")
+        return TransientError.about(what, reason, **known)
+    hint = "Check endpoint and bucket." if status in (301, 302, 307, 308, 400, 404, 405) else ""
+    return StoreError.about(what, reason, hint=hint, **known)

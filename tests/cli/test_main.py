@@ -16,6 +16,7 @@ import bottomless_wal
 from bottomless_wal import admin
 from bottomless_wal.cli import main as commands
 from bottomless_wal.cli.main import main
+from bottomless_wal.cli.output import as_json
 from bottomless_wal.core.config import ENV_PREFIX
 from tests.support.stored_database import COMMITS, Cli, Shop
 
@@ -66,6 +67,13 @@ def test_help_is_quick_and_complete() -> None:
         assert f"  {name} " in result.output
         assert CliRunner().invoke(main, [name, "--help"]).exit_code == 0
     assert bottomless_wal.__version__ in CliRunner().invoke(main, ["--version"]).output
+
+
+def test_enums_are_their_strings_in_json() -> None:
+    assert json.loads(as_json(admin.Problem(admin.ProblemKind.NO_LOG, "k", "m")))["kind"] == "no-log"
+    assert json.loads(as_json(admin.Check("clock", admin.CheckState.OK, "d")))["state"] == "ok"
+    seen = admin.Inspection("/p", "n", "s", None, None, None, None, False, "in words", admin.Relation.NO_FILE)
+    assert list(json.loads(as_json(seen))) == ["path", "name", "store", "size", "local", "pending", "head", "in_step", "relation"]
 
 
 def test_ls(shop: Shop, cli: Cli) -> None:

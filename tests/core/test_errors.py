@@ -66,3 +66,50 @@ def test_errors_can_be_sent_to_another_process(kind: type[BottomlessError]) -> N
     error = pickle.loads(pickle.dumps(kind("what happened", hint="What to do.")))
     assert type(error) is kind
     assert (error.message, error.hint) == ("what happened", "What to do.")
+
+
+DETAILS: errors.Details = {
+    "reason": "why",
+    "key": "app.db-wal/1",
+    "other_key": "app.db-wal/2",
+    "path": "/app.db",
+    "txid": 7,
+    "expected": 1,
+    "actual": 0,
+    "option": "ack",
+    "status": 503,
+    "code": "SlowDown",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attributes_survive_a_copy_and_a_pickle(kind: type[BottomlessError]) -> None:
+    error = kind("what happened", hint="What to do.", **DETAILS)
+    for other in (error, error.copy(), pickle.loads(pickle.dumps(error)), error.copy().copy()):
+        assert type(other) is kind
+        assert (other.message, other.hint) == ("what happened", "What to do.")
+        assert {name: getattr(other, name) for name in DETAILS} == DETAILS
+        assert other.__traceback__ is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attributes_that_are_not_known_are_none(kind: type[BottomlessError]) -> None:
+    error = kind("what happened")
+    assert error.reason == "what happened"
+    assert all(getattr(error, name) is None for name in DETAILS if name != "reason")
+    assert error.is_transient is (kind is TransientError)
+
+
+def test_an_error_that_another_one_caused_has_its_attributes() -> None:
+    cause = TransientError.about("PUT k", "503 SlowDown", key="k", status=503, code="SlowDown", hint="Wait.")
+    assert (cause.message, cause.reason) == ("PUT k: 503 SlowDown", "503 SlowDown")
+    error = cause.copy("the commit is not stored", kind=ReplicationError, txid=7)
+    assert type(error) is ReplicationError
+    assert (error.message, error.reason, error.hint) == ("the commit is not stored", "the commit is not stored", "Wait.")
+    assert (error.key, error.status, error.code, error.txid, error.is_transient) == ("k", 503, "SlowDown", 7, True)
+
+
+def test_the_module_describes_every_attribute() -> None:
+    assert errors.__doc__ is not None
+    for name in ("message", "hint", *errors.Details.__annotations__):
+        assert f"\n    {name} " in errors.__doc__

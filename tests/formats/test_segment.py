@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bottomless_wal.core.errors import CorruptionError
-from bottomless_wal.formats import segment
+from bottomless_wal.formats import segment, segment_header
 from bottomless_wal.formats.page import Page
 from bottomless_wal.formats.segment import Body, Commit, Header, decode, decode_header, encode, encode_block, encode_blocks, read_body
 from bottomless_wal.formats.wal import Position
@@ -116,7 +116,7 @@ def test_any_bytes_are_refused(data: bytes) -> None:
 
 @given(st.data())
 def test_any_tables_are_read_or_refused(data: st.DataObject) -> None:
-    raw = data.draw(st.one_of(st.binary(min_size=1, max_size=120), st.just(segment._pack_tables(header(SMALL, 512)))))
+    raw = data.draw(st.one_of(st.binary(min_size=1, max_size=120), st.just(segment_header.pack_tables(header(SMALL, 512)))))
     raw = patch(raw, data.draw(st.integers(0, len(raw) - 1)), data.draw(st.binary(max_size=4)))
     outcome = attempt(lambda: everything(with_tables(small(), raw)))
     assert isinstance(outcome, CorruptionError) or outcome[1] == SMALL
@@ -213,7 +213,7 @@ def test_bombs_in_the_tables_are_refused_without_memory() -> None:
 
 
 def test_tables_end_where_they_say() -> None:
-    raw = segment._pack_tables(header(SMALL, 512))
+    raw = segment_header.pack_tables(header(SMALL, 512))
     assert everything(with_tables(small(), raw))[1] == SMALL
     for forged in (raw + b"\0", raw[:-1], raw[:4], raw[:3]):
         with pytest.raises(CorruptionError):
@@ -239,7 +239,7 @@ def test_blocks_beyond_the_limit_are_refused_by_the_header_alone() -> None:
 
 def test_the_name_of_a_body_is_ascii_and_stays_below_the_log() -> None:
     made = header(SMALL, 512, body=body_of(SMALL, 512, "body/0123")[1])
-    raw = segment._pack_tables(made)
+    raw = segment_header.pack_tables(made)
     assert decode(with_tables(encode(made), raw), name=NAME).header == made
     for name in (b"body/\xff123", b"../../012", b"/body/012"):
         with pytest.raises(CorruptionError):
@@ -386,7 +386,7 @@ def test_rows_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     position = Position(1, 2, 3, 4, 5)
     many = header(SMALL, 512, positions=(position,) * 2000)
     assert everything(small(positions=many.positions))[0] == many
-    monkeypatch.setattr(segment, "MAX_ROWS", 1999)
+    monkeypatch.setattr(segment_header, "MAX_ROWS", 1999)
     with pytest.raises(ValueError, match="2000 positions"):
         small(positions=many.positions)
 
