@@ -1,7 +1,7 @@
 """The local index: what of this database is already in the log, kept in `<db>-bottomless` beside it.
 
 Like SQLite's `-shm` it is only a cache: when it is missing, stale, dirty or damaged, one scan of the database rebuilds it.
-Its file is also the replicator's lock between threads and processes. The bytes are told by `index_format`.
+Its file is also the replicator's lock between threads and processes. The bytes are told by `index_header`.
 
 Invariants:
 
@@ -10,7 +10,7 @@ Invariants:
   header of txid with intents: the stored segment is then adopted, which writes them again.
 * Whoever reads or writes holds the lock; but for the *seal*, which a WAL restart leaves behind while it holds SQLite's write lock,
   and that lock alone: it must never wait for an upload. Plain pread and pwrite: a truncated mapping would kill the process.
-* An identity of the main file is settled (see `index_format`) only if this file was touched, and seen to be of a later tick, before
+* An identity of the main file is settled (see `index_header`) only if this file was touched, and seen to be of a later tick, before
   the main file's timestamps were read.
 * Nothing here is needed for correctness, and so nothing is synced but at a clean close: after a power loss the boot id differs.
 """

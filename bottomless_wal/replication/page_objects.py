@@ -1,7 +1,7 @@
 """The page view: the latest committed content of every page, one object each, written behind the log.
 
     commit n stored, ack=pages ──► put its pages, n = view txid ──► (killed, or failed, in between: n joins the backlog)
-    ack=log, ack=local         ──► filled in turns, beside the commits (`filler`), or at a checkpoint (pages=checkpoint)
+    ack=log, ack=local         ──► filled in turns, beside the commits (`page_object_writer`), or at a checkpoint (pages=checkpoint)
     initial, reset             ──► backlog of the whole database, filled in the background
 
 Invariants:
@@ -10,7 +10,7 @@ Invariants:
   segment. A page that has changed locally since is passed over, and stays due: the commit that carries the change puts it, or, if it
   was changed back before it was stored, so that no commit carries it, a later turn does.
 * One operation per key at a time: whoever puts or deletes page objects holds the *view lock*, `<db>-bottomless-view`, taken before the
-  index's. A turn of `Filler` lets go of the index while its requests are under way, so that commits go on.
+  index's. A turn of `page_object_writer` lets go of the index while its requests are under way, so that commits go on.
 * "The view is complete up to v" (`IndexHeader.view_complete`) means: the object of every page that has not changed since v is current.
   It is never claimed early. The log alone is authoritative.
 * Objects past the end of a shrunken database are swept later, off the commit path, where a late DELETE cannot hit a page that

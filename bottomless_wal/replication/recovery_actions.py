@@ -143,7 +143,7 @@ class Actions:
 
     def fast_forward(self, found: Situation) -> IndexHeader:
         """Replace the local file, which is at `found.earlier` (None: a fast-forward was cut off, so it is not known), by the head."""
-        # By its hash the index now says that this is an earlier state (see `placing`): the place in the WAL, which may be all that told
+        # By its hash the index now says that this is an earlier state (see `lineage`): the place in the WAL, which may be all that told
         # it, goes before the file does.
         txid, state = found.earlier, found.local.state
         self.local.close()

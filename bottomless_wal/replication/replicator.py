@@ -7,10 +7,10 @@ A batch goes through these states; whoever is killed between two of them leaves 
     intend    post hash and a random attempt number join the intents   killed after: the next batch looks at the log first
     put       one create-only segment                                  killed after: the stored segment is ours by its intent: adopted
     record    page hashes, then the index's header                     killed between: as before
-    view      page objects (`pageview`), then the view txid            killed within: the backlog is put by the next batch
+    view      page objects (`page_objects`), then the view txid        killed within: the backlog is put by the next batch
 
-Two rules carry the rest. *A position proves itself* (`standing`), or everything is scanned. *Own attempts are told by attempt number and
-content* (`fencing`); anything else under the next key is a rival's. The number is drawn anew for each attempt with new content. So a
+Two rules carry the rest. *A position proves itself* (`wal_position`), or everything is scanned. *Own attempts are told by attempt number
+and content* (`fencing`); anything else under the next key is a rival's. The number is drawn anew for each attempt with new content. So a
 second machine that makes the same change at the same moment is a rival, and a copied directory shares with its original only the attempts
 made before the copy: those of one and the same commit.
 """
@@ -289,8 +289,7 @@ class Replicator:
         self.on_logged(header.position)
         if background:
             return self.view.postpone(header)
-        else:
-            return self.view.put(header, change.pages(), guard=lambda: self.fencing.require_recent_head(header))
+        return self.view.put(header, change.pages(), guard=lambda: self.fencing.require_recent_head(header))
 
     def note_pending(self) -> None:
         """Note the state hash of what a close leaves pending: the next open knows by it that the file goes on from the head.
