@@ -1,9 +1,9 @@
-"""Is everything there that replication needs? One check after the other, each ok or with what to do; for `bottomless-wal doctor`.
+"""Check everything that replication needs, step by step, each with a hint if it fails; for `bottomless-wal doctor`.
 
     endpoint ──► credentials ──► bucket ──► write, read, list, delete ──► create-only writes ──► round trip ──► clock
 
-A check that others depend on ends the row when it fails: what comes after it could only fail for the same reason. The objects that are
-written have names of their own, which belong to no database, and are deleted again.
+A check that others depend on is the last one if it fails, because the later ones would fail for the same reason. The objects that are
+written have keys that do not belong to any database. They are deleted again.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from .stored_database import configured
 __all__ = ["Check", "CheckState", "diagnose"]
 
 _PATIENCE: Final = 5.0  # seconds of retries for one request
-_PUTS: Final = 7
-_SLOW: Final = 0.25
-_CLOCK_WARNING, _CLOCK_REFUSED = 5.0, 900.0  # servers refuse requests that are 15 minutes off
+_PUTS: Final = 7  # writes of which the median is taken
+_SLOW: Final = 0.25  # seconds for a small write
+_CLOCK_WARNING, _CLOCK_REFUSED = 5.0, 900.0  # seconds; servers refuse requests that are 15 minutes off
 _CREDENTIAL_CODES: Final = frozenset(
     {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}  # the server's
     | {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError", "ProfileNotFound"}
@@ -57,12 +57,12 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """It did not fail."""
+        """Whether it did not fail."""
         return self.state is not CheckState.FAILED
 
 
 def diagnose(**options: object) -> list[Check]:
-    """Tries out the store that `connect(**options)` would use.
+    """Try out the store that `connect(**options)` would use.
 
     Raises:
         ConfigError: an unknown option or a bad value.
@@ -124,7 +124,7 @@ def _endpoint(config: Config, clock: Callable[[], float]) -> Check:
 
 
 def _bucket(config: Config, store: Store) -> list[Check]:
-    """Credentials and bucket: one request tells about both."""
+    """Check the credentials and the bucket, with one request."""
     credentials = [] if config.endpoint.startswith("file:") else [Check("credentials", CheckState.OK, "accepted")]
     try:
         store.prepare()
@@ -189,7 +189,7 @@ def _create_only(store: Store) -> Check:
 
 
 def _versioning(store: Store, *, ignored: bool) -> Iterator[Check]:
-    """What versioning of the bucket changes; nothing where the store does not say whether it is on."""
+    """Check whether the bucket has versioning, which keeps what is deleted. No check if the store does not say so."""
     try:
         versioned = store.versioned()
     except BottomlessError as error:

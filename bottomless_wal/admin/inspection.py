@@ -1,6 +1,6 @@
-"""What is there: the databases of a bucket, the states of one of them, and how a local file stands to its history.
+"""List the databases of a bucket, and compare a local file with its history.
 
-Everything here only reads. A local file is judged by its index and its WAL alone: SQLite does not open it, and no lock is taken.
+Nothing is written. A local file is compared by its index and its WAL alone: SQLite does not open it, and no lock is taken.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Listed:
 
     @property
     def segments(self) -> int:
-        """How many segments its log has."""
+        """The number of segments in its log."""
         return len(self.edges)
 
 
@@ -91,7 +91,7 @@ class Inspection:
 
 
 def listing(database: str | os.PathLike[str] | None = None, **options: object) -> list[Listed]:
-    """The databases in the bucket, by name; only `database` (a path, or a name in the bucket) if that is given.
+    """Return the databases in the bucket, by name; only `database` (a path, or a name in the bucket) if that is given.
 
     Raises:
         StoreError: the bucket is missing or cannot be reached. ConfigError.
@@ -151,12 +151,12 @@ def inspect(path: str | os.PathLike[str], **options: object) -> Inspection:
 
 
 def _index_of(path: str) -> IndexHeader | None:
-    """The index's header, read without its lock: it is written in one piece, and has a checksum."""
+    """Return the index's header, read without its lock: it is written in one piece, and has a checksum."""
     return LocalIndex.peek_header(path + INDEX_SUFFIX)
 
 
 def _pending(path: str, local: IndexHeader) -> bool | None:
-    """Does anything follow what the index knows to be stored? None: it cannot be told from outside."""
+    """Return whether the WAL has commits after the last one that the index has as stored; None: that cannot be told from outside."""
     if local.needs_scan or local.identity is None:
         return None
     position = local.position
@@ -204,7 +204,7 @@ def _relation(
 
 
 def _is_past(target: Target, local: IndexHeader, edges: Sequence[Edge]) -> bool:
-    """Does the history say of txid `local.txid` that its state was the index's?"""
+    """Return whether the history has the state of the index at txid `local.txid`."""
     if local.txid == 0:
         return True
     for edge in edges:
@@ -213,7 +213,7 @@ def _is_past(target: Target, local: IndexHeader, edges: Sequence[Edge]) -> bool:
         try:
             header = target.history.header(edge.pre, edge.post)
         except BottomlessError:
-            continue  # another edge may tell
+            continue  # another edge may list that txid
         if header is None:
             continue
         if header.pre == local.txid:

@@ -1,7 +1,7 @@
-"""Is the log sound? Its segments one by one, what they say of each other, and the way through them to the head.
+"""Verify the log: each segment, whether segments contradict each other, and the chain of segments to the head.
 
-Along that way the page hashes of every state are gathered (`TableReplay`), and must give the state hash that each segment promises. Only
-keys, heads and tables are needed for that; the pages themselves are decoded when `deep` is asked for.
+`LogAudit` applies the page hashes of that chain to a table (`TableReplay`). After each segment they must give the state hash that the
+segment states. Keys, heads and tables are enough for that. The pages themselves are decoded only with `deep`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ _FRESH_SECONDS: Final = 5.0
 
 
 class LogAudit:
-    """The segments of one history. What is found goes to `problems` and `notes`; `hashes` follows the way to the head.
+    """Verify the segments of one history. The findings are in `problems` and `notes`.
 
-    `txid`: the head's; `restorable`: the highest txid that sound segments lead to; `chain`: the way to the head, if there is one.
+    `txid` is the head's, `restorable` the highest txid that sound segments lead to. `chain` is the chain to the head, if there is one;
+    `hashes` has the page hashes of its end.
     """
 
     def __init__(self, target: Target, hashes: TableReplay, *, deep: bool, progress: Progress | None) -> None:
@@ -48,10 +49,10 @@ class LogAudit:
         self.chain: list[Edge] = []
         self._made = 0.0
         self._resets: set[tuple[int, int]] = set()
-        self.told: Head | None = None  # the head as its own segment tells it
+        self.told: Head | None = None  # the head as its own segment states it
 
     def run(self) -> Head | None:
-        """The head, if sound segments lead there.
+        """Verify the log. Return the head; None if no chain of sound segments leads to it.
 
         Raises:
             StoreError: the bucket is missing or cannot be reached.
@@ -80,12 +81,12 @@ class LogAudit:
         return None
 
     def _from_a_reset(self, sound: Sequence[Edge], last: int) -> list[Edge] | None:
-        """A chain that begins with a reset, which makes whatever came before it superfluous; None without one."""
+        """Return a chain that begins with a reset, which needs nothing before it; None without one."""
         resets = self.history.resets(sound, width=self.target.config.concurrency)
         return plan(sound, last, wholes={(edge.pre, edge.post) for edge in resets}) if resets else None
 
     def advance(self) -> Head:
-        """The head as it is now, `hashes` and `chain` following: the history may have gone on since `run`."""
+        """Return the head as it is now, and update `hashes` and `chain`: writers may have added segments since `run`."""
         edges = self.history.edges(since=self.txid)
         for edge in plan(edges, max((edge.post for edge in edges), default=self.txid), start=self.txid) or []:
             if self._apply(edge) is not None:
@@ -96,7 +97,7 @@ class LogAudit:
         return self._head()
 
     def fresh(self) -> bool:
-        """Was the head made only just now, by the server's clock?"""
+        """Return whether the head was stored within the last seconds, by the server's clock."""
         return self.target.store.now() - self._made < _FRESH_SECONDS
 
     def _head(self) -> Head:
@@ -127,7 +128,7 @@ class LogAudit:
                 self.progress(at, len(edges))
             key = keys.segment_key(self.history.name, edge.pre, edge.post)
             if header is None:
-                continue  # retention has taken it away since it was listed
+                continue  # retention has deleted it since it was listed
             if isinstance(header, CorruptionError):
                 damaged = header.key or key  # an error about a body names the body
                 is_body = keys.parse_body_key(self.history.name, damaged) is not None
@@ -179,7 +180,7 @@ class LogAudit:
         return True
 
     def _find_gaps(self, edges: Sequence[Edge], sound: Sequence[Edge]) -> None:
-        """Where no sound segment leads on. What is there but not sound has been told already."""
+        """Report where no sound segment leads on. Segments that exist and are not sound are reported already."""
         last = self.txid
         reached = max(reachable(sound))
         while reached < last:
@@ -195,17 +196,17 @@ class LogAudit:
             reached = max(reachable(sound, start=resumed))
 
     def _find_holes(self, edges: Sequence[Edge], sound: Sequence[Edge]) -> None:
-        """Commits that `retention` promises, and that something longer passes, so that the head does without them."""
+        """Report commits that `retention` promises and that are missing, although a longer segment leads past them to the head."""
         config = self.target.config
         oldest = oldest_promised(edges, now=self.target.store.now(), retention=config.retention)
         base = max((edge.post for edge in sound if edge.pre == 0 and edge.post <= oldest), default=1)
         begins = [edge._replace(pre=0) for edge in sound if edge[:2] in self._resets]
         within = {txid for txid in reachable(sorted([*sound, *begins])) if txid >= base}
         if self.txid not in within:
-            return  # that has been told
+            return  # `_find_gaps` has reported it
         passed = [txid for txid in range(base, self.txid) if txid not in within]
         unsound = {edge[:2] for edge in edges} - {edge[:2] for edge in sound} if passed else set()
-        begun = {pre for pre, _ in unsound}  # those have been told
+        begun = {pre for pre, _ in unsound}  # those are reported already
         for first, last in ranges(passed):
             if first - 1 not in begun:
                 which = f"txid {first}" if first == last else f"txids {first} to {last}"
@@ -218,7 +219,7 @@ class LogAudit:
     # --- the way to the head --------------------------------------------------------------------------------------------
 
     def _follow(self, chain: list[Edge]) -> Edge | None:
-        """Gathers the page hashes along `chain`. The first edge that is not sound or does not lead where it says, or None."""
+        """Apply the page hashes of `chain`. Return the first edge that is not sound or does not lead where it says; None: all are sound."""
         self.hashes.clear()
         for edge in chain:
             wrong = self._apply(edge)

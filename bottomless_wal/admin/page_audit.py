@@ -1,7 +1,7 @@
-"""Does the page view hold the head, page by page? And if not, how it is mended from the log, which alone is authoritative.
+"""Compare the page objects with the head, page by page, and repair them from the log, which alone is authoritative.
 
-A repair keeps the rules of the page view: it puts only what the log says the head has, and while it puts or deletes, it holds the lock of
-the local index, if there is one, and makes sure that the head has not moved. It stops when it has.
+A repair stores only pages that the log has for the head. While it stores or deletes, it holds the lock of the local index, if there is
+one. It checks then that the head has not changed, and stops if it has.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ViewAudit:
         self.objects = 0
 
     def look(self, head: Head, *, among: Iterable[Fault] | None = None) -> list[Fault]:
-        """What is not as `head` has it, in the order of the pages; only pages of `among` are looked at if that is given."""
+        """Return what differs from `head`, in the order of the pages; with `among`, only the pages of these faults are compared."""
         if among is None:
             return list(_merged(self._all(head)))
         pgnos = [pgno for fault in among for pgno in range(fault.first, fault.last + 1)]
@@ -63,7 +63,7 @@ class ViewAudit:
         return list(_merged(fault for pgno, found in checked if (fault := self._judge(pgno, found, head, lock)) is not None))
 
     def unchanged_since(self, txid: int, faults: Iterable[Fault]) -> list[Fault]:
-        """Without the pages that were changed after `txid`: their objects may just be on their way."""
+        """Return `faults` without the pages that were changed after `txid`: a writer may be storing their objects now."""
         return list(
             _merged(
                 Fault(fault.kind, pgno, pgno, fault.detail)
@@ -74,7 +74,7 @@ class ViewAudit:
         )
 
     def _all(self, head: Head) -> Iterator[Fault]:
-        """The listing and the pages side by side: both ascend."""
+        """Yield the faults of all pages. The listing and the page numbers both ascend."""
         lock, expected = lock_page(head.page_size), 1
         listed = self._listed()
         checked = pool.ordered(
@@ -106,7 +106,7 @@ class ViewAudit:
                 yield Fault(ProblemKind.MISSING, first, last, "is missing")
 
     def _read(self, pgno: int) -> tuple[int, int] | CorruptionError | None:
-        """(page hash, txid that it was written at, 0 if it does not say), the error, or None without an object."""
+        """Return (page hash, txid of its trailer, 0 without one), the error if it is damaged, or None if there is no object."""
         key = keys.page_key(self.target.name, pgno)
         try:
             data = self.target.store.get(key, limit=PAGE_OBJECT_LIMIT)
@@ -138,7 +138,7 @@ class ViewAudit:
     # --- repair --------------------------------------------------------------------------------------------------------
 
     def repair(self, head: Head, chain: list[Edge], faults: list[Fault]) -> str | None:
-        """Mends `faults` from the segments of `chain`. None when all is done; else why not.
+        """Repair `faults` from the segments of `chain`. Return None if all are repaired, else the reason why not.
 
         Raises:
             StoreError, CorruptionError.
@@ -159,7 +159,7 @@ class ViewAudit:
         return None
 
     def _pages(self, chain: list[Edge], wanted: _Runs) -> Iterator[Page]:
-        """The pages that are wanted, each from the edge that carried it last."""
+        """Yield the wanted pages, each from the last edge that has it."""
         if not wanted:
             return
         for edge in chain:
@@ -185,7 +185,7 @@ class ViewAudit:
 
     @contextlib.contextmanager
     def _quiet(self) -> Iterator[None]:
-        """No writer of this machine puts page objects meanwhile."""
+        """Keep the writers of this machine from storing page objects meanwhile."""
         path = self.target.path
         if path is None or not os.path.exists(path + INDEX_SUFFIX):
             yield
@@ -204,7 +204,7 @@ _MOVED: Final = "the history went on during the repair, which has stopped: verif
 
 
 class _Runs:
-    """A set of page numbers, given as runs in ascending order; asked in ascending order too, it is fast."""
+    """A set of page numbers, given as runs in ascending order. A lookup takes logarithmic time."""
 
     def __init__(self, faults: list[Fault]) -> None:
         self._runs = [range(fault.first, fault.last + 1) for fault in faults]
@@ -224,7 +224,7 @@ class _Runs:
 
 
 def _merged(faults: Iterable[Fault]) -> Iterator[Fault]:
-    """Neighbours with the same fault as one, told by the first of them. Damage is told one by one."""
+    """Yield neighbouring pages with the same kind of fault as one fault, with the first one's detail. Damaged objects stay single."""
     held: Fault | None = None
     for fault in faults:
         if held is not None and held.kind is fault.kind is not ProblemKind.DAMAGED and fault.first == held.last + 1:

@@ -49,12 +49,19 @@ R = TypeVar("R")
 
 
 def check_growth(name: str, before: int, after: int, grown: int, page_size: int) -> None:
-    """A size is believed only with the pages to match: what walks over all pages of a database must come to an end.
+    """Check that a segment has every page by which the database grew.
 
-    The edge `name` leads from `before` to `after` pages, and `grown` of its pages are beyond the first `before`.
+    Otherwise a wrong size in a header could make a loop over all pages of a database endless.
+
+    Args:
+        name: the key of the segment.
+        before: the size of the database before it, pages.
+        after: the size of the database after it, pages.
+        grown: the number of its pages beyond the first `before`.
+        page_size: bytes.
 
     Raises:
-        CorruptionError: they are not all that it grew by.
+        CorruptionError: the database grew by more or fewer pages.
     """
     if grown != pages_between(before, after, page_size):
         raise CorruptionError.about(
@@ -69,15 +76,15 @@ def check_growth(name: str, before: int, after: int, grown: int, page_size: int)
 
 
 def pages_per_block(page_size: int) -> int:
-    """How many pages the encoder puts into one block."""
+    """Return the number of pages that the encoder puts into one block."""
     return max(1, BLOCK_BYTES // page_size)
 
 
 def encode_block(pages: Sequence[Page], page_size: int, *, level: int = 3) -> bytes:
-    """One block of 1 to `pages_per_block(page_size)` pages, ascending; their hashes are taken as they are.
+    """Return one block of 1 to `pages_per_block(page_size)` pages, ascending. Their hashes are not verified.
 
     Raises:
-        ValueError: no page or too many, a page of another size, out of order, or a number out of range.
+        ValueError: there is no page or there are too many, or a page has another size, is out of order or has a number out of range.
     """
     if not 1 <= len(pages) <= pages_per_block(page_size):
         raise FormatError(f"{len(pages)} pages of {page_size} bytes do not make a block")
@@ -95,23 +102,25 @@ def encode_block(pages: Sequence[Page], page_size: int, *, level: int = 3) -> by
 
 
 def encode_blocks(pages: Iterable[Page], page_size: int, *, level: int = 3) -> Iterator[bytes]:
-    """The blocks of any number of pages, ascending; no more than one block's pages are held."""
+    """Yield the blocks of any number of pages, ascending. The pages of one block are in memory at a time."""
     source, width = iter(pages), pages_per_block(page_size)
     while batch := list(islice(source, width)):
         yield encode_block(batch, page_size, level=level)
 
 
 class Mapper(Protocol):
-    """What `map` does; other ones do it in several threads."""
+    """A function like `map`. Other implementations use several threads."""
 
     def __call__(self, function: Callable[[T], R], items: Iterable[T], /) -> Iterable[R]: ...
 
 
 def read_blocks(chunks: Iterable[Bytes], page_size: int, *, name: str, mapped: Mapper = map) -> Iterator[list[Page]]:
-    """The pages of each block; `chunks` are the blocks' bytes, cut anywhere. At most two chunks and a block are held.
+    """Yield the pages of each block. `chunks` are the bytes of the blocks, cut anywhere.
+
+    At most two chunks and one block are in memory.
 
     Raises:
-        CorruptionError: a page is not what its hash says, pages are out of order, the bytes end within a block, ...
+        CorruptionError: a page does not match its hash, pages are out of order, the bytes end within a block, ...
     """
     try:
         last = 0
@@ -128,7 +137,7 @@ def read_blocks(chunks: Iterable[Bytes], page_size: int, *, name: str, mapped: M
 
 
 def read_tables(chunks: Iterable[Bytes], page_size: int, *, name: str) -> Iterator[list[tuple[int, int]]]:
-    """(page number, page hash) of each block's pages, nothing decompressed. Otherwise as `read_blocks`."""
+    """Yield (page number, page hash) of the pages of each block, without decompressing them. Otherwise as `read_blocks`."""
     try:
         last = 0
         for block in split(chunks, page_size):
@@ -140,7 +149,7 @@ def read_tables(chunks: Iterable[Bytes], page_size: int, *, name: str) -> Iterat
 
 
 def ascending(rows: Sequence[tuple[int, int]], last: int) -> int:
-    """The last page number of `rows`; FormatError unless they ascend, from above `last`."""
+    """Return the last page number of `rows`. FormatError unless all of them ascend, from above `last`."""
     for pgno, _ in rows:
         if pgno <= last:
             raise FormatError(f"page {pgno} after page {last}")
@@ -149,7 +158,7 @@ def ascending(rows: Sequence[tuple[int, int]], last: int) -> int:
 
 
 def split(chunks: Iterable[Bytes], page_size: int) -> Iterator[memoryview]:
-    """Whole blocks out of chunks that are cut anywhere; one that is declared too long is refused before it is gathered."""
+    """Yield whole blocks out of chunks that are cut anywhere. FormatError before a block that is declared too long is gathered."""
     source = iter(chunks)
     view = memoryview(b"")
 
@@ -180,13 +189,13 @@ def split(chunks: Iterable[Bytes], page_size: int) -> Iterator[memoryview]:
 
 
 def rows_of(block: memoryview) -> list[tuple[int, int]]:
-    """(page number, page hash) of the pages in a whole block."""
+    """Return (page number, page hash) of the pages in a whole block."""
     count, _ = _BLOCK.unpack_from(block)
     return list(_ROW.iter_unpack(block[_BLOCK.size : _BLOCK.size + _ROW.size * count]))
 
 
 def unpack(block: memoryview, rows: Sequence[tuple[int, int]], page_size: int) -> list[Page]:
-    """The pages of a whole block with these `rows`, decompressed and verified."""
+    """Return the pages of a whole block with these `rows`, decompressed and verified. FormatError if one does not match its hash."""
     content = decompress(block[_BLOCK.size + _ROW.size * len(rows) :], len(rows) * page_size)
     pages, start = [], 0
     for pgno, hashed in rows:
@@ -199,7 +208,7 @@ def unpack(block: memoryview, rows: Sequence[tuple[int, int]], page_size: int) -
 
 
 def corrupt(name: str, error: FormatError) -> CorruptionError:
-    """The error that names the object, out of the one that says what is wrong with it."""
+    """Return a CorruptionError for the object with the key `name`, in which `error` was found."""
     if isinstance(error, NewerFormatError):
         return CorruptionError.about(name, str(error), hint="Upgrade bottomless-wal.", key=name)
     return CorruptionError.about(

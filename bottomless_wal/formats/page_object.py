@@ -1,9 +1,9 @@
-"""The bytes of a page object, the latest committed content of one page: a zstd frame that explains itself. No I/O.
+"""Encode and decode page objects: the latest committed content of one page, with a trailer that describes it. No I/O.
 
     zstd frame of the page (content size in it, zstd's checksum on) | zstd skippable frame (64 bytes)
 
-`zstd -d` of the object gives the page, and nothing else: decompressors pass over a skippable frame. It holds, big-endian
-but for its first two fields, which zstd wants little-endian:
+`zstd -d` of the object gives the page and nothing else, because decompressors skip a skippable frame. Its first two fields are
+little-endian, as zstd requires, and the others big-endian:
 
     offset
       0  4  0x184D2A5B (little-endian)               4  4  length of what follows: 56 (little-endian)
@@ -14,7 +14,7 @@ but for its first two fields, which zstd wants little-endian:
      52  4  reserved: 0
      56  8  first 8 bytes of the SHA-256 of bytes 8..55
 
-An object without the second frame is a page all the same, with nothing known about it (another program's, or `zstd page`).
+An object without the second frame is a valid page object without a trailer (written by another program, or by `zstd page`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _DAMAGED_HINT: Final = "`bottomless-wal verify --repair-view DB` writes the page
 
 
 class PageTrailer(NamedTuple):
-    """What a page object tells about its page; `page_size` in bytes, `db_size` in pages."""
+    """The description of a page in its page object. `page_size` in bytes, `db_size` in pages."""
 
     page_size: int
     pgno: int
@@ -52,10 +52,10 @@ class PageTrailer(NamedTuple):
 
 
 def encode_page_object(page: Bytes, trailer: PageTrailer, level: int = 3) -> bytes:
-    """The object of a page.
+    """Return the object of a page. The hash in the trailer is not verified.
 
     Raises:
-        ValueError: the trailer is of a page of another size, or a field of it is out of range. (The hash is taken as it is.)
+        ValueError: the trailer is for a page of another size, or one of its fields is out of range.
     """
     if len(page) != trailer.page_size or not _is_page_size(len(page)):
         raise FormatError(f"a page of {len(page)} bytes with a trailer that says {trailer.page_size}")
@@ -67,10 +67,15 @@ def encode_page_object(page: Bytes, trailer: PageTrailer, level: int = 3) -> byt
 
 
 def decode_page_object(data: bytes, *, name: str, pgno: int) -> tuple[bytes, PageTrailer | None]:
-    """The page in `data`, the object with the key `name`, which should be page `pgno`; and its trailer, if it has one.
+    """Return the page in `data` and its trailer; None without a trailer.
+
+    Args:
+        data: the object.
+        name: its key.
+        pgno: the page number in its key.
 
     Raises:
-        CorruptionError: `data` is no page object, of a newer format, or its trailer contradicts the page or `pgno`.
+        CorruptionError: `data` is not a page object, has a newer format, or its trailer contradicts the page or `pgno`.
     """
     try:
         fields = data[-_SIZE + 8 : -8] if data[-_SIZE : -_SIZE + len(_PREAMBLE)] == _PREAMBLE else None

@@ -1,4 +1,4 @@
-"""The bytes of a segment, an edge `pre -> post` of a database's history. No I/O.
+"""Encode and decode segments, the edges `pre -> post` of a database's history. No I/O.
 
 All integers are big-endian and unsigned. A segment object is
 
@@ -88,29 +88,32 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A decoded segment: its checksum, its head and its tables were verified; each page is, as `pages` hands it out."""
+    """A decoded segment. Its checksum, head and tables are verified. `pages` verifies each page before it returns it."""
 
     header: Header
     name: str
     _blocks: memoryview = field(repr=False)
 
     def pages(self) -> Iterator[Page]:
-        """The pages in the segment itself, ascending.
+        """Return the pages in the segment itself, ascending.
 
         Raises:
             ValueError: they are in a body (`header.body`): use `read_body`.
-            CorruptionError: a page is not what its hash says.
+            CorruptionError: a page does not match its hash.
         """
         return (page for block in self.blocks() for page in block)
 
     def blocks(self, *, mapped: Mapper = map) -> Iterator[list[Page]]:
-        """As `pages`, block by block: 32 MB of blocks may hold a thousand times as much, and only one of them is unpacked at a time (or as
-        many as `mapped` does at once)."""
+        """Return the pages in the segment itself, block by block. Otherwise as `pages`.
+
+        32 MB of blocks may decompress to a thousand times as much. Only one block is unpacked at a time, or as many as `mapped` works on
+        at once.
+        """
         self._refuse_body()
         return read_blocks((self._blocks,), self.header.page_size, name=self.name, mapped=mapped)
 
     def tables(self) -> Iterator[tuple[int, int]]:
-        """(page number, page hash) of the pages in the segment itself, nothing decompressed. ValueError with a body."""
+        """Return (page number, page hash) of the pages in the segment itself, without decompressing them. ValueError with a body."""
         self._refuse_body()
         return (row for table in read_tables((self._blocks,), self.header.page_size, name=self.name) for row in table)
 
@@ -120,9 +123,9 @@ class Segment:
 
 
 def encode(header: Header, blocks: Sequence[bytes] = ()) -> bytes:
-    """The segment object. `blocks` come from `encode_block`; none when `header.body` names the object that has them.
+    """Return the segment object. `blocks` come from `encode_block`; there are none if `header.body` names the object that has them.
 
-    What is returned can be decoded: everything that the decoder checks without the pages is checked here.
+    Everything that the decoder checks without the pages is checked here, so that what is returned can be decoded.
 
     Raises:
         ValueError: header and blocks contradict each other or an invariant, or the segment would exceed SEGMENT_LIMIT.
@@ -144,12 +147,12 @@ def encode(header: Header, blocks: Sequence[bytes] = ()) -> bytes:
 
 
 def decode(data: bytes, *, name: str) -> Segment:
-    """The segment in `data`, the whole object; `name` is its key, for errors.
+    """Return the segment in `data`, the whole object. `name` is its key, for errors.
 
     Everything is verified but the content of the pages, which `Segment.pages` verifies one by one.
 
     Raises:
-        CorruptionError: `data` is no sound segment, or of a newer format.
+        CorruptionError: `data` is not a valid segment, or has a newer format.
     """
     try:
         tables_length, raw_length, blocks_length = head_lengths(data)
@@ -169,7 +172,7 @@ def decode(data: bytes, *, name: str) -> Segment:
 
 
 def head_length(data: bytes, *, name: str) -> int:
-    """How many bytes `decode_header` needs, told from (at least) the first HEAD_SIZE bytes. CorruptionError as `decode`."""
+    """Return how many bytes `decode_header` needs. `data` has at least the first HEAD_SIZE bytes. CorruptionError as `decode`."""
     try:
         return HEAD_SIZE + head_lengths(data)[0]
     except FormatError as error:
@@ -177,7 +180,7 @@ def head_length(data: bytes, *, name: str) -> int:
 
 
 def decode_header(data: bytes, *, name: str) -> Header:
-    """The header alone, verified, from (at least) the first `head_length` bytes of the object. CorruptionError as `decode`."""
+    """Return the header, verified, from at least the first `head_length` bytes of the object. CorruptionError as `decode`."""
     try:
         return decode_head(memoryview(data), *head_lengths(data))
     except FormatError as error:

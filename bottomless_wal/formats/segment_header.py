@@ -1,4 +1,4 @@
-"""The head and the tables of a segment: all of it but its pages. No I/O.
+"""Encode and decode the head and the tables of a segment: all of it but its pages. No I/O.
 
 All integers are big-endian and unsigned. `segment` describes the object as a whole.
 
@@ -86,7 +86,7 @@ _BODY_NAME: Final = re.compile(r"(?=.{1,200}\Z)[0-9A-Za-z_-]+(?:/[0-9A-Za-z_-]+)
 
 
 class Commit(NamedTuple):
-    """A state of the history that an edge passes: its txid, its state hash, the server's time in ms since 1970."""
+    """A state of the history within an edge: its txid, its state hash, the server's time in ms since 1970."""
 
     txid: int
     post: int
@@ -95,7 +95,7 @@ class Commit(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """Where the pages of a large segment are: the key after `layout.log_prefix`, the size in bytes, the SHA-256 (32 bytes)."""
+    """The object with the pages of a large segment: its key after `keys.log_prefix`, its size in bytes, its SHA-256 (32 bytes)."""
 
     name: str
     size: int
@@ -123,7 +123,7 @@ class Header:
 
     @property
     def attempt(self) -> int:
-        """Return the number by which a writer knows its own attempt from a rival's that made the same change at the same time."""
+        """Return the random number that tells a writer's own attempt from a second writer's with the same change and time."""
         return int.from_bytes(self.writer[WRITER_ID_SIZE:])
 
     @property
@@ -133,10 +133,10 @@ class Header:
 
 
 def validate(header: Header) -> None:
-    """Checks the invariants of a header, in the encoder and in the decoder.
+    """Check the invariants of a header. The encoder and the decoder call this.
 
     Raises:
-        ValueError: one does not hold.
+        ValueError: an invariant does not hold.
     """
     h = header
     if not 0 <= h.pre < h.post < _TXID_LIMIT:
@@ -170,7 +170,7 @@ def validate(header: Header) -> None:
 
 
 class Tally:
-    """What the tables of all blocks together must be, by the header. FormatError if they are not."""
+    """Compare the tables of all blocks together with the header. FormatError if they contradict it."""
 
     def __init__(self, header: Header) -> None:
         self.header, self.lock = header, lock_page(header.page_size)
@@ -202,7 +202,7 @@ def check_tables(header: Header, tables: Iterable[Sequence[tuple[int, int]]]) ->
 
 
 def pack_head(header: Header, tables_length: int, raw_length: int, blocks_length: int) -> bytes:
-    """The head without its checksum; the lengths in bytes: of the tables, compressed and not, and of the blocks."""
+    """Return the head without its checksum. Lengths in bytes: of the tables, compressed and uncompressed, and of the blocks."""
     flags = (_RESET if header.reset else 0) | (_BODY if header.body is not None else 0)
     return _HEAD.pack(
         _MAGIC, _VERSION, flags, header.page_size, header.pre, header.post, header.pre_hash, header.post_hash,
@@ -211,7 +211,7 @@ def pack_head(header: Header, tables_length: int, raw_length: int, blocks_length
 
 
 def pack_tables(header: Header) -> bytes:
-    """The tables, uncompressed. FormatError: a number is out of range."""
+    """Return the tables, uncompressed. FormatError: a number is out of range."""
     try:
         parts = [_COUNT.pack(len(header.commits)), *(_COMMIT.pack(*commit) for commit in header.commits)]
         parts += [_COUNT.pack(len(header.positions)), *(position.pack() for position in header.positions)]
@@ -224,7 +224,7 @@ def pack_tables(header: Header) -> bytes:
 
 
 def head_lengths(data: Bytes) -> tuple[int, int, int]:
-    """Magic and version first, then the lengths (tables, tables uncompressed, blocks), which are bounded here."""
+    """Check magic and version, and return the lengths (tables, tables uncompressed, blocks) in bytes, which are bounded here."""
     if bytes(data[:8]) != _MAGIC or len(data) < HEAD_SIZE:
         raise FormatError(f"no segment: {len(data)} bytes that begin with {bytes(data[:8])!r}")
     _, version, flags, *_, tables, raw, blocks = _HEAD.unpack_from(data)
@@ -240,7 +240,7 @@ def head_lengths(data: Bytes) -> tuple[int, int, int]:
 
 
 def decode_head(view: memoryview, tables_length: int, raw_length: int, blocks_length: int) -> Header:
-    """The header in `view`, which begins with the head and the tables of these lengths; verified. FormatError if it is not sound."""
+    """Return the header, verified. `view` begins with the head and the tables. FormatError if it is not valid."""
     end = HEAD_SIZE + tables_length
     if len(view) < end:
         raise FormatError(f"{len(view)} bytes, less than its tables need")

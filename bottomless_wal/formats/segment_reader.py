@@ -1,7 +1,7 @@
-"""Segments and bodies that are not held whole: their bytes come in chunks, their pages go out block by block. No I/O.
+"""Decode segments and bodies from chunks, without holding them whole: pages are returned block by block. No I/O.
 
-Each page is verified before it is handed out. What only the end can tell (checksum, number of pages, the state hash of a whole edge) is
-verified before an iterator is exhausted: keep nothing for good before that.
+Each page is verified before it is returned. The checksum, the number of pages and the state hash of a whole edge are verified only at
+the end, before the iterator is exhausted. Callers must not make the pages permanent before that.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ __all__ = ["read", "read_body"]
 
 
 def read(chunks: Iterable[Bytes], *, name: str) -> tuple[Header, Iterator[list[Page]]]:
-    """As `segment.decode`, of an object that is not held whole: `chunks` are its bytes, cut anywhere. (header, the pages of each block).
+    """Return the header of a segment and an iterator over the pages of each block; no page if the pages are in a body.
 
-    Each page is verified before it is handed out. What only the end can tell (the object's checksum, the number of pages, the state hash of
-    a whole edge) is verified before the iterator is exhausted: keep nothing for good before that. With a body, no page comes.
+    Args:
+        chunks: the bytes of the object, cut anywhere.
+        name: its key, for errors.
 
     Raises:
         CorruptionError: as `segment.decode`, here or while iterating.
@@ -53,7 +54,7 @@ def read(chunks: Iterable[Bytes], *, name: str) -> tuple[Header, Iterator[list[P
 
 
 class _Source:
-    """Bytes that come in chunks, taken in other lengths; `digest` is the SHA-256 of all that was taken."""
+    """A reader of chunks. `digest` is the SHA-256 of all bytes that were taken."""
 
     def __init__(self, chunks: Iterable[Bytes]) -> None:
         self.digest = sha256()
@@ -61,7 +62,7 @@ class _Source:
         self._left = memoryview(b"")
 
     def pieces(self, length: int) -> Iterator[memoryview]:
-        """The next `length` bytes, as they come."""
+        """Yield the next `length` bytes, in pieces as the chunks are cut."""
         while length:
             if not self._left and not self.rest():
                 raise FormatError(f"it ends {length} bytes early")
@@ -74,7 +75,7 @@ class _Source:
         return b"".join(self.pieces(length))
 
     def rest(self) -> bool:
-        """Are there more bytes?"""
+        """Return whether there are more bytes."""
         while not self._left:
             chunk = next(self._chunks, None)
             if chunk is None:
@@ -84,12 +85,13 @@ class _Source:
 
 
 def read_body(header: Header, chunks: Iterable[Bytes], *, name: str, mapped: Mapper = map) -> Iterator[list[Page]]:
-    """As `block.read_blocks`, for the body that `header` names.
+    """Yield the pages of each block of the body that `header` names.
 
-    `name` is the body's key. `mapped` does what `map` does, perhaps in threads.
-
-    Each page is verified before it is handed out. What only the end can tell (size, SHA-256, number of pages, the state hash of
-    a whole edge) is verified before the iterator is exhausted: keep nothing for good before that.
+    Args:
+        header: the header of the segment.
+        chunks: the bytes of the body, cut anywhere.
+        name: the key of the body, for errors.
+        mapped: a function like `map`, perhaps one that uses threads.
 
     Raises:
         ValueError: `header` names no body.

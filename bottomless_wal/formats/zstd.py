@@ -1,8 +1,8 @@
-"""zstd with everything bounded before it is allocated, and one context per thread.
+"""Compress and decompress zstd frames, with bounded memory and one context per thread.
 
-A context of `zstandard` is not thread-safe, and making one costs more than compressing a page: each thread keeps its own.
-A frame's declared content size is checked against what the caller expects before a byte is decompressed, nothing may follow
-the frame, and a frame cannot ask for a window larger than 8 MiB.
+A context of `zstandard` is not thread-safe, and creating one takes longer than compressing a page: each thread keeps its own.
+`decompress` compares the content size that a frame declares with what the caller expects before it decompresses anything. It refuses
+bytes after the frame and windows larger than 8 MiB.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ __all__ = ["Bytes", "FormatError", "NewerFormatError", "compress", "decompress"]
 
 Bytes = bytes | bytearray | memoryview
 
-_WINDOW_LIMIT: Final = 8 << 20
+_WINDOW_LIMIT: Final = 8 << 20  # bytes
 _UNKNOWN: Final = zstandard.CONTENTSIZE_UNKNOWN
 
 
 class FormatError(ValueError):
-    """Bytes, or values, that a format does not allow. A decoder turns it into a CorruptionError that names the object."""
+    """A format does not allow these bytes or values. A decoder raises a CorruptionError with the object's key instead."""
 
 
 class NewerFormatError(FormatError):
-    """Bytes of a format that this program is too old for."""
+    """The bytes have a format version that is newer than this program."""
 
 
 class _Contexts(threading.local):
@@ -38,7 +38,7 @@ _contexts: Final = _Contexts()
 
 
 def compress(data: Bytes, level: int, *, checksum: bool = False) -> bytes:
-    """One zstd frame with its content size in it, and zstd's own checksum if asked for."""
+    """Return one zstd frame with its content size, and with zstd's checksum if `checksum`."""
     compressors = _contexts.compressors
     compressor = compressors.get((level, checksum))
     if compressor is None:
@@ -48,12 +48,15 @@ def compress(data: Bytes, level: int, *, checksum: bool = False) -> bytes:
 
 
 def decompress(frame: bytes | memoryview, limit: int, *, exact: bool = True) -> bytes:
-    """The content of `frame`, which must be one whole frame of exactly `limit` bytes (`exact`), or of at most so many.
+    """Return the content of `frame`, which must be one whole zstd frame.
 
-    Only when not `exact` may the frame leave its content size unsaid.
+    Args:
+        frame: the bytes of the frame.
+        limit: the size of the content, bytes; without `exact`, the largest size.
+        exact: the content must have `limit` bytes, and the frame must declare its size.
 
     Raises:
-        FormatError: anything else.
+        FormatError: the frame is not valid, or its content has another size.
     """
     try:
         parameters = zstandard.get_frame_parameters(frame)

@@ -1,4 +1,4 @@
-"""SQLite's own judgement of a database file."""
+"""Run SQLite's integrity_check on a database file."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import apsw
 
 __all__ = ["integrity_fault"]
 
-_MOST_FAULTS: Final = 3  # that a message tells
+_MOST_FAULTS: Final = 3  # faults in a message
 
 
 def integrity_fault(path: str) -> str | None:
-    """Return what SQLite's `integrity_check` says against the database file at `path`, which nobody has open; None if it is sound."""
+    """Return the faults that SQLite's `integrity_check` finds in the database file at `path`; None if it is sound.
+
+    No connection may have the file open.
+    """
     try:
         # immutable: no WAL and no shared memory are made beside it.
         uri = f"file:{urllib.parse.quote(path)}?immutable=1"

@@ -1,9 +1,9 @@
-"""The remote log of one database: its edges, the way through them to a state, and the one place that appends to it.
+"""Read and append to the remote log of one database.
 
-A history is one line of states, txid 0 (the empty database) to the head (the highest txid). Every segment is an edge
-`pre -> post` of it; `plan` finds the cheapest chain of edges to a wanted state. Keys tell txids only: whether an edge really leads
-from the state before it is known when it is read, by its hashes. The commit edge of the head is never deleted,
-so a listing from n - 1 on tells whether n is the head.
+A history is one line of states, from txid 0 (the empty database) to the head (the highest txid). Every segment is an edge
+`pre -> post` of it. `plan` finds the cheapest chain of edges to a wanted state. Keys contain only txids: whether an edge leads on from
+the state before it is known by its hashes, when it is read. The commit edge of the head is never deleted, so a listing from n - 1 on
+shows whether n is the head. Only this module appends to the log.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ T = TypeVar("T")
 logger = get_logger(__name__)
 
 FENCE_HORIZON_SECONDS: Final = 3600.0
-"""After so long since a txid was last proved the head, a successful put alone proves nothing: pruning may have freed the key."""
+"""So long after a txid was last proved to be the head, a successful put proves nothing: pruning may have freed the key."""
 
 _RANGE_BYTES: Final = 4 << 20
 _RECENT_BYTES: Final = 4 << 20
-_COMPRESSORS: Final = 3  # blocks that are packed, or unpacked, at once
+_COMPRESSORS: Final = 3  # threads that pack or unpack blocks
 _INLINE_BYTES: Final = 8 << 20  # encoded pages beyond this go into a body
 
 
 def _twice(read: Callable[P, R]) -> Callable[P, R]:
-    """What is no sound object is read once more: it may have been damaged on its way, and decisions hang on what it says."""
+    """Make `read` try once more after a CorruptionError: the object may have been damaged only on its way here."""
 
     @functools.wraps(read)
     def again(*arguments: P.args, **named: P.kwargs) -> R:
@@ -60,7 +60,7 @@ def _twice(read: Callable[P, R]) -> Callable[P, R]:
 
 
 class Staged(NamedTuple):
-    """The pages of an edge, encoded: as blocks for the segment itself, or stored already in a body."""
+    """The encoded pages of an edge: blocks for the segment itself, or a body that is already stored."""
 
     blocks: Sequence[bytes]
     body: Body | None
@@ -76,7 +76,7 @@ class Appended(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """An edge that is not held whole: its key, its header, and, to be asked for once, the pages of each of its blocks."""
+    """An edge that is not held whole: its key, its header, and a function that yields the pages of each block. Call it once."""
 
     name: str
     header: Header
@@ -94,22 +94,22 @@ class Head(NamedTuple):
 
 
 class History:
-    """The log of the database stored as `name`. Thread-safe; keeps no state but the store, and what it has just stored."""
+    """The log of the database stored as `name`. Thread-safe. Its only state is the store and a cache of what it has just stored."""
 
     def __init__(self, store: Store, name: str) -> None:
         self.store = store
         self.name = name
-        # What was stored here last, oldest first: compaction need not fetch it. An edge never changes.
+        # The last edges stored here, oldest first: compaction does not have to fetch them. An edge never changes.
         self._recent: dict[tuple[int, int], bytes] = {}
         self._recent_bytes = 0
         self._lock = threading.Lock()
 
     def edges(self, *, since: int = 0, bodies: bool = False) -> Edges:
-        """All edges with pre >= `since`; see `listing.all_edges`."""
+        """Return all edges with pre >= `since`; see `listing.all_edges`."""
         return listing.all_edges(self.store, self.name, since=since, bodies=bodies)
 
     def snapshots(self) -> list[Edge]:
-        """All edges from 0, in the order of their keys: one request, as a rule."""
+        """Return all edges from 0, in the order of their keys. This is one request, as a rule."""
         return listing.snapshots(self.store, self.name)
 
     def some_edges(self, *, since: int = 0, limit: int) -> tuple[list[Edge], bool]:
@@ -118,10 +118,10 @@ class History:
 
     @_twice
     def segment(self, pre: int, post: int) -> Segment | None:
-        """The edge `pre -> post`, verified, its pages aside; None when it is not there.
+        """Return the edge `pre -> post`, verified but for its pages; None if it does not exist.
 
         Raises:
-            CorruptionError: the object is no sound segment, or one of other txids than its key says.
+            CorruptionError: the object is not a valid segment, or has other txids than its key.
         """
         key = keys.segment_key(self.name, pre, post)
         data = self.store.get(key, limit=segment.SEGMENT_LIMIT)
@@ -132,7 +132,7 @@ class History:
         return found
 
     def resets(self, edges: Iterable[Edge], *, width: int) -> list[Edge]:
-        """Those of `edges` that are resets, found by reading all their headers: for when nothing else leads on."""
+        """Return those of `edges` that are resets. This reads all headers, so call it only if no chain is found otherwise."""
 
         def load(edge: Edge) -> Edge | None:
             try:
@@ -146,7 +146,7 @@ class History:
 
     @_twice
     def header(self, pre: int, post: int) -> Header | None:
-        """The header of the edge alone, without loading its pages; None when it is not there. Raises as `segment`."""
+        """Return the header of the edge, without loading its pages; None if the edge does not exist. Raises as `segment`."""
         key = keys.segment_key(self.name, pre, post)
         data = self.store.read(key, 0, 4096)
         if data is None:
@@ -162,9 +162,10 @@ class History:
         return found
 
     def listed(self, edges: Sequence[Edge], txid: int) -> int | None:
-        """The state hash that the history has at `txid`, as told by an edge that leads on from there, or past it; None if none does.
+        """Return the state hash of the history at `txid`, from an edge that leads on from there or past it; None if there is none.
 
-        A chain of edges may end with a commit that is no part of the history: one that was stored where all had been pruned.
+        A chain of edges may end with a commit that is not part of the history: one that a writer stored at a txid whose
+        segments had been pruned.
         """
         head = max((edge.post for edge in edges), default=0)
         for edge in sorted((e for e in leading_to(edges, head) if e.pre <= txid < e.post), key=lambda e: (e.pre != txid, e.post)):
@@ -185,15 +186,15 @@ class History:
         return None
 
     def head(self, edges: Sequence[Edge]) -> Head | None:
-        """The state with the highest txid among `edges`, read from one of them; None without edges.
+        """Return the state with the highest txid among `edges`, read from one of them; None without edges.
 
         Raises:
-            RestoreError: the edges that lead to it vanished, again and again.
+            RestoreError: all edges that lead to it vanished.
         """
         if not edges:
             return None
         last = max(edge.post for edge in edges)
-        # The commit itself if it is there: it is small, and what a writer's next commit follows.
+        # First the commit itself: it is small, and a writer's next commit follows it.
         for edge in sorted((e for e in edges if e.post == last), key=lambda e: -e.pre):
             found = self.header(edge.pre, edge.post)
             if found is not None:
@@ -205,9 +206,12 @@ class History:
         )
 
     def stream(self, edge: Edge, *, chunk: int, stored: bool = False) -> Stream | None:
-        """As `segment` and `blocks`, holding at most some `chunk` bytes of the edge at a time; None when it is not there.
+        """Return the edge as a stream; None if it does not exist.
 
-        `stored`: read it from the store, even if it was stored here a moment ago.
+        Args:
+            edge: the edge.
+            chunk: how many bytes of it are in memory at a time, about.
+            stored: read it from the store, even if it is in the cache of what was just stored.
         """
         key = keys.segment_key(self.name, edge.pre, edge.post)
         with self._lock:
@@ -237,12 +241,13 @@ class History:
         return Stream(key, header, lambda: self.body_blocks(header, key, width=1, chunk=chunk))
 
     def blocks(self, found: Segment, *, width: int = 4) -> Iterator[list[Page]]:
-        """The pages of a segment, in blocks, wherever they are; each page verified. A body is read in parallel ranges.
+        """Yield the pages of a segment, block by block, from the segment or its body. A body is read in parallel ranges.
 
-        What only the end of a body can tell is verified before the iterator is exhausted: keep nothing for good before.
+        Each page is verified before it is yielded, and the body as a whole before the iterator is exhausted. Callers must not make the
+        pages permanent before that.
 
         Raises:
-            CorruptionError: a page, or the body as a whole, is not what the segment says; or the body is missing.
+            CorruptionError: a page or the body as a whole does not match the segment, or the body is missing.
         """
         if found.header.body is None:
             few = found.header.page_count <= segment.pages_per_block(found.header.page_size)
@@ -253,7 +258,7 @@ class History:
     def body_blocks(
         self, header: Header, name: str, *, width: int, chunk: int = _RANGE_BYTES, mapped: Mapper = map
     ) -> Iterator[list[Page]]:
-        """As `blocks`, of the edge `name`, whose header names a body; read in ranges of `chunk` bytes, `width` at once."""
+        """Yield the pages of the edge `name`, whose header names a body. Read ranges of `chunk` bytes, `width` at once."""
         body = header.body
         if body is None:
             raise ValueError(f"{name} has no body")
@@ -286,7 +291,7 @@ class History:
         yield from segment.read_body(header, pool.ordered(load, starts, width), name=key, mapped=mapped)
 
     def tables(self, found: Segment) -> Iterator[tuple[int, int]]:
-        """(page number, page hash) of every page of a segment, wherever they are."""
+        """Yield (page number, page hash) of every page of a segment, from the segment or its body."""
         if found.header.body is None:
             yield from found.tables()
             return
@@ -295,7 +300,7 @@ class History:
                 yield page.pgno, page.hash
 
     def stage(self, pre: int, post: int, pages: Iterable[Page], page_size: int, *, level: int) -> Staged:
-        """Encodes pages (ascending). Few stay in memory; of many, all are uploaded as a body while they are read."""
+        """Encode pages (ascending). Few pages stay in memory; many are uploaded as a body while they are read."""
         count = 0
 
         def counted() -> Iterator[Page]:
@@ -316,7 +321,7 @@ class History:
         return Staged(kept, None, count)
 
     def upload_body(self, pre: int, post: int, blocks: Iterable[bytes]) -> Body:
-        """Stores the blocks of a large edge under a name nobody else uses. The edge itself names it afterwards."""
+        """Store the blocks of a large edge as a body with a unique key. The edge itself names it afterwards."""
         key = keys.body_key(self.name, pre, post, secrets.token_hex(16))
         digest = hashlib.sha256()
 
@@ -330,7 +335,7 @@ class History:
         return Body(key.removeprefix(keys.log_prefix(self.name)), size, digest.digest())
 
     def append(self, header: Header, blocks: Sequence[bytes] = ()) -> Appended:
-        """Stores an edge, create-only. `created` False: its key is taken, by an earlier attempt or by a rival."""
+        """Store an edge, create-only. `created` False: the key exists, from an earlier attempt or a second writer."""
         data = segment.encode(header, blocks)
         receipt = self.store.create(keys.segment_key(self.name, header.pre, header.post), data)
         if receipt.created and len(data) < _RECENT_BYTES:
@@ -342,18 +347,18 @@ class History:
         return Appended(receipt.created, receipt.date, len(data))
 
     def forget(self, pre: int, post: int) -> None:
-        """The edge, which was stored here, is about to be withdrawn."""
+        """Remove an edge that is about to be deleted from the cache of what was stored here."""
         with self._lock:
             self._recent_bytes -= len(self._recent.pop((pre, post), b""))
 
 
 def _in_threads(function: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]:
-    """`map`, by several threads: most of what unpacking and packing take is done without Python's lock."""
+    """Do what `map` does, with several threads: zstd and the hashes release the GIL for most of their time."""
     return pool.ordered(function, items, _COMPRESSORS)
 
 
 def _encoded(pages: Iterator[Page], page_size: int, level: int) -> Iterator[bytes]:
-    """`segment.encode_blocks`; where there are several, they are compressed while further pages are read."""
+    """Return the encoded blocks. If there are several, they are compressed while further pages are read."""
     size = segment.pages_per_block(page_size)
     batches = iter(lambda: list(itertools.islice(pages, size)), [])
     beginning = list(itertools.islice(batches, 2))

@@ -1,8 +1,9 @@
-"""What may pass is tried again, for so long and no longer; and an outage is never silent.
+"""Retry requests whose failure may pass, for a bounded time, and log outages.
 
-Only `TransientError` is retried, at exponentially growing random intervals, until `retry_timeout` (or a `deadline`) is over;
-then a `StoreError` says what was given up, after how long, and why. `remaining()` tells the running attempt how much time is
-left to it. Each retry is logged at INFO. An *outage* is one WARNING when it begins and one, with its length, when it ends.
+Only `TransientError` is retried, at random intervals that grow exponentially, until `retry_timeout` or a `deadline` is over. Then
+a `StoreError` states which request was given up, after how many seconds, and why. `Retrier.remaining` gives the running attempt the
+time that is left to it. Each retry is logged at INFO. An outage is logged as one WARNING when it begins, and one, with its length,
+when it ends.
 """
 
 from __future__ import annotations
@@ -27,18 +28,26 @@ R = TypeVar("R")
 
 logger = get_logger(__name__)
 
-_FIRST_WAIT: Final = 0.2
-_LONGEST_WAIT: Final = 5.0
-_LEAST_LEFT: Final = 0.2  # with less than this, no further attempt is worth it
+_FIRST_WAIT: Final = 0.2  # seconds
+_LONGEST_WAIT: Final = 5.0  # seconds
+_LEAST_LEFT: Final = 0.2  # seconds; with less left, no further attempt is made
 _BACKOFF: Final = tenacity.wait_random_exponential(multiplier=_FIRST_WAIT, max=_LONGEST_WAIT)
 
-# Context variables, and not thread-locals: `parallel` hands them on to the threads that do a caller's work.
+# Context variables, not thread-locals: `core.pool` copies them to the threads that work for a caller.
 _deadline: ContextVar[float | None] = ContextVar("bottomless_deadline", default=None)
 _attempt_end: ContextVar[float | None] = ContextVar("bottomless_attempt_end", default=None)
 
 
 class Retrier:
-    """Runs the requests of one store. `where` names it in messages; `timeout` in seconds, 0 for one attempt only."""
+    """Run the requests of one store, with retries.
+
+    Args:
+        where: the name of the store in messages.
+        timeout: seconds until a request is given up; 0: one attempt only.
+        stats: counts the retries.
+        sleep: waits for so many seconds; None: a wait that `close` ends.
+        clock: returns seconds, monotonic.
+    """
 
     def __init__(
         self,
@@ -67,10 +76,15 @@ class Retrier:
             self._closing.set()
 
     def run(self, what: str, attempt: Callable[[], R], *, key: str | None = None) -> R:
-        """The answer of `attempt()`, which is repeated while it raises `TransientError` and time is left.
+        """Return what `attempt()` returns. Repeat it while it raises `TransientError` and time is left.
+
+        Args:
+            what: the name of the request in messages.
+            attempt: sends the request once.
+            key: the key of the object that the request is about; None: none, or several.
 
         Raises:
-            StoreError: what `attempt` raised, the time is over, or the store was closed. `what` names the request, `key` its object.
+            StoreError: `attempt` raised it, the time is over, or the store was closed.
         """
         start = self._clock()
         end = _deadline.get()
@@ -105,11 +119,11 @@ class Retrier:
             _attempt_end.reset(token)
 
     def _pause(self, state: tenacity.RetryCallState, end: float | None) -> float:
-        # Never longer than half of what is left: a server that is back before the time is over is found.
+        # At most half of the time that is left, so that a server that comes back within that time is found.
         return _BACKOFF(state) if end is None else min(_BACKOFF(state), max(0.0, end - self._clock()) / 2)
 
     def remaining(self) -> float | None:
-        """Seconds left to the running attempt, at least a twentieth; None for no limit but the timeouts."""
+        """Return the seconds left to the running attempt, at least 0.05; None: only the timeouts limit it."""
         end = _attempt_end.get()
         return None if end is None else max(end - self._clock(), 0.05)
 
@@ -124,7 +138,7 @@ class Retrier:
             _deadline.reset(token)
 
     def close(self) -> None:
-        """Ends every wait, now and later."""
+        """End every wait between attempts, now and later."""
         self._closed = True
         self._closing.set()
 
@@ -138,7 +152,7 @@ class Retrier:
             self._failed(error)
             raise
         except StoreError:
-            # An answer, if not the one that was hoped for: the server is there.
+            # The server has answered, so the outage is over.
             self._succeeded(began)
             raise
         self._succeeded(began)
@@ -155,7 +169,7 @@ class Retrier:
 
     def _succeeded(self, began: float) -> None:
         with self._lock:
-            # While some requests fail and others pass, it is still the same outage.
+            # A success that began before the last failure does not end the outage.
             if self._outage is None or began < self._last_failure:
                 return
             length = self._clock() - self._outage

@@ -1,7 +1,7 @@
-"""What a failed S3 request means: it may pass (`TransientError`), or not (`StoreError`), and what to do about it.
+"""Translate the errors of S3 requests to `TransientError` (the failure may pass) and `StoreError` (it does not).
 
-The code in the answer's XML decides, where there is one; otherwise the HTTP status does: proxies and load balancers answer with
-pages of their own. Nothing here ever means "absent": that takes an answer which says so (see `S3Store.get`).
+The error code in the answer's XML decides. Proxies and load balancers answer with pages of their own, which have no code: then the
+HTTP status decides. No error from here means that an object is absent: only an answer that says so does (see `S3Store.get`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..core.errors import Details, StoreError, TransientError
 __all__ = ["FAILURES", "code_of", "has_secret", "headers_of", "status_of", "translated"]
 
 FAILURES: Final = (BotoCoreError, ClientError, ResponseParserError, HTTPError, OSError)
-"""Whatever a call of the client may raise because of the server, the line or the settings."""
+"""The exceptions that a call of the client raises because of the server, the network or the settings."""
 
 _TRANSIENT: Final = frozenset(
     {
@@ -70,7 +70,8 @@ _CREDENTIALS: Final = (
     "(a profile, a role, a container's or a machine's)."
 )
 _DENIED: Final = "Check the credentials, and that they may list, read, write and delete in this bucket."
-# An unknown authority, or a certificate that is over; one of another name; a file of authorities that is missing, or none.
+# Parts of OpenSSL's messages: the authority is unknown or the certificate has expired; the certificate is for another host; the file of
+# authorities is missing, or is not one.
 _CERTIFICATE: Final = ("CERTIFICATE_VERIFY_FAILED", "doesn't match", "No such file", "[X509")
 _AUTHORITY: Final = "For a certificate of your own, set AWS_CA_BUNDLE to its authority's file."
 _OTHER_NAME: Final = "The certificate is another server's: check the host in the endpoint."
@@ -87,18 +88,18 @@ _HINTS: Final = {
 
 
 def code_of(error: BaseException | None) -> str:
-    """The code in the answer, such as `NoSuchKey`; empty when there is none (HEAD answers, pages of a proxy)."""
+    """Return the code in the answer, such as `NoSuchKey`; "" if there is none (answers to HEAD, pages of a proxy)."""
     code = _answer(error, "Error").get("Code", "")
     return "" if not isinstance(code, str) or code.isdigit() else code
 
 
 def status_of(error: BaseException | None) -> int:
-    """The HTTP status of the answer; 0 when there was no answer."""
+    """Return the HTTP status of the answer; 0 if there was no answer."""
     return int(_answer(error, "ResponseMetadata").get("HTTPStatusCode") or 0)
 
 
 def headers_of(error: BaseException) -> dict[str, str]:
-    """The headers of the answer."""
+    """Return the headers of the answer; empty if there was no answer."""
     headers = _answer(error, "ResponseMetadata").get("HTTPHeaders")
     return dict(headers) if headers else {}
 
@@ -108,14 +109,17 @@ def _answer(error: BaseException | None, part: str) -> Any:
 
 
 def has_secret(error: BaseException) -> bool:
-    """Does the error's text repeat a header, and with it a session token or a signature?"""
+    """Return whether the error's text repeats a header, and with it a session token or a signature."""
     return not isinstance(error, ClientError) and any(sign in str(error) for sign in ("header value", "codec can't encode"))
 
 
 def translated(error: BaseException, what: str, key: str | None = None) -> StoreError:
-    """Our error for one of `FAILURES`. `what` names the request, its key and the store; `key` is the key of the one object it is about.
+    """Return the `StoreError` for one of `FAILURES`. Its class decides whether the attempt is repeated.
 
-    Only ever called with the error of one attempt: whether it is repeated is decided by the class that comes out.
+    Args:
+        error: the error of one attempt.
+        what: the request, its key and the store, for the message.
+        key: the key of the object that the request is about; None: none, or several.
     """
     if isinstance(error, ClientError):
         return _refused(error, what, key)

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 
 import apsw
 import pytest
 
 from bottomless_wal.core import errors
-from bottomless_wal.core.errors import BottomlessError, FilesLostError, ReplicationError, StoreError, TransientError
+from bottomless_wal.core.config import Config
+from bottomless_wal.core.errors import (
+    BottomlessError,
+    ConfigError,
+    CorruptionError,
+    FilesLostError,
+    ReplicationError,
+    StoreError,
+    TransientError,
+)
+from bottomless_wal.formats import segment
+from bottomless_wal.formats.page_object import decode_page_object
+from bottomless_wal.storage.base import Stats
+from bottomless_wal.storage.retry import Retrier
 
 KINDS = [getattr(errors, name) for name in errors.__all__]
 
@@ -113,3 +127,43 @@ def test_the_module_describes_every_attribute() -> None:
     assert errors.__doc__ is not None
     for name in ("message", "hint", *errors.Details.__annotations__):
         assert f"\n    {name} " in errors.__doc__
+
+
+@pytest.mark.parametrize("decoder", [segment.decode, segment.decode_header, segment.head_length])
+def test_a_damaged_segment_is_named_by_its_key(decoder: Callable[..., object]) -> None:
+    with pytest.raises(CorruptionError) as raised:
+        decoder(b"nonsense", name="app.db-wal/k")
+    error = raised.value
+    assert (error.key, error.message) == ("app.db-wal/k", f"app.db-wal/k {error.reason}")
+    assert error.reason.startswith("is not sound: ")
+
+
+def test_a_damaged_page_object_is_named_by_its_key() -> None:
+    with pytest.raises(CorruptionError) as raised:
+        decode_page_object(b"nonsense", name="app.db-000000000001", pgno=1)
+    error = raised.value
+    assert (error.key, error.message) == ("app.db-000000000001", f"app.db-000000000001 is not sound: {error.reason}")
+
+
+def test_a_request_that_was_given_up_is_transient_and_has_the_answers_status_and_code() -> None:
+    retrier = Retrier("the store", 0.0, Stats())
+
+    def attempt() -> None:
+        raise TransientError.about("PUT k", "503 SlowDown", status=503, code="SlowDown")
+
+    with pytest.raises(StoreError) as raised:
+        retrier.run("PUT k", attempt, key="k")
+    error = raised.value
+    assert type(error) is StoreError
+    assert (error.key, error.status, error.code, error.is_transient) == ("k", 503, "SlowDown", True)
+    assert error.message == f"PUT k: {error.reason}"
+    assert error.reason.endswith("1 attempt: 503 SlowDown")
+
+
+def test_a_bad_option_is_named_and_a_secret_is_not() -> None:
+    with pytest.raises(ConfigError) as raised:
+        Config.load({"ack": "never"}, environ={})
+    assert (raised.value.option, raised.value.actual) == ("ack", "never")
+    with pytest.raises(ConfigError) as raised:
+        Config.load({"endpoint": "ftp://me:secret@host"}, environ={})
+    assert (raised.value.option, raised.value.actual) == ("endpoint", None)
