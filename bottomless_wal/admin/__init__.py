@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .compaction import CompactionReport, PruneReport, SnapshotReport, compact, forget, prune, snapshot
 from .doctor import Check, CheckState, diagnose
-from .inspection import Inspection, Listed, Relation, inspect, listing
+from .inspection import Inspection, Lineage, Listed, inspect, listing
 from .prices import LIST_PRICES, Prices, load_prices
 from .problems import Problem, ProblemKind
 from .reset import reset_from_local
@@ -24,12 +24,12 @@ __all__ = [
     "Cost",
     "Inspection",
     "Kind",
+    "Lineage",
     "Listed",
     "Prices",
     "Problem",
     "ProblemKind",
     "PruneReport",
-    "Relation",
     "Report",
     "Restored",
     "SnapshotReport",

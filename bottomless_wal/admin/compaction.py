@@ -23,9 +23,9 @@ from ..history.compaction import LEVELS, Vanished
 from ..history.log import FENCE_HORIZON_SECONDS
 from ..history.planner import plan
 from ..history.restore import Progress
-from ..history.segment_list import Edge
+from ..history.segment_list import SegmentInfo
 from ..history.timeline import relisted
-from .stored_database import Target, opened
+from .stored_database import StoredDatabase, opened
 
 __all__ = ["CompactionReport", "PruneReport", "SnapshotReport", "compact", "forget", "prune", "snapshot"]
 
@@ -43,7 +43,7 @@ class CompactionReport:
     store: str
     head: int
     merged: int
-    added: list[Edge]
+    added: list[SegmentInfo]
     size: int
     before: int | None
     after: int | None
@@ -99,7 +99,7 @@ def compact(path: str | os.PathLike[str], *, progress: Progress | None = None, *
     began = time.monotonic()
     with opened(path, options) as target:
         damaged: dict[str, None] = {}
-        first: Sequence[Edge] = ()
+        first: Sequence[SegmentInfo] = ()
         done = 0
 
         def merged() -> None:
@@ -182,12 +182,12 @@ def forget(path: str | os.PathLike[str], *, older_than: float, dry_run: bool = F
         kept = max(older_than, 2 * FENCE_HORIZON_SECONDS)
         rule = f"older than {kept:.0f} s" + (" (two hours are always kept)" if kept > older_than else "")
 
-        def turn(edges: Sequence[Edge]) -> PruneReport:
+        def turn(edges: Sequence[SegmentInfo]) -> PruneReport:
             now = target.store.now()
             txid = retention.oldest_promised(edges, now=now, retention=older_than)
             if txid and (0, txid) not in {edge[:2] for edge in edges}:
                 if dry_run:
-                    planned = sorted([*edges, Edge(0, txid, 0, now)])
+                    planned = sorted([*edges, SegmentInfo(0, txid, 0, now)])
                     gone, base = retention.superfluous(planned, now=now, retention=older_than, keep_snapshots=0)
                     size = sum(edge.size + edge.body for edge in gone)
                     would = retention.Pruned(tuple(gone), (), size, base, ())
@@ -202,7 +202,7 @@ def forget(path: str | os.PathLike[str], *, older_than: float, dry_run: bool = F
         return _retried(target, turn)
 
 
-def _retried(target: Target, step: Callable[[Sequence[Edge]], R]) -> R:
+def _retried(target: StoredDatabase, step: Callable[[Sequence[SegmentInfo]], R]) -> R:
     for edges in relisted(target.history):
         try:
             return step(edges)
@@ -211,7 +211,7 @@ def _retried(target: Target, step: Callable[[Sequence[Edge]], R]) -> R:
     raise AssertionError("relisted() ends with an error")
 
 
-def _snapshot(target: Target, edges: Sequence[Edge], txid: int) -> tuple[bool, int, int]:
+def _snapshot(target: StoredDatabase, edges: Sequence[SegmentInfo], txid: int) -> tuple[bool, int, int]:
     """(was it made now, its txid, its size)"""
     made = compaction.snapshot(target.history, edges, txid, level=target.config.level)
     edge = made or next(edge for edge in edges if edge[:2] == (0, txid))
@@ -219,8 +219,8 @@ def _snapshot(target: Target, edges: Sequence[Edge], txid: int) -> tuple[bool, i
 
 
 def _report(
-    target: Target,
-    edges: Sequence[Edge],
+    target: StoredDatabase,
+    edges: Sequence[SegmentInfo],
     done: retention.Pruned,
     began: float,
     rule: str,
@@ -246,7 +246,7 @@ def _report(
     )
 
 
-def _inside(edges: Sequence[Edge], added: Sequence[Edge]) -> int:
+def _inside(edges: Sequence[SegmentInfo], added: Sequence[SegmentInfo]) -> int:
     """How many of `edges` lie within one of the `added` ones. Both are in the order of their keys, and the added ones are aligned."""
     covered = {size: {edge.pre for edge in added if edge.post - edge.pre == size} for size in LEVELS}
     return sum(
@@ -255,6 +255,6 @@ def _inside(edges: Sequence[Edge], added: Sequence[Edge]) -> int:
     )
 
 
-def _way(edges: Sequence[Edge]) -> int | None:
+def _way(edges: Sequence[SegmentInfo]) -> int | None:
     chain = plan(edges, max(edge.post for edge in edges))
     return None if chain is None else len(chain)

@@ -16,15 +16,15 @@ from ..core.errors import BottomlessError
 from ..formats import keys
 from ..history.log import Head
 from ..history.planner import newest
-from ..history.segment_list import Edge
+from ..history.segment_list import SegmentInfo
 from ..replication.index import IndexHeader, LocalIndex
-from ..replication.replicator import home_of
+from ..replication.replicator import remote_id_of
 from ..runtime.replica import INDEX_SUFFIX
 from ..sqlite.wal_reader import WalFile
 from ..storage import Entry, open_store
-from .stored_database import Target, configured, opened, stored_name
+from .stored_database import StoredDatabase, configured, opened, stored_name
 
-__all__ = ["Inspection", "Listed", "Relation", "inspect", "listing"]
+__all__ = ["Inspection", "Lineage", "Listed", "inspect", "listing"]
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class Listed:
     page_objects: int = 0
     page_bytes: int = 0
     last_commit: datetime | None = None
-    edges: list[Edge] = field(default_factory=list)
+    edges: list[SegmentInfo] = field(default_factory=list)
 
     @property
     def segments(self) -> int:
@@ -50,7 +50,7 @@ class Listed:
         return len(self.edges)
 
 
-class Relation(StrEnum):
+class Lineage(StrEnum):
     """How a local file, as its index knows it, stands to its history."""
 
     NOTHING = "nothing"
@@ -87,7 +87,7 @@ class Inspection:
     head: Head | None
     in_step: bool
     relation: str
-    standing: Relation = field(metadata={"json": False})
+    position_status: Lineage = field(metadata={"json": False})
 
 
 def listing(database: str | os.PathLike[str] | None = None, **options: object) -> list[Listed]:
@@ -115,7 +115,7 @@ def _gathered(entries: Iterable[Entry]) -> list[Listed]:
             listed = found[name] = Listed(name, *keys.split_name(name))
         ends = keys.parse_segment_key(name, entry.key)
         if ends is not None:
-            listed.edges.append(Edge(*ends, entry.size, entry.modified))
+            listed.edges.append(SegmentInfo(*ends, entry.size, entry.modified))
             listed.log_bytes += entry.size
         elif keys.parse_body_key(name, entry.key) is not None:
             listed.log_bytes += entry.size
@@ -142,12 +142,12 @@ def inspect(path: str | os.PathLike[str], **options: object) -> Inspection:
         head = target.history.head(edges)
         size = os.path.getsize(local_path) if os.path.exists(local_path) else None
         local = _index_of(local_path) if size else None
-        foreign = local is not None and local.home != home_of(target.config, target.name)
+        foreign = local is not None and local.remote_id != remote_id_of(target.config, target.name)
         pending = None if local is None else _pending(local_path, local)
-        in_step, standing, relation = _relation(target, size, None if foreign else local, pending, head, edges)
+        in_step, position_status, relation = _relation(target, size, None if foreign else local, pending, head, edges)
         if foreign:
             relation = f"its index belongs to another bucket, endpoint or name; {relation}"
-        return Inspection(local_path, target.name, target.store.describe(), size, local, pending, head, in_step, relation, standing)
+        return Inspection(local_path, target.name, target.store.describe(), size, local, pending, head, in_step, relation, position_status)
 
 
 def _index_of(path: str) -> IndexHeader | None:
@@ -175,35 +175,40 @@ def _pending(path: str, local: IndexHeader) -> bool | None:
 
 
 def _relation(
-    target: Target, size: int | None, local: IndexHeader | None, pending: bool | None, head: Head | None, edges: Sequence[Edge]
-) -> tuple[bool, Relation, str]:
+    target: StoredDatabase,
+    size: int | None,
+    local: IndexHeader | None,
+    pending: bool | None,
+    head: Head | None,
+    edges: Sequence[SegmentInfo],
+) -> tuple[bool, Lineage, str]:
     """Return whether the file is known to hold exactly the head, its standing, and that in words."""
     if not size:
         if head is None:
-            return False, Relation.NOTHING, "there is neither a local file nor a history: opening it starts one"
-        return False, Relation.NO_FILE, f"there is no local file: opening it restores txid {head.txid}"
+            return False, Lineage.NOTHING, "there is neither a local file nor a history: opening it starts one"
+        return False, Lineage.NO_FILE, f"there is no local file: opening it restores txid {head.txid}"
     if head is None:
-        return False, Relation.NO_HISTORY, "the bucket has no history of it: opening it uploads the whole database"
+        return False, Lineage.NO_HISTORY, "the bucket has no history of it: opening it uploads the whole database"
     if local is None:
         words = "nothing is known about the local file: opening it compares it with the history, page by page"
-        return False, Relation.UNKNOWN, words
+        return False, Lineage.DIVERGED, words
     more = {True: ", and has commits that are not stored yet", False: "", None: ", and may have changed since"}[pending]
     if (local.txid, local.state) == (head.txid, head.state):
         if pending is False:
-            return True, Relation.AT_HEAD, "the local file is at the head"
+            return True, Lineage.AT_HEAD, "the local file is at the head"
         words = f"the local file was at the head{more}: opening stores the difference if its WAL proves it, else is a conflict"
-        return False, Relation.AT_HEAD, words
+        return False, Lineage.AT_HEAD, words
     if local.txid > head.txid:
         words = f"the local file was at txid {local.txid}, beyond the head: objects were deleted, or this is another bucket"
-        return False, Relation.BEYOND, words
+        return False, Lineage.BEYOND, words
     if _is_past(target, local, edges):
         ahead = f"the history has gone on by {head.txid - local.txid} since the local file was at txid {local.txid}"
-        return False, Relation.BEHIND, ahead + (": opening it fast-forwards" if pending is False else more)
+        return False, Lineage.BEHIND, ahead + (": opening it fast-forwards" if pending is False else more)
     words = f"the local file (txid {local.txid}, state {local.state:016x}) is no state of the history: they diverged"
-    return False, Relation.DIVERGED, words
+    return False, Lineage.DIVERGED, words
 
 
-def _is_past(target: Target, local: IndexHeader, edges: Sequence[Edge]) -> bool:
+def _is_past(target: StoredDatabase, local: IndexHeader, edges: Sequence[SegmentInfo]) -> bool:
     """Return whether the history has the state of the index at txid `local.txid`."""
     if local.txid == 0:
         return True

@@ -13,16 +13,16 @@ from typing import Final
 from ..core import pool
 from ..core.errors import CorruptionError
 from ..formats import keys
-from ..formats.segment import Header
+from ..formats.segment import SegmentHeader
 from ..history.log import Head
 from ..history.page_table import TableReplay
 from ..history.planner import plan, reachable
 from ..history.restore import Progress
 from ..history.retention import oldest_promised
-from ..history.segment_list import Edge
+from ..history.segment_list import SegmentInfo
 from ..history.timeline import ranges
 from .problems import Problem, ProblemKind
-from .stored_database import Target
+from .stored_database import StoredDatabase
 
 __all__ = ["LogAudit"]
 
@@ -37,7 +37,7 @@ class LogAudit:
     `hashes` has the page hashes of its end.
     """
 
-    def __init__(self, target: Target, hashes: TableReplay, *, deep: bool, progress: Progress | None) -> None:
+    def __init__(self, target: StoredDatabase, hashes: TableReplay, *, deep: bool, progress: Progress | None) -> None:
         self.target = target
         self.history = target.history
         self.hashes = hashes
@@ -46,7 +46,7 @@ class LogAudit:
         self.problems: list[Problem] = []
         self.notes: list[str] = []
         self.segments = self.bodies = self.txid = self.restorable = 0
-        self.chain: list[Edge] = []
+        self.chain: list[SegmentInfo] = []
         self._made = 0.0
         self._resets: set[tuple[int, int]] = set()
         self.told: Head | None = None  # the head as its own segment states it
@@ -80,7 +80,7 @@ class LogAudit:
         )
         return None
 
-    def _from_a_reset(self, sound: Sequence[Edge], last: int) -> list[Edge] | None:
+    def _from_a_reset(self, sound: Sequence[SegmentInfo], last: int) -> list[SegmentInfo] | None:
         """Return a chain that begins with a reset, which needs nothing before it; None without one."""
         resets = self.history.resets(sound, width=self.target.config.concurrency)
         return plan(sound, last, wholes={(edge.pre, edge.post) for edge in resets}) if resets else None
@@ -109,7 +109,7 @@ class LogAudit:
 
     # --- each segment by itself, and all of them together ---------------------------------------------------------------
 
-    def _sound(self, edges: Sequence[Edge]) -> list[Edge]:
+    def _sound(self, edges: Sequence[SegmentInfo]) -> list[SegmentInfo]:
         prefix = keys.log_prefix(self.history.name)
         stored = {
             entry.key.removeprefix(prefix): entry.size
@@ -118,7 +118,7 @@ class LogAudit:
         }
         self.bodies = len(stored)
         named: set[str] = set()
-        sound: list[Edge] = []
+        sound: list[SegmentInfo] = []
         states: dict[int, tuple[int, str]] = {0: (0, "")}
         width = self.target.config.concurrency
         if self.deep:
@@ -151,7 +151,7 @@ class LogAudit:
             self.notes.append(f"{len(orphans)} bodies that no sound segment names (uploads cut off; retention removes them)")
         return sound
 
-    def _load(self, edge: Edge) -> Header | CorruptionError | None:
+    def _load(self, edge: SegmentInfo) -> SegmentHeader | CorruptionError | None:
         try:
             if not self.deep:
                 return self.history.header(edge.pre, edge.post)
@@ -164,7 +164,7 @@ class LogAudit:
         except CorruptionError as error:
             return error
 
-    def _agrees(self, header: Header, key: str, states: dict[int, tuple[int, str]]) -> bool:
+    def _agrees(self, header: SegmentHeader, key: str, states: dict[int, tuple[int, str]]) -> bool:
         told = {header.pre: header.pre_hash, **{commit.txid: commit.post for commit in header.commits}}
         for txid, state in told.items():
             known, by = states.get(txid, (state, ""))
@@ -179,7 +179,7 @@ class LogAudit:
             states.setdefault(txid, (state, key))
         return True
 
-    def _find_gaps(self, edges: Sequence[Edge], sound: Sequence[Edge]) -> None:
+    def _find_gaps(self, edges: Sequence[SegmentInfo], sound: Sequence[SegmentInfo]) -> None:
         """Report where no sound segment leads on. Segments that exist and are not sound are reported already."""
         last = self.txid
         reached = max(reachable(sound))
@@ -195,7 +195,7 @@ class LogAudit:
                 )
             reached = max(reachable(sound, start=resumed))
 
-    def _find_holes(self, edges: Sequence[Edge], sound: Sequence[Edge]) -> None:
+    def _find_holes(self, edges: Sequence[SegmentInfo], sound: Sequence[SegmentInfo]) -> None:
         """Report commits that `retention` promises and that are missing, although a longer segment leads past them to the head."""
         config = self.target.config
         oldest = oldest_promised(edges, now=self.target.store.now(), retention=config.retention)
@@ -218,7 +218,7 @@ class LogAudit:
 
     # --- the way to the head --------------------------------------------------------------------------------------------
 
-    def _follow(self, chain: list[Edge]) -> Edge | None:
+    def _follow(self, chain: list[SegmentInfo]) -> SegmentInfo | None:
         """Apply the page hashes of `chain`. Return the first edge that is not sound or does not lead where it says; None: all are sound."""
         self.hashes.clear()
         for edge in chain:
@@ -228,7 +228,7 @@ class LogAudit:
                 return edge
         return None
 
-    def _apply(self, edge: Edge) -> tuple[ProblemKind, str, str] | None:
+    def _apply(self, edge: SegmentInfo) -> tuple[ProblemKind, str, str] | None:
         key = keys.segment_key(self.history.name, edge.pre, edge.post)
         before = self.hashes.state_hash
         try:

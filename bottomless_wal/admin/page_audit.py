@@ -22,12 +22,12 @@ from ..formats.page_object import PAGE_OBJECT_LIMIT, PageTrailer, decode_page_ob
 from ..history.log import Head
 from ..history.page_table import TableReplay
 from ..history.restore import Progress
-from ..history.segment_list import Edge
+from ..history.segment_list import SegmentInfo
 from ..replication.index import LocalIndex
 from ..replication.page_objects import LOCK_SUFFIX
 from ..runtime.replica import INDEX_SUFFIX
 from .problems import ProblemKind
-from .stored_database import Target
+from .stored_database import StoredDatabase
 
 __all__ = ["Fault", "ViewAudit"]
 
@@ -47,7 +47,7 @@ class Fault:
 class ViewAudit:
     """The page objects of one database against `hashes`, the page hashes of its head."""
 
-    def __init__(self, target: Target, hashes: TableReplay, progress: Progress | None) -> None:
+    def __init__(self, target: StoredDatabase, hashes: TableReplay, progress: Progress | None) -> None:
         self.target = target
         self.hashes = hashes
         self.progress = progress
@@ -137,7 +137,7 @@ class ViewAudit:
 
     # --- repair --------------------------------------------------------------------------------------------------------
 
-    def repair(self, head: Head, chain: list[Edge], faults: list[Fault]) -> str | None:
+    def repair(self, head: Head, chain: list[SegmentInfo], faults: list[Fault]) -> str | None:
         """Repair `faults` from the segments of `chain`. Return None if all are repaired, else the reason why not.
 
         Raises:
@@ -158,7 +158,7 @@ class ViewAudit:
                 self.target.store.delete(keys.page_key(self.target.name, pgno) for pgno in excess)
         return None
 
-    def _pages(self, chain: list[Edge], wanted: _Runs) -> Iterator[Page]:
+    def _pages(self, chain: list[SegmentInfo], wanted: _Runs) -> Iterator[Page]:
         """Yield the wanted pages, each from the last edge that has it."""
         if not wanted:
             return

@@ -24,24 +24,24 @@ from typing import Final
 import apsw
 
 from ..core.errors import ConfigError, ConflictError, RestoreError
-from ..core.failpoints import reach
+from ..core.failpoints import failpoint
 from ..core.logs import get_logger
 from ..core.ownership import succeed
 from ..formats import keys
 from ..formats.page import repr_in_hex
 from ..history.compaction import Vanished
 from ..history.restore import Progress, Rebuilt, rebuild, rebuild_from_pages
-from ..history.scratch import Scratch, scratch, translated
-from ..history.segment_list import Edge
+from ..history.scratch import Scratch, as_restore_errors, scratch
+from ..history.segment_list import SegmentInfo
 from ..history.timeline import ranges, relisted, restorable, txid_at
 from ..replication.index import UNKNOWN_SIZE, IndexHeader, LocalIndex, boot_id
 from ..replication.log_check import find_gap
-from ..replication.replicator import home_of
+from ..replication.replicator import remote_id_of
 from ..runtime.registry import registry
 from ..runtime.replica import INDEX_SUFFIX
 from ..sqlite.database_path import require_free_name
-from ..sqlite.replace import aside, nobody_else
-from .stored_database import Target, opened
+from ..sqlite.replace import exclusive_access, quarantine_sidecar_files
+from .stored_database import StoredDatabase, opened
 
 __all__ = ["Restored", "restore"]
 
@@ -140,7 +140,7 @@ def _arguments(path: str | os.PathLike[str], output: str | os.PathLike[str] | No
     return shlex.join(words)
 
 
-def _destination(target: Target, output: str | os.PathLike[str] | None) -> str:
+def _destination(target: StoredDatabase, output: str | os.PathLike[str] | None) -> str:
     if output is None:
         if target.path is None:
             raise ConfigError(f"{target.name!r} is a name in the bucket, not a path", hint="Say where to restore it to (-o PATH).")
@@ -156,7 +156,7 @@ def _check(destination: str, *, force: bool) -> None:
     """Refuses to replace a file that is wanted, or in use. An empty file is no database."""
     if registry.get(destination) is not None:
         raise ConflictError(f"{destination} is open in this process", hint="Close every connection to it first.")
-    with translated(destination):
+    with as_restore_errors(destination):
         LocalIndex(destination + INDEX_SUFFIX, beside=destination).require_free()
     if os.path.exists(destination):
         if os.path.getsize(destination) and not force:
@@ -168,7 +168,7 @@ def _check(destination: str, *, force: bool) -> None:
 @contextlib.contextmanager
 def _exclusive(destination: str) -> Iterator[None]:
     try:
-        with nobody_else(destination):
+        with exclusive_access(destination):
             yield
     except apsw.CantOpenError as error:
         raise RestoreError(
@@ -181,7 +181,7 @@ def _temporary_index(destination: str) -> Iterator[LocalIndex]:
     """A locked index of our own beside `destination`, gone at the end unless it was renamed."""
     index = LocalIndex(f"{destination}{INDEX_SUFFIX}-{secrets.token_hex(8)}", beside=destination)
     try:
-        with translated(destination), index.locked():
+        with as_restore_errors(destination), index.locked():
             yield index
     finally:
         index.close()
@@ -190,7 +190,13 @@ def _temporary_index(destination: str) -> Iterator[LocalIndex]:
 
 
 def _rebuild(
-    target: Target, into: Scratch, edges: Sequence[Edge], head: int | None, txid: int | None, progress: Progress | None, arguments: str
+    target: StoredDatabase,
+    into: Scratch,
+    edges: Sequence[SegmentInfo],
+    head: int | None,
+    txid: int | None,
+    progress: Progress | None,
+    arguments: str,
 ) -> Rebuilt:
     width = target.config.concurrency
     if head is not None:
@@ -217,7 +223,7 @@ def _rebuild(
     return rebuilt
 
 
-def _state_at(target: Target, moment: datetime) -> tuple[int, datetime]:
+def _state_at(target: StoredDatabase, moment: datetime) -> tuple[int, datetime]:
     """The txid of the last state not later than `moment`, and its time."""
     for edges in relisted(target.history):
         try:
@@ -229,7 +235,7 @@ def _state_at(target: Target, moment: datetime) -> tuple[int, datetime]:
     raise AssertionError("relisted() ends with an error")
 
 
-def _removed(target: Target, txid: int | None) -> RestoreError | None:
+def _removed(target: StoredDatabase, txid: int | None) -> RestoreError | None:
     """The error for a state that retention has removed: it says what is left. None: it has not; the history is broken."""
     edges = target.history.edges()
     found = restorable(target.history, edges)
@@ -243,10 +249,10 @@ def _removed(target: Target, txid: int | None) -> RestoreError | None:
     )
 
 
-def _index_header(target: Target, rebuilt: Rebuilt, proved_ms: int) -> IndexHeader:
+def _index_header(target: StoredDatabase, rebuilt: Rebuilt, proved_ms: int) -> IndexHeader:
     """The index of a file that has just been restored at the head, but for what only the file in its place can tell."""
     header = IndexHeader(
-        home_of(target.config, target.name),
+        remote_id_of(target.config, target.name),
         secrets.token_bytes(16),
         boot_id(),
         page_size=rebuilt.page_size,
@@ -283,15 +289,15 @@ def _put_in_place(destination: str, into: Scratch, index: LocalIndex, old: Local
     with _exclusive(destination):
         succeed(into.fd, destination)
         with _unclaimed(old), _companions_gone(destination):
-            reach("before rename")
+            failpoint("before rename")
             os.rename(into.path, destination)
-    reach("after rename")
+    failpoint("after rename")
     if header is None:
         os.unlink(old.path)
         return
     index.mark_restored(header, destination, int.from_bytes(os.pread(into.fd, 4, 24), "big"))
     index.sync()
-    reach("before index")
+    failpoint("before index")
     os.rename(index.path, old.path)
 
 
@@ -315,7 +321,7 @@ def _unclaimed(old: LocalIndex) -> Iterator[None]:
 def _companions_gone(path: str) -> Iterator[None]:
     """While the file at `path` is replaced: its WAL and journal are set aside before, and removed after, or put back on failure."""
     if not os.path.exists(path):
-        aside(path)
+        quarantine_sidecar_files(path)
         yield
         _sync_directory(path)
         return

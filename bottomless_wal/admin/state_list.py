@@ -9,7 +9,7 @@ from datetime import datetime
 
 from ..core.logs import get_logger
 from ..formats.page import repr_in_hex
-from ..formats.segment import Commit
+from ..formats.segment import CommitRecord
 from ..history.compaction import Vanished
 from ..history.timeline import moment_of, ranges, relisted, restorable, timeline
 from .stored_database import opened
@@ -64,7 +64,7 @@ def states(database: str | os.PathLike[str], *, last: int | None = None, **optio
                 logger.info("%s: listed once more", error)
                 continue
 
-            def state(txid: int, pre: int, told: dict[int, Commit] = told, sizes: dict[tuple[int, int], int] = sizes) -> State:
+            def state(txid: int, pre: int, told: dict[int, CommitRecord] = told, sizes: dict[tuple[int, int], int] = sizes) -> State:
                 commit = told[txid]
                 return State(txid, commit.post, moment_of(commit), sizes.get((pre, txid)))
 

@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from ..core.config import Config
 from ..core.errors import ConfigError
 from ..formats import keys
-from ..history.log import History
+from ..history.log import RemoteLog
 from ..runtime.connect import installed_defaults
 from ..sqlite.database_path import require_same_name
 from ..storage import Store, open_store
 
-__all__ = ["Target", "configured", "opened", "stored_name"]
+__all__ = ["StoredDatabase", "configured", "opened", "stored_name"]
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class StoredDatabase:
     """The database stored as `name`. `path`: the local file it belongs to, resolved; None when only its name was given."""
 
     config: Config
     store: Store
-    history: History
+    history: RemoteLog
     name: str
     path: str | None
 
@@ -67,7 +67,7 @@ def stored_name(database: str | os.PathLike[str], database_id: str) -> tuple[str
 
 
 @contextlib.contextmanager
-def opened(database: str | os.PathLike[str], options: Mapping[str, object]) -> Iterator[Target]:
+def opened(database: str | os.PathLike[str], options: Mapping[str, object]) -> Iterator[StoredDatabase]:
     """The target of a command, its store open. Sends nothing yet.
 
     Raises:
@@ -76,4 +76,4 @@ def opened(database: str | os.PathLike[str], options: Mapping[str, object]) -> I
     config = configured(options)
     name, path = stored_name(database, config.database_id)
     with contextlib.closing(open_store(config)) as store:
-        yield Target(config, store, History(store, name), name, path)
+        yield StoredDatabase(config, store, RemoteLog(store, name), name, path)

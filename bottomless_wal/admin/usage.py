@@ -19,10 +19,10 @@ from ..core import pool
 from ..core.errors import CorruptionError, RestoreError
 from ..formats import keys
 from ..history.compaction import LEVELS
-from ..history.segment_list import Edge
+from ..history.segment_list import SegmentInfo
 from ..runtime.api import Status
 from .prices import GIGABYTE, LIST_PRICES, Prices
-from .stored_database import Target, opened
+from .stored_database import StoredDatabase, opened
 
 __all__ = ["Cost", "Kind", "Usage", "running_costs", "stats"]
 
@@ -85,7 +85,7 @@ def stats(database: str | os.PathLike[str], *, prices: Prices = LIST_PRICES, **o
     began = time.monotonic()
     with opened(database, options) as target:
         kinds = {name: Kind() for name in ("commits", "merged", "snapshots", "bodies", "page_objects")}
-        commits: list[Edge] = []
+        commits: list[SegmentInfo] = []
         head = 0
         for edge in _counted(target, kinds):
             head = max(head, edge.post)
@@ -127,13 +127,13 @@ def running_costs(status: Status, *, prices: Prices = LIST_PRICES) -> list[Cost]
     ]
 
 
-def _counted(target: Target, kinds: dict[str, Kind]) -> Iterator[Edge]:
+def _counted(target: StoredDatabase, kinds: dict[str, Kind]) -> Iterator[SegmentInfo]:
     """The edges; everything is counted on the way."""
     name = target.name
     for entry in target.store.list(keys.log_prefix(name)):
         ends = keys.parse_segment_key(name, entry.key)
         if ends is not None:
-            edge = Edge(*ends, entry.size, entry.modified)
+            edge = SegmentInfo(*ends, entry.size, entry.modified)
             kinds["commits" if edge.post == edge.pre + 1 else "merged" if edge.pre else "snapshots"].add(entry.size)
             yield edge
         elif keys.parse_body_key(name, entry.key) is not None:
@@ -143,8 +143,8 @@ def _counted(target: Target, kinds: dict[str, Kind]) -> Iterator[Edge]:
             kinds["page_objects"].add(entry.size)
 
 
-def _pages_per_commit(target: Target, commits: list[Edge]) -> float | None:
-    def load(edge: Edge) -> int | None:
+def _pages_per_commit(target: StoredDatabase, commits: list[SegmentInfo]) -> float | None:
+    def load(edge: SegmentInfo) -> int | None:
         try:
             header = target.history.header(edge.pre, edge.post)
         except CorruptionError:
@@ -157,7 +157,7 @@ def _pages_per_commit(target: Target, commits: list[Edge]) -> float | None:
     return sum(counts) / len(counts) if counts else None
 
 
-def _costs(target: Target, kinds: dict[str, Kind], commits_day: int, pages: float | None, prices: Prices) -> list[Cost]:
+def _costs(target: StoredDatabase, kinds: dict[str, Kind], commits_day: int, pages: float | None, prices: Prices) -> list[Cost]:
     stored = sum(kind.bytes for kind in kinds.values())
     month = commits_day * _MONTH_DAYS
     put, get = prices.put_per_1000 / 1000, prices.get_per_1000 / 1000

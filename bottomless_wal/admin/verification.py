@@ -29,12 +29,12 @@ from ..history.log import Head
 from ..history.page_table import PageTable, TableReplay
 from ..history.restore import Progress, rebuild, rebuild_from_pages
 from ..history.scratch import Scratch, scratch
-from ..sqlite.database_reader import LocalDatabase, SnapshotLost
+from ..sqlite.database_reader import LocalDatabase, SnapshotInvalidated
 from ..sqlite.own_connection import OwnConnection
 from .log_audit import LogAudit
 from .page_audit import Fault, ViewAudit
 from .problems import Problem, ProblemKind
-from .stored_database import Target, opened
+from .stored_database import StoredDatabase, opened
 
 __all__ = ["Report", "verify"]
 
@@ -128,7 +128,7 @@ def _temporary_scratch() -> Iterator[Scratch]:
             yield into
 
 
-def _verify_integrity(target: Target, report: Report, head: Head) -> None:
+def _verify_integrity(target: StoredDatabase, report: Report, head: Head) -> None:
     try:
         with _temporary_scratch() as into:
             rebuild(target.history, into, head.txid, target.history.edges(), width=target.config.concurrency)
@@ -145,7 +145,7 @@ def _verify_integrity(target: Target, report: Report, head: Head) -> None:
 
 
 def _verify_view(
-    target: Target,
+    target: StoredDatabase,
     report: Report,
     log: LogAudit,
     head: Head,
@@ -192,7 +192,7 @@ def _verify_view(
     return head
 
 
-def _promised(target: Target, log: LogAudit, audit: ViewAudit, head: Head, faults: list[Fault]) -> list[Fault]:
+def _promised(target: StoredDatabase, log: LogAudit, audit: ViewAudit, head: Head, faults: list[Fault]) -> list[Fault]:
     """Those faults that contradict what the head's segment says of the page view: that it was complete up to some txid before."""
     header = target.history.header(log.chain[-1].pre, log.chain[-1].post)
     if header is None or (audit.objects == 0 and header.view_txid == 0):
@@ -201,13 +201,13 @@ def _promised(target: Target, log: LogAudit, audit: ViewAudit, head: Head, fault
     return faults if kept_up else audit.unchanged_since(header.view_txid, faults)
 
 
-def _of_view(target: Target, fault: Fault, *, repaired: bool) -> Problem:
+def _of_view(target: StoredDatabase, fault: Fault, *, repaired: bool) -> Problem:
     key = keys.page_key(target.name, fault.first)
     more = f" (and {fault.last - fault.first} more, up to page {fault.last})" if fault.last > fault.first else ""
     return Problem(fault.kind, key, fault.detail + more, repaired)
 
 
-def _verify_view_alone(target: Target, report: Report) -> None:
+def _verify_view_alone(target: StoredDatabase, report: Report) -> None:
     """There is no log: are the page objects a database by themselves?"""
     try:
         with _temporary_scratch() as into:
@@ -248,10 +248,10 @@ def _compare(path: str, hashes: TableReplay, head: Head, report: Report) -> None
             try:
                 differing = list(_differing(local, hashes, head))
                 break
-            except SnapshotLost:
+            except SnapshotInvalidated:
                 if look == _LOOKS - 1:
                     raise
-    except (apsw.Error, SnapshotLost) as error:
+    except (apsw.Error, SnapshotInvalidated) as error:
         report.problems.append(Problem(ProblemKind.LOCAL, path, error.reason if isinstance(error, BottomlessError) else str(error)))
         return
     finally:

@@ -9,7 +9,7 @@ from typing import Any, Final
 import click
 
 from .. import admin
-from .options import DATABASE, FOUND, INTERRUPTED, age, json_option, table
+from .options import DATABASE, EXIT_PROBLEM, INTERRUPTED, age, json_option, table
 from .output import as_json, console, human_bytes, human_time, moment_text, progress_bar
 
 __all__ = ["COMMANDS"]
@@ -37,13 +37,13 @@ def list_(options: dict[str, str], database: str | None, everything: bool, json:
             rows = [{**row, **told} for row in rows]
         click.echo(as_json(rows))
         if database is not None and not found:
-            sys.exit(FOUND)
+            sys.exit(EXIT_PROBLEM)
         return
     speaker = console()
     if not found:
         speaker.print("nothing is stored" + (f" for {database}" if database else "") + " in this bucket")
         if database is not None:
-            sys.exit(FOUND)
+            sys.exit(EXIT_PROBLEM)
         return
     speaker.print(
         table(
@@ -146,7 +146,7 @@ def compact(options: dict[str, str], database: str, json: bool) -> None:
             speaker.print(f"  no unbroken chain leads to the head (txid {report.head}): see verify")
         _show_effort(report)
     if not report.ok:
-        sys.exit(FOUND)
+        sys.exit(EXIT_PROBLEM)
 
 
 @click.command(name="snapshot")

@@ -22,8 +22,8 @@ from ..core import logs
 from ..core.config import ENV_PREFIX
 from ..core.errors import BottomlessError, ConfigError
 from . import history_commands
-from .options import DATABASE, FAILED, FOUND, INTERRUPTED, USAGE, json_option, moment
-from .output import as_json, complain, configure_logging, console, human_bytes, moment_text, progress_bar
+from .options import DATABASE, EXIT_PROBLEM, FAILED, INTERRUPTED, USAGE, json_option, moment
+from .output import as_json, configure_logging, console, human_bytes, moment_text, print_error, progress_bar
 
 __all__ = ["main"]
 
@@ -48,16 +48,16 @@ class _Faces(click.Group):
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
         except (BottomlessError, apsw.Error) as error:
-            complain(error)
+            print_error(error)
             ctx.exit(USAGE if isinstance(error, ConfigError) else FAILED)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise  # click ends quietly when nobody reads on
-            complain(error)
+            print_error(error)
             ctx.exit(FAILED)
         except Exception as error:
             logger.debug("the error in full", exc_info=True)
-            complain(error)
+            print_error(error)
             console(stderr=True).print(f"  hint: This was not foreseen; {ENV_PREFIX}LOG=debug shows more.", style="dim")
             ctx.exit(FAILED)
 
@@ -97,7 +97,7 @@ def demo(options: dict[str, str], threads: int, orders: int, keep: bool, endpoin
 
     if endpoint is not None:
         options = {**options, "endpoint": endpoint}
-    sys.exit(0 if run(options, threads=threads, orders=orders, keep=keep) else FOUND)
+    sys.exit(0 if run(options, threads=threads, orders=orders, keep=keep) else EXIT_PROBLEM)
 
 
 @main.command(context_settings={"ignore_unknown_options": True})
@@ -235,7 +235,7 @@ def verify(options: dict[str, str], database: str, deep: bool, integrity: bool, 
     else:
         _show_report(report)
     if not report.ok:
-        sys.exit(FOUND)
+        sys.exit(EXIT_PROBLEM)
 
 
 def _show_report(report: admin.Report) -> None:
@@ -273,7 +273,7 @@ def doctor(options: dict[str, str], json: bool) -> None:
             if check.hint and check.state != "ok":
                 speaker.print(f"{'':<8}{check.hint}", style="dim")
     if not all(check.ok for check in checks):
-        sys.exit(FOUND)
+        sys.exit(EXIT_PROBLEM)
 
 
 for _command in history_commands.COMMANDS:

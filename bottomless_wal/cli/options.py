@@ -9,9 +9,9 @@ from typing import Any, Final, TypeVar
 
 import click
 
-__all__ = ["DATABASE", "FAILED", "FOUND", "INTERRUPTED", "USAGE", "age", "json_option", "moment", "table"]
+__all__ = ["DATABASE", "EXIT_PROBLEM", "FAILED", "INTERRUPTED", "USAGE", "age", "json_option", "moment", "table"]
 
-FOUND, USAGE, FAILED, INTERRUPTED = 1, 2, 3, 130
+EXIT_PROBLEM, USAGE, FAILED, INTERRUPTED = 1, 2, 3, 130
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 

@@ -22,7 +22,17 @@ from ..core.errors import BottomlessError, ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["as_json", "complain", "configure_logging", "console", "human_bytes", "human_time", "moment_text", "on_terminal", "progress_bar"]
+__all__ = [
+    "as_json",
+    "configure_logging",
+    "console",
+    "human_bytes",
+    "human_time",
+    "moment_text",
+    "on_terminal",
+    "print_error",
+    "progress_bar",
+]
 
 LOG_VARIABLE: Final = ENV_PREFIX + "LOG"
 _LEVELS: Final = ("debug", "info", "warning", "error")
@@ -72,7 +82,7 @@ def configure_logging(level: str | None = None) -> None:
     logger.propagate = False
 
 
-def complain(error: BaseException) -> None:
+def print_error(error: BaseException) -> None:
     """An error as a person wants it: what happened, and what to do now."""
     if isinstance(error, BottomlessError):
         message, hint = error.message, error.hint

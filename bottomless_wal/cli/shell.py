@@ -11,7 +11,7 @@ import apsw.shell
 from ..runtime import api
 from ..runtime.connect import install
 from ..runtime.registry import registry
-from .output import complain
+from .output import print_error
 
 __all__ = ["run"]
 
@@ -39,7 +39,7 @@ def run(file: str | None, sql: Sequence[str], options: Mapping[str, object]) -> 
     except (apsw.Error, shell.Error) as error:
         code = 1
         if not getattr(error, "_handle_exception_saw_this", False):  # else the shell has shown it
-            complain(error)
+            print_error(error)
     # Not whatever is open in this process: the replicas have connections of their own, which they need until the end.
     return _close({connection, *shell.db_references}) or code
 
@@ -53,5 +53,5 @@ def _close(connections: Iterable[apsw.Connection | None]) -> int:
                 connection.close(True)
     failed = [error for replica in replicas if (error := replica.worker.last_error) is not None]
     for error in failed:
-        complain(error)
+        print_error(error)
     return 3 if failed else 0

@@ -90,7 +90,7 @@ class BottomlessError(apsw.SQLError):
     code: str | None = None
     is_transient: bool = False
 
-    ticket: int = 0
+    sequence: int = 0
     """The worker's ticket of the commit that this is the error of; 0: of none."""
     at_end: Callable[[BaseException], None] | None = None
     """Called with the error when it is deallocated, while its traceback is still there."""

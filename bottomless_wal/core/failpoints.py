@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-__all__ = ["POINTS", "arm", "disarm", "reach"]
+__all__ = ["POINTS", "arm", "disarm", "failpoint"]
 
 POINTS: Final = frozenset(
     {
@@ -70,7 +70,7 @@ def disarm() -> None:
     _armed.clear()
 
 
-def reach(name: str) -> None:
+def failpoint(name: str) -> None:
     """The code is at this point."""
     if _armed and name in _armed:
         _armed[name]()

@@ -97,7 +97,7 @@ def follow(fd: int, database: str) -> None:
         return
     # A hard link may have been planted: root must not give away, or open up, a file that has another name elsewhere.
     if mine.st_nlink == 1:
-        _adopt(fd, mine, wanted)
+        _adopt_in_doubt(fd, mine, wanted)
 
 
 def succeed(fd: int, path: str) -> None:
@@ -110,7 +110,7 @@ def succeed(fd: int, path: str) -> None:
     except FileNotFoundError:
         os.fchmod(fd, _NEW_MODE & ~_umask())
         return
-    _adopt(fd, os.fstat(fd), wanted)
+    _adopt_in_doubt(fd, os.fstat(fd), wanted)
     now = os.fstat(fd)
     if (now.st_uid, now.st_gid) != (wanted.st_uid, wanted.st_gid):
         logger.warning(
@@ -120,7 +120,7 @@ def succeed(fd: int, path: str) -> None:
         )  # fmt: skip
 
 
-def _adopt(fd: int, mine: os.stat_result, wanted: os.stat_result) -> None:
+def _adopt_in_doubt(fd: int, mine: os.stat_result, wanted: os.stat_result) -> None:
     if (mine.st_uid, mine.st_gid) != (wanted.st_uid, wanted.st_gid) and not _chown(fd, wanted.st_uid, wanted.st_gid):
         _chown(fd, -1, wanted.st_gid)
     mode = stat.S_IMODE(wanted.st_mode) & 0o777

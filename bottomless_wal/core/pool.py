@@ -27,8 +27,8 @@ from .threads import fork_aware, mark_own_thread
 
 __all__ = [
     "Pool",
+    "drain",
     "each",
-    "let_go",
     "ordered",
 ]
 
@@ -242,7 +242,7 @@ def each(function: Callable[[T], object], items: Iterable[T], width: int) -> Non
     _shared.each(function, items, width)
 
 
-def let_go(items: list[T]) -> Iterator[T]:
+def drain(items: list[T]) -> Iterator[T]:
     """The items in order, each forgotten by the list when it is given out: what is worked on piece by piece is not kept whole."""
     items.reverse()
     while items:

@@ -46,35 +46,35 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from .page import repr_in_hex
-from .wal import Position
+from .wal import WalPosition
 
 __all__ = [
     "ENTRY_SIZE",
     "HEADER_SIZE",
-    "MAX_INTENTS",
-    "SEAL_OFFSET",
-    "SEAL_SIZE",
+    "MAX_IN_DOUBT",
+    "RESET_RECORD_OFFSET",
+    "RESET_RECORD_SIZE",
     "UNKNOWN_SIZE",
+    "Attempt",
     "Backlog",
     "Identity",
     "IndexHeader",
     "IndexState",
-    "Intent",
-    "Seal",
+    "WalResetRecord",
     "changed",
 ]
 
 MAGIC: Final = b"BWALIDX3"
 HEADER_SIZE: Final = 16384
 ENTRY_SIZE: Final = 24
-SEAL_OFFSET: Final = 15872
+RESET_RECORD_OFFSET: Final = 15872
 _FIXED: Final = struct.Struct(">8sII16s16s16sQQIIQQQIIQ20sQQQqq20sQI")
 _SEAL: Final = struct.Struct(">QIII20sQQQqq")
 _INTENT: Final = struct.Struct(">QQ")
-MAX_INTENTS: Final = (SEAL_OFFSET - _FIXED.size - 4) // _INTENT.size
+MAX_IN_DOUBT: Final = (RESET_RECORD_OFFSET - _FIXED.size - 4) // _INTENT.size
 _NEEDS_SCAN, _CLEAN, _GONE, _IDENTITY, _SETTLED, _SUCCESSOR = 1, 2, 4, 8, 16, 32
 _NO_POSITION: Final = bytes(20)
-SEAL_SIZE: Final = _SEAL.size + 4
+RESET_RECORD_SIZE: Final = _SEAL.size + 4
 UNKNOWN_SIZE: Final = 0xFFFFFFFF
 """As `IndexHeader.view_size`: there may be objects past the end."""
 
@@ -105,7 +105,7 @@ class Identity(NamedTuple):
         return witness is not None and witness.device == self.device and witness.ctime_ns > max(self.mtime_ns, self.ctime_ns)
 
 
-class Intent(NamedTuple):
+class Attempt(NamedTuple):
     """An attempt to store a commit: the state hash after it, and the random number by which the attempt is told from any other's."""
 
     post_hash: int
@@ -120,7 +120,7 @@ class Backlog(NamedTuple):
     cursor: int
 
 
-class Seal(NamedTuple):
+class WalResetRecord(NamedTuple):
     """What a restart of the WAL leaves behind: the WAL with the salts `before` ended, and `after` is the position in what follows.
 
     `covered`: the position that the index had then covered all of that WAL. `before` None: there was no WAL; `after` None: there
@@ -130,7 +130,7 @@ class Seal(NamedTuple):
 
     sequence: int
     before: tuple[int, int] | None
-    after: Position | None
+    after: WalPosition | None
     covered: bool
     anywhere: bool = False
     identity: Identity | None = None
@@ -146,7 +146,7 @@ class Seal(NamedTuple):
         return body + struct.pack(">I", zlib.crc32(body))
 
     @classmethod
-    def decode(cls, data: bytes) -> Seal | None:
+    def decode(cls, data: bytes) -> WalResetRecord | None:
         """The inverse; None for anything that `encode` did not write."""
         if len(data) != _SEAL.size + 4 or zlib.crc32(data[:-4]) != struct.unpack_from(">I", data, _SEAL.size)[0]:
             return None
@@ -156,7 +156,7 @@ class Seal(NamedTuple):
         return cls(
             sequence,
             None if flags & 2 else (salt1, salt2),
-            None if flags & 4 else Position.unpack(position),
+            None if flags & 4 else WalPosition.unpack(position),
             bool(flags & 1),
             bool(flags & 8),
             Identity(*identity) if flags & 16 else None,
@@ -194,7 +194,7 @@ class IndexHeader:
     What changes it returns a new one; only the index of `replication` saves it.
     """
 
-    home: bytes
+    remote_id: bytes
     writer: bytes
     boot: bytes
     page_size: int = 0
@@ -206,14 +206,14 @@ class IndexHeader:
     backlog: Backlog | None = None
     view_size: int = 0
     proved_ms: int = 0
-    position: Position | None = None
+    position: WalPosition | None = None
     needs_scan: bool = False
     clean: bool = False
     identity: Identity | None = None
     is_settled: bool = False
-    successor: Position | None = None
-    seal_sequence: int = 0
-    intents: tuple[Intent, ...] = ()
+    successor: WalPosition | None = None
+    reset_sequence: int = 0
+    in_doubt: tuple[Attempt, ...] = ()
 
     @property
     def index_state(self) -> IndexState:
@@ -233,21 +233,21 @@ class IndexHeader:
         """The txid up to which the page view holds everything."""
         return self.view_txid if self.backlog is None else min(self.view_txid, self.backlog.after)
 
-    def absorb(self, seal: Seal | None) -> IndexHeader:
+    def apply(self, record: WalResetRecord | None) -> IndexHeader:
         """Follow what a restart of the WAL has left behind since this header was written."""
-        if seal is None or seal.sequence <= self.seal_sequence:
+        if record is None or record.sequence <= self.reset_sequence:
             return self
-        new = changed(self, seal_sequence=seal.sequence, successor=None)
+        new = changed(self, reset_sequence=record.sequence, successor=None)
         here = None if self.position is None else (self.position.salt1, self.position.salt2)
-        if seal.anywhere or (seal.before == here and not seal.covered):
-            if seal.after is None and seal.before == here and None not in (self.identity, seal.identity):
+        if record.anywhere or (record.before == here and not record.covered):
+            if record.after is None and record.before == here and None not in (self.identity, record.identity):
                 # The WAL went with commits that are not stored: they are in this very file, as we left it.
-                return changed(new, needs_scan=True, position=None, identity=seal.identity, is_settled=seal.is_settled)
-            if seal.before == here and seal.is_witnessed:
-                return changed(new, needs_scan=True, successor=seal.after)
+                return changed(new, needs_scan=True, position=None, identity=record.identity, is_settled=record.is_settled)
+            if record.before == here and record.is_witnessed:
+                return changed(new, needs_scan=True, successor=record.after)
             return changed(new, needs_scan=True)
-        if seal.before == here:
-            return changed(new, position=seal.after, identity=seal.identity, is_settled=seal.is_settled)
+        if record.before == here:
+            return changed(new, position=record.after, identity=record.identity, is_settled=record.is_settled)
         return new
 
     def at(self, txid: int, state: int, page_size: int, db_size: int) -> IndexHeader:
@@ -258,9 +258,9 @@ class IndexHeader:
         """Ask for a scan: the position proves nothing."""
         return self if self.needs_scan else changed(self, needs_scan=True)
 
-    def with_intent(self, intent: Intent) -> IndexHeader:
+    def with_intent(self, intent: Attempt) -> IndexHeader:
         """Note one intent more; where there are too many, the oldest goes."""
-        return changed(self, intents=(*self.intents[-(MAX_INTENTS - 1) :], intent))
+        return changed(self, in_doubt=(*self.in_doubt[-(MAX_IN_DOUBT - 1) :], intent))
 
     def pages_put(self, upto: int) -> IndexHeader:
         """The page objects of all commits up to `upto` were put, but for those of the backlog."""
@@ -282,7 +282,7 @@ class IndexHeader:
             MAGIC,
             flags,
             self.page_size,
-            self.home,
+            self.remote_id,
             self.writer,
             self.boot,
             self.txid,
@@ -296,10 +296,10 @@ class IndexHeader:
             self.position.pack() if self.position else _NO_POSITION,
             *(self.identity or (0, 0, 0, 0, 0)),
             self.successor.pack() if self.successor else _NO_POSITION,
-            self.seal_sequence,
-            len(self.intents),
+            self.reset_sequence,
+            len(self.in_doubt),
         )
-        body = fixed + b"".join(_INTENT.pack(*intent) for intent in self.intents)
+        body = fixed + b"".join(_INTENT.pack(*intent) for intent in self.in_doubt)
         return body + struct.pack(">I", zlib.crc32(body))
 
     @classmethod
@@ -311,7 +311,7 @@ class IndexHeader:
             _magic,
             flags,
             page_size,
-            home,
+            remote_id,
             writer,
             boot,
             txid,
@@ -327,16 +327,16 @@ class IndexHeader:
             position,
             *identity,
             successor,
-            seal_sequence,
-            intents,
+            reset_sequence,
+            in_doubt,
         ) = _FIXED.unpack_from(data)
-        end = _FIXED.size + _INTENT.size * intents
-        if intents > MAX_INTENTS or len(data) < end + 4:
+        end = _FIXED.size + _INTENT.size * in_doubt
+        if in_doubt > MAX_IN_DOUBT or len(data) < end + 4:
             return None
         if zlib.crc32(data[:end]) != struct.unpack_from(">I", data, end)[0]:
             return None
         return cls(
-            home=home,
+            remote_id=remote_id,
             writer=writer,
             boot=boot,
             page_size=page_size,
@@ -348,12 +348,12 @@ class IndexHeader:
             backlog=Backlog(after, upto, cursor) if upto else None,
             view_size=view_size,
             proved_ms=proved_ms,
-            position=None if flags & _GONE else Position.unpack(position),
+            position=None if flags & _GONE else WalPosition.unpack(position),
             needs_scan=bool(flags & _NEEDS_SCAN),
             clean=bool(flags & _CLEAN),
             identity=Identity(*identity) if flags & _IDENTITY else None,
             is_settled=bool(flags & _SETTLED),
-            successor=Position.unpack(successor) if flags & _SUCCESSOR else None,
-            seal_sequence=seal_sequence,
-            intents=tuple(map(Intent._make, _INTENT.iter_unpack(data[_FIXED.size : end]))),
+            successor=WalPosition.unpack(successor) if flags & _SUCCESSOR else None,
+            reset_sequence=reset_sequence,
+            in_doubt=tuple(map(Attempt._make, _INTENT.iter_unpack(data[_FIXED.size : end]))),
         )

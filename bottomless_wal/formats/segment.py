@@ -42,8 +42,8 @@ from .segment_header import (
     SEGMENT_LIMIT,
     WRITER_ID_SIZE,
     Body,
-    Commit,
-    Header,
+    CommitRecord,
+    SegmentHeader,
     check_tables,
     decode_head,
     head_lengths,
@@ -63,11 +63,11 @@ __all__ = [
     "SEGMENT_LIMIT",
     "WRITER_ID_SIZE",
     "Body",
-    "Commit",
-    "Header",
+    "CommitRecord",
     "Mapper",
     "Page",
     "Segment",
+    "SegmentHeader",
     "decode",
     "decode_header",
     "encode",
@@ -90,7 +90,7 @@ __all__ = [
 class Segment:
     """A decoded segment. Its checksum, head and tables are verified. `pages` verifies each page before it returns it."""
 
-    header: Header
+    header: SegmentHeader
     name: str
     _blocks: memoryview = field(repr=False)
 
@@ -122,7 +122,7 @@ class Segment:
             raise ValueError(f"the pages of {self.name} are in its body, {self.header.body.name}")
 
 
-def encode(header: Header, blocks: Sequence[bytes] = ()) -> bytes:
+def encode(header: SegmentHeader, blocks: Sequence[bytes] = ()) -> bytes:
     """Return the segment object. `blocks` come from `encode_block`; there are none if `header.body` names the object that has them.
 
     Everything that the decoder checks without the pages is checked here, so that what is returned can be decoded.
@@ -179,7 +179,7 @@ def head_length(data: bytes, *, name: str) -> int:
         raise corrupt(name, error) from error
 
 
-def decode_header(data: bytes, *, name: str) -> Header:
+def decode_header(data: bytes, *, name: str) -> SegmentHeader:
     """Return the header, verified, from at least the first `head_length` bytes of the object. CorruptionError as `decode`."""
     try:
         return decode_head(memoryview(data), *head_lengths(data))

@@ -38,7 +38,7 @@ from typing import Final, NamedTuple
 
 from .block import ascending
 from .page import lock_page
-from .wal import POSITION_SIZE, Position
+from .wal import POSITION_SIZE, WalPosition
 from .zstd import Bytes, FormatError, NewerFormatError, decompress
 
 __all__ = [
@@ -50,8 +50,8 @@ __all__ = [
     "SEGMENT_LIMIT",
     "WRITER_ID_SIZE",
     "Body",
-    "Commit",
-    "Header",
+    "CommitRecord",
+    "SegmentHeader",
     "Tally",
     "check_tables",
     "decode_head",
@@ -85,7 +85,7 @@ _BODY_REST: Final = struct.Struct(">Q32s")
 _BODY_NAME: Final = re.compile(r"(?=.{1,200}\Z)[0-9A-Za-z_-]+(?:/[0-9A-Za-z_-]+)*")
 
 
-class Commit(NamedTuple):
+class CommitRecord(NamedTuple):
     """A state of the history within an edge: its txid, its state hash, the server's time in ms since 1970."""
 
     txid: int
@@ -103,7 +103,7 @@ class Body:
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class SegmentHeader:
     """All of a segment but its pages. `page_size` in bytes, `db_size` and `page_count` in pages, times in ms since 1970."""
 
     pre: int
@@ -117,8 +117,8 @@ class Header:
     view_txid: int
     time_ms: int
     writer: bytes
-    commits: tuple[Commit, ...]
-    positions: tuple[Position, ...] = ()
+    commits: tuple[CommitRecord, ...]
+    positions: tuple[WalPosition, ...] = ()
     body: Body | None = None
 
     @property
@@ -132,7 +132,7 @@ class Header:
         return self.reset or self.pre == 0
 
 
-def validate(header: Header) -> None:
+def validate(header: SegmentHeader) -> None:
     """Check the invariants of a header. The encoder and the decoder call this.
 
     Raises:
@@ -172,7 +172,7 @@ def validate(header: Header) -> None:
 class Tally:
     """Compare the tables of all blocks together with the header. FormatError if they contradict it."""
 
-    def __init__(self, header: Header) -> None:
+    def __init__(self, header: SegmentHeader) -> None:
         self.header, self.lock = header, lock_page(header.page_size)
         self.count = self.last = self.state = 0
 
@@ -193,7 +193,7 @@ class Tally:
             raise FormatError(f"its pages give the state hash {self.state:016x}, not {self.header.post_hash:016x}")
 
 
-def check_tables(header: Header, tables: Iterable[Sequence[tuple[int, int]]]) -> None:
+def check_tables(header: SegmentHeader, tables: Iterable[Sequence[tuple[int, int]]]) -> None:
     """Check the tables of all blocks, (page number, page hash) each, against the header. FormatError if they contradict it."""
     tally = Tally(header)
     for rows in tables:
@@ -201,7 +201,7 @@ def check_tables(header: Header, tables: Iterable[Sequence[tuple[int, int]]]) ->
     tally.finish()
 
 
-def pack_head(header: Header, tables_length: int, raw_length: int, blocks_length: int) -> bytes:
+def pack_head(header: SegmentHeader, tables_length: int, raw_length: int, blocks_length: int) -> bytes:
     """Return the head without its checksum. Lengths in bytes: of the tables, compressed and uncompressed, and of the blocks."""
     flags = (_RESET if header.reset else 0) | (_BODY if header.body is not None else 0)
     return _HEAD.pack(
@@ -210,7 +210,7 @@ def pack_head(header: Header, tables_length: int, raw_length: int, blocks_length
     )  # fmt: skip
 
 
-def pack_tables(header: Header) -> bytes:
+def pack_tables(header: SegmentHeader) -> bytes:
     """Return the tables, uncompressed. FormatError: a number is out of range."""
     try:
         parts = [_COUNT.pack(len(header.commits)), *(_COMMIT.pack(*commit) for commit in header.commits)]
@@ -239,7 +239,7 @@ def head_lengths(data: Bytes) -> tuple[int, int, int]:
     return tables, raw, blocks
 
 
-def decode_head(view: memoryview, tables_length: int, raw_length: int, blocks_length: int) -> Header:
+def decode_head(view: memoryview, tables_length: int, raw_length: int, blocks_length: int) -> SegmentHeader:
     """Return the header, verified. `view` begins with the head and the tables. FormatError if it is not valid."""
     end = HEAD_SIZE + tables_length
     if len(view) < end:
@@ -256,7 +256,7 @@ def decode_head(view: memoryview, tables_length: int, raw_length: int, blocks_le
         raise FormatError("its tables are no tables") from error
     if body is not None and blocks_length:
         raise FormatError("it has blocks and a body")
-    header = Header(
+    header = SegmentHeader(
         pre, post, pre_hash, post_hash, page_size, db_size, count, bool(flags & _RESET), view_txid, time_ms, writer,
         commits, positions, body,
     )  # fmt: skip
@@ -264,13 +264,13 @@ def decode_head(view: memoryview, tables_length: int, raw_length: int, blocks_le
     return header
 
 
-def _unpack_tables(raw: bytes, has_body: bool) -> tuple[tuple[Commit, ...], tuple[Position, ...], Body | None]:
+def _unpack_tables(raw: bytes, has_body: bool) -> tuple[tuple[CommitRecord, ...], tuple[WalPosition, ...], Body | None]:
     (count,) = _COUNT.unpack_from(raw)
     start, end = 4, 4 + count * _COMMIT.size
-    commits = tuple(map(Commit._make, _COMMIT.iter_unpack(raw[start:end])))
+    commits = tuple(map(CommitRecord._make, _COMMIT.iter_unpack(raw[start:end])))
     (rows,) = _COUNT.unpack_from(raw, end)
     start, end = end + 4, end + 4 + rows * POSITION_SIZE
-    positions = tuple(Position.unpack(raw[at : at + POSITION_SIZE]) for at in range(start, min(end, len(raw)), POSITION_SIZE))
+    positions = tuple(WalPosition.unpack(raw[at : at + POSITION_SIZE]) for at in range(start, min(end, len(raw)), POSITION_SIZE))
     body = None
     if has_body:
         (length,) = _NAME_LENGTH.unpack_from(raw, end)

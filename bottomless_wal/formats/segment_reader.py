@@ -11,13 +11,13 @@ from hashlib import sha256
 
 from .block import Mapper, corrupt, rows_of, split, unpack
 from .page import Page
-from .segment_header import DIGEST_SIZE, HEAD_SIZE, Body, Header, Tally, decode_head, head_lengths
+from .segment_header import DIGEST_SIZE, HEAD_SIZE, Body, SegmentHeader, Tally, decode_head, head_lengths
 from .zstd import Bytes, FormatError
 
 __all__ = ["read", "read_body"]
 
 
-def read(chunks: Iterable[Bytes], *, name: str) -> tuple[Header, Iterator[list[Page]]]:
+def read(chunks: Iterable[Bytes], *, name: str) -> tuple[SegmentHeader, Iterator[list[Page]]]:
     """Return the header of a segment and an iterator over the pages of each block; no page if the pages are in a body.
 
     Args:
@@ -84,7 +84,7 @@ class _Source:
         return True
 
 
-def read_body(header: Header, chunks: Iterable[Bytes], *, name: str, mapped: Mapper = map) -> Iterator[list[Page]]:
+def read_body(header: SegmentHeader, chunks: Iterable[Bytes], *, name: str, mapped: Mapper = map) -> Iterator[list[Page]]:
     """Yield the pages of each block of the body that `header` names.
 
     Args:
@@ -102,7 +102,7 @@ def read_body(header: Header, chunks: Iterable[Bytes], *, name: str, mapped: Map
     return _read_body(header, header.body, chunks, name, mapped)
 
 
-def _read_body(header: Header, body: Body, chunks: Iterable[Bytes], name: str, mapped: Mapper) -> Iterator[list[Page]]:
+def _read_body(header: SegmentHeader, body: Body, chunks: Iterable[Bytes], name: str, mapped: Mapper) -> Iterator[list[Page]]:
     size, digest = 0, sha256()
 
     def hashed() -> Iterator[Bytes]:

@@ -29,8 +29,8 @@ __all__ = [
     "HEADER_SIZE",
     "POSITION_SIZE",
     "FrameHeader",
-    "Position",
     "WalHeader",
+    "WalPosition",
     "checksum",
     "frame_offset",
 ]
@@ -47,7 +47,7 @@ _POSITION: Final = struct.Struct(">5I")
 
 
 @dataclass(frozen=True, slots=True, order=False)
-class Position:
+class WalPosition:
     """A place in a WAL: everything up to and including `frame` (1-based; 0 is the bare header).
 
     `cks1` and `cks2` are the running checksum in that frame's header (frame 0: in the WAL's header). Equal positions
@@ -65,7 +65,7 @@ class Position:
         return _POSITION.pack(self.salt1, self.salt2, self.frame, self.cks1, self.cks2)
 
     @classmethod
-    def unpack(cls, data: bytes | memoryview) -> Position:
+    def unpack(cls, data: bytes | memoryview) -> WalPosition:
         """The inverse of `pack`. struct.error unless `data` has exactly 20 bytes."""
         return cls(*_POSITION.unpack(data))
 
@@ -95,9 +95,9 @@ class WalHeader(NamedTuple):
             return None
         return cls(magic, big_endian, page_size, sequence, salt1, salt2, cks1, cks2)
 
-    def position(self) -> Position:
+    def position(self) -> WalPosition:
         """The position of a WAL without frames."""
-        return Position(self.salt1, self.salt2, 0, self.cks1, self.cks2)
+        return WalPosition(self.salt1, self.salt2, 0, self.cks1, self.cks2)
 
 
 class FrameHeader(NamedTuple):
@@ -115,9 +115,9 @@ class FrameHeader(NamedTuple):
         """The header in the first 24 bytes of `data`. struct.error if it is shorter. Nothing is verified."""
         return cls._make(_FRAME.unpack_from(data))
 
-    def position(self, frame: int) -> Position:
+    def position(self, frame: int) -> WalPosition:
         """The position that this header has as frame `frame` (1-based)."""
-        return Position(self.salt1, self.salt2, frame, self.cks1, self.cks2)
+        return WalPosition(self.salt1, self.salt2, frame, self.cks1, self.cks2)
 
 
 def frame_offset(frame: int, page_size: int) -> int:

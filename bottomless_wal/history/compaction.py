@@ -27,15 +27,15 @@ from typing import Final
 
 from ..core import pool
 from ..core.errors import CorruptionError, RestoreError
-from ..core.failpoints import reach
+from ..core.failpoints import failpoint
 from ..core.logs import get_logger
 from ..formats import keys
 from ..formats.page import Page, lock_page
-from ..formats.segment import LISTED_ROWS, Commit
-from ..formats.wal import Position
-from .log import History
+from ..formats.segment import LISTED_ROWS, CommitRecord
+from ..formats.wal import WalPosition
+from .log import RemoteLog
 from .planner import plan
-from .segment_list import Edge
+from .segment_list import SegmentInfo
 
 __all__ = ["FAN_IN", "LEVELS", "Vanished", "compact", "merge", "missing", "snapshot"]
 
@@ -66,7 +66,7 @@ def _warn(error: CorruptionError) -> None:
     logger.warning("%s", error.message)
 
 
-def missing(edges: Iterable[Edge], size: int) -> Iterator[list[Edge]]:
+def missing(edges: Iterable[SegmentInfo], size: int) -> Iterator[list[SegmentInfo]]:
     """The chains that aligned edges of `size` commits are to be merged from, where there is none yet. Gaps are passed over.
 
     `edges` are in the order of their keys; no more than one run of them is held.
@@ -79,7 +79,7 @@ def missing(edges: Iterable[Edge], size: int) -> Iterator[list[Edge]]:
                 yield from _light(chain)
 
 
-def _light(chain: list[Edge]) -> Iterator[list[Edge]]:
+def _light(chain: list[SegmentInfo]) -> Iterator[list[SegmentInfo]]:
     """What of a chain is worth merging: an edge that outweighs all the others together, such as the whole database with which a history
     begins, stays as it is, and what lies before and behind it is merged."""
     total = sum(edge.size + edge.body for edge in chain)
@@ -90,15 +90,15 @@ def _light(chain: list[Edge]) -> Iterator[list[Edge]]:
 
 
 def compact(
-    history: History,
-    edges: Sequence[Edge],
+    history: RemoteLog,
+    edges: Sequence[SegmentInfo],
     *,
     level: int = 3,
-    breathe: Callable[[], None] = _on,
+    throttle: Callable[[], None] = _on,
     merged: Callable[[], None] = _on,
     damaged: Callable[[CorruptionError], None] = _warn,
     passed_over: set[tuple[int, int]] | None = None,
-) -> list[Edge]:
+) -> list[SegmentInfo]:
     """Merges every complete run of commits that is aligned and not merged yet. Returns the edges added.
 
     `level` is zstd's. `breathe` is called at every edge and page, and may pause, or raise what ends it all; `merged` after each merge;
@@ -109,7 +109,7 @@ def compact(
         Vanished: list the edges anew. StoreError.
     """
     passed_over = set() if passed_over is None else passed_over
-    added: list[Edge] = []
+    added: list[SegmentInfo] = []
     head = max((edge.post for edge in edges), default=0)
     # A commit that leads nowhere is no part of the history (see `Fencing.verify_still_head`): it is not to be merged with what is.
     going_on = {edge.pre for edge in edges if edge.pre % LEVELS[0] == 0} | {head}
@@ -119,7 +119,7 @@ def compact(
             if (chain[0].pre // size + 1) * size not in going_on or ends in passed_over:
                 continue
             try:
-                added.append(merge(history, chain, level=level, breathe=breathe))
+                added.append(merge(history, chain, level=level, throttle=throttle))
             except CorruptionError as error:
                 passed_over.add(ends)
                 damaged(error)
@@ -127,7 +127,9 @@ def compact(
     return added
 
 
-def snapshot(history: History, edges: Iterable[Edge], target: int, *, level: int = 3, breathe: Callable[[], None] = _on) -> Edge | None:
+def snapshot(
+    history: RemoteLog, edges: Iterable[SegmentInfo], target: int, *, level: int = 3, throttle: Callable[[], None] = _on
+) -> SegmentInfo | None:
     """Makes the edge 0 -> `target`. None when it is there already.
 
     Raises:
@@ -153,9 +155,9 @@ def snapshot(history: History, edges: Iterable[Edge], target: int, *, level: int
                 runs = list(_runs(chain[1:]))
                 if len(runs) == len(chain) - 1:
                     break  # each is as long as an edge may be
-                chain = [chain[0], *(merge(history, run, level=level, breathe=breathe) if len(run) > 1 else run[0] for run in runs)]
+                chain = [chain[0], *(merge(history, run, level=level, throttle=throttle) if len(run) > 1 else run[0] for run in runs)]
             _require_listed(history, known_all, chain[-1])
-            return merge(history, chain, whole=True, level=level, breathe=breathe)
+            return merge(history, chain, whole=True, level=level, throttle=throttle)
         except CorruptionError as error:
             named = [edge for edge in chain if edge[:2] in _ends_named(history, error)]
             if not named or attempt == _ATTEMPTS:
@@ -167,7 +169,7 @@ def snapshot(history: History, edges: Iterable[Edge], target: int, *, level: int
     raise AssertionError("unreachable")
 
 
-def _ends_named(history: History, error: CorruptionError) -> set[tuple[int, int]]:
+def _ends_named(history: RemoteLog, error: CorruptionError) -> set[tuple[int, int]]:
     """Return (pre, post) of the edges that `error` is about; of a body, those of the edge that it belongs to."""
     named = {key for key in (error.key, error.other_key) if key is not None}
     bodies = (keys.parse_body_key(history.name, key) for key in named)
@@ -175,9 +177,9 @@ def _ends_named(history: History, error: CorruptionError) -> set[tuple[int, int]
     return {ends for ends in segments if ends is not None} | {body[:2] for body in bodies if body is not None}
 
 
-def _runs(chain: Sequence[Edge]) -> Iterator[list[Edge]]:
+def _runs(chain: Sequence[SegmentInfo]) -> Iterator[list[SegmentInfo]]:
     """A chain cut into runs that one edge can take the place of: no more edges than are read at once, no more commits than it can list."""
-    run: list[Edge] = []
+    run: list[SegmentInfo] = []
     for edge in chain:
         if run and (len(run) == FAN_IN or edge.post - run[0].pre > _MOST_COMMITS):
             yield run
@@ -187,7 +189,7 @@ def _runs(chain: Sequence[Edge]) -> Iterator[list[Edge]]:
         yield run
 
 
-def _require_listed(history: History, edges: Sequence[Edge], last: Edge) -> None:
+def _require_listed(history: RemoteLog, edges: Sequence[SegmentInfo], last: SegmentInfo) -> None:
     """A snapshot is one of the history if what leads on from there says so. Raises CorruptionError, Vanished."""
     told = history.listed(edges, last.post)
     header = history.header(last.pre, last.post) if told is not None else None
@@ -207,7 +209,9 @@ def _require_listed(history: History, edges: Sequence[Edge], last: Edge) -> None
         )
 
 
-def merge(history: History, chain: list[Edge], *, whole: bool = False, level: int = 3, breathe: Callable[[], None] = _on) -> Edge:
+def merge(
+    history: RemoteLog, chain: list[SegmentInfo], *, whole: bool = False, level: int = 3, throttle: Callable[[], None] = _on
+) -> SegmentInfo:
     """Stores the edge from the beginning of `chain` to its end; or, where that begins with the whole database (`whole`), from 0.
 
     Raises:
@@ -220,10 +224,10 @@ def merge(history: History, chain: list[Edge], *, whole: bool = False, level: in
     total = sum(edge.size + edge.body for edge in chain)
     parts: list[_Part] = []
     # Of a snapshot's commits the last ones will do; no header keeps its own.
-    commits: deque[Commit] = deque(maxlen=LISTED_ROWS if whole else None)
-    positions: deque[Position] = deque(maxlen=LISTED_ROWS)
+    commits: deque[CommitRecord] = deque(maxlen=LISTED_ROWS if whole else None)
+    positions: deque[WalPosition] = deque(maxlen=LISTED_ROWS)
     for part in pool.ordered(lambda edge: _Part(history, edge, total), chain, _WIDTH):
-        breathe()
+        throttle()
         commits.extend(part.header.commits)
         positions.extend(part.header.positions)
         part.header = replace(part.header, commits=(), positions=())
@@ -253,7 +257,7 @@ def merge(history: History, chain: list[Edge], *, whole: bool = False, level: in
     def pages() -> Iterator[Page]:
         nonlocal state
         for page in _newest([part.blocks for part in parts[begin:]]):
-            breathe()
+            throttle()
             if page.pgno <= last.db_size and page.pgno != lock_page(last.page_size):
                 state ^= page.hash
                 yield page
@@ -279,17 +283,17 @@ def merge(history: History, chain: list[Edge], *, whole: bool = False, level: in
             actual=state,
             hint="`bottomless-wal verify DB` shows what can still be restored.",
         )
-    reach("before merged")
+    failpoint("before merged")
     receipt = history.append(header, staged.blocks)
-    reach("after merged")
+    failpoint("after merged")
     logger.info("%s: %d edges merged into %d -> %d%s", history.name, len(chain), pre, last.post, "" if receipt.created else " by another")
-    return Edge(pre, last.post, receipt.size, receipt.date, staged.body.size if staged.body is not None else 0)
+    return SegmentInfo(pre, last.post, receipt.size, receipt.date, staged.body.size if staged.body is not None else 0)
 
 
 class _Part:
     """One edge of a chain, its header read, its pages yet to come; once, in order."""
 
-    def __init__(self, history: History, edge: Edge, total: int) -> None:
+    def __init__(self, history: RemoteLog, edge: SegmentInfo, total: int) -> None:
         chunk = min(max(_CHUNKS * (edge.size + edge.body) // max(total, 1), _SMALLEST_CHUNK), _LARGEST_CHUNK)
         found = history.stream(edge, chunk=chunk)
         if found is None:

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from ..core.logs import get_logger
 from ..formats import keys
 from ..storage import Entry, Store
-from .segment_list import Edge, Edges
+from .segment_list import SegmentInfo, SegmentList
 
 __all__ = ["all_edges", "snapshots", "some_edges"]
 
 logger = get_logger(__name__)
 
 
-def all_edges(store: Store, name: str, *, since: int = 0, bodies: bool = False) -> Edges:
+def all_edges(store: Store, name: str, *, since: int = 0, bodies: bool = False) -> SegmentList:
     """Return all edges with pre >= `since`, in the order of their keys.
 
     Keys below the prefix that this package does not write are logged and skipped.
@@ -36,7 +36,7 @@ def all_edges(store: Store, name: str, *, since: int = 0, bodies: bool = False) 
         if body is not None:
             sizes[body[:2]] = max(entry.size, sizes.get(body[:2], 0))
 
-    def listed() -> Iterator[Edge]:
+    def listed() -> Iterator[SegmentInfo]:
         for entry in store.list(keys.log_prefix(name), after=keys.log_after(name, since)):
             if not dates:
                 dates.append(store.now())
@@ -49,9 +49,9 @@ def all_edges(store: Store, name: str, *, since: int = 0, bodies: bool = False) 
             if ends is None:
                 foreign[1:] = [entry.key]  # the first and the last
                 continue
-            yield Edge(*ends, entry.size, entry.modified)
+            yield SegmentInfo(*ends, entry.size, entry.modified)
 
-    found = Edges(listed())
+    found = SegmentList(listed())
     if since and bodies:
         for entry in store.list(body_prefix, after=keys.body_after(name, since)):
             sized(entry)
@@ -62,10 +62,10 @@ def all_edges(store: Store, name: str, *, since: int = 0, bodies: bool = False) 
     return found
 
 
-def snapshots(store: Store, name: str) -> list[Edge]:
+def snapshots(store: Store, name: str) -> list[SegmentInfo]:
     """Return all edges from 0, in the order of their keys. This is one request, as a rule."""
     ends = ((keys.parse_segment_key(name, entry.key), entry) for entry in store.list(keys.snapshot_prefix(name)))
-    found = [Edge(*pair, entry.size, entry.modified) for pair, entry in ends if pair is not None]
+    found = [SegmentInfo(*pair, entry.size, entry.modified) for pair, entry in ends if pair is not None]
     bodies: dict[tuple[int, int], int] = {}
     for entry in store.list(f"{keys.body_prefix(name)}{0:016x}-") if found else ():
         body = keys.parse_body_key(name, entry.key)
@@ -74,9 +74,9 @@ def snapshots(store: Store, name: str) -> list[Edge]:
     return [edge._replace(body=bodies.get(edge[:2], 0)) for edge in found]
 
 
-def some_edges(store: Store, name: str, *, since: int = 0, limit: int) -> tuple[list[Edge], bool]:
+def some_edges(store: Store, name: str, *, since: int = 0, limit: int) -> tuple[list[SegmentInfo], bool]:
     """Return the edges among the first `limit` objects of the log with pre >= `since`, and whether these are all."""
     objects = store.list(keys.log_prefix(name), after=keys.log_after(name, since))
     rows = list(itertools.islice(objects, limit))
     named = ((keys.parse_segment_key(name, row.key), row) for row in rows)
-    return [Edge(*ends, row.size, row.modified) for ends, row in named if ends is not None], len(rows) < limit
+    return [SegmentInfo(*ends, row.size, row.modified) for ends, row in named if ends is not None], len(rows) < limit

@@ -18,17 +18,17 @@ from typing import Final, NamedTuple, ParamSpec, TypeVar
 
 from ..core import pool
 from ..core.errors import CorruptionError, RestoreError
-from ..core.failpoints import reach
+from ..core.failpoints import failpoint
 from ..core.logs import get_logger
 from ..formats import keys, segment
 from ..formats.page import Page, repr_in_hex
-from ..formats.segment import LISTED_ROWS, Body, Header, Mapper, Segment
+from ..formats.segment import LISTED_ROWS, Body, Mapper, Segment, SegmentHeader
 from ..storage import Store
 from . import listing
-from .planner import leading_to
-from .segment_list import Edge, Edges
+from .planner import segments_reaching
+from .segment_list import SegmentInfo, SegmentList
 
-__all__ = ["FENCE_HORIZON_SECONDS", "Head", "History", "Staged", "Stream"]
+__all__ = ["FENCE_HORIZON_SECONDS", "EncodedPages", "Head", "RemoteLog", "Stream"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -59,7 +59,7 @@ def _twice(read: Callable[P, R]) -> Callable[P, R]:
     return again
 
 
-class Staged(NamedTuple):
+class EncodedPages(NamedTuple):
     """The encoded pages of an edge: blocks for the segment itself, or a body that is already stored."""
 
     blocks: Sequence[bytes]
@@ -79,7 +79,7 @@ class Stream(NamedTuple):
     """An edge that is not held whole: its key, its header, and a function that yields the pages of each block. Call it once."""
 
     name: str
-    header: Header
+    header: SegmentHeader
     blocks: Callable[[], Iterator[list[Page]]]
 
 
@@ -93,7 +93,7 @@ class Head(NamedTuple):
     db_size: int
 
 
-class History:
+class RemoteLog:
     """The log of the database stored as `name`. Thread-safe. Its only state is the store and a cache of what it has just stored."""
 
     def __init__(self, store: Store, name: str) -> None:
@@ -104,15 +104,15 @@ class History:
         self._recent_bytes = 0
         self._lock = threading.Lock()
 
-    def edges(self, *, since: int = 0, bodies: bool = False) -> Edges:
+    def edges(self, *, since: int = 0, bodies: bool = False) -> SegmentList:
         """Return all edges with pre >= `since`; see `listing.all_edges`."""
         return listing.all_edges(self.store, self.name, since=since, bodies=bodies)
 
-    def snapshots(self) -> list[Edge]:
+    def snapshots(self) -> list[SegmentInfo]:
         """Return all edges from 0, in the order of their keys. This is one request, as a rule."""
         return listing.snapshots(self.store, self.name)
 
-    def some_edges(self, *, since: int = 0, limit: int) -> tuple[list[Edge], bool]:
+    def some_edges(self, *, since: int = 0, limit: int) -> tuple[list[SegmentInfo], bool]:
         """Return the edges among the first `limit` objects of the log with pre >= `since`, and whether these are all."""
         return listing.some_edges(self.store, self.name, since=since, limit=limit)
 
@@ -131,10 +131,10 @@ class History:
         _check_ends(found.header, pre, post, key)
         return found
 
-    def resets(self, edges: Iterable[Edge], *, width: int) -> list[Edge]:
+    def resets(self, edges: Iterable[SegmentInfo], *, width: int) -> list[SegmentInfo]:
         """Return those of `edges` that are resets. This reads all headers, so call it only if no chain is found otherwise."""
 
-        def load(edge: Edge) -> Edge | None:
+        def load(edge: SegmentInfo) -> SegmentInfo | None:
             try:
                 found = self.header(edge.pre, edge.post)
             except CorruptionError as error:
@@ -145,7 +145,7 @@ class History:
         return [edge for edge in pool.ordered(load, list(edges), width) if edge is not None]
 
     @_twice
-    def header(self, pre: int, post: int) -> Header | None:
+    def header(self, pre: int, post: int) -> SegmentHeader | None:
         """Return the header of the edge, without loading its pages; None if the edge does not exist. Raises as `segment`."""
         key = keys.segment_key(self.name, pre, post)
         data = self.store.read(key, 0, 4096)
@@ -161,14 +161,14 @@ class History:
         _check_ends(found, pre, post, key)
         return found
 
-    def listed(self, edges: Sequence[Edge], txid: int) -> int | None:
+    def listed(self, edges: Sequence[SegmentInfo], txid: int) -> int | None:
         """Return the state hash of the history at `txid`, from an edge that leads on from there or past it; None if there is none.
 
         A chain of edges may end with a commit that is not part of the history: one that a writer stored at a txid whose
         segments had been pruned.
         """
         head = max((edge.post for edge in edges), default=0)
-        for edge in sorted((e for e in leading_to(edges, head) if e.pre <= txid < e.post), key=lambda e: (e.pre != txid, e.post)):
+        for edge in sorted((e for e in segments_reaching(edges, head) if e.pre <= txid < e.post), key=lambda e: (e.pre != txid, e.post)):
             if edge.pre == 0 and edge.post - txid >= LISTED_ROWS:
                 continue
             try:
@@ -185,7 +185,7 @@ class History:
                 return told
         return None
 
-    def head(self, edges: Sequence[Edge]) -> Head | None:
+    def head(self, edges: Sequence[SegmentInfo]) -> Head | None:
         """Return the state with the highest txid among `edges`, read from one of them; None without edges.
 
         Raises:
@@ -205,7 +205,7 @@ class History:
             txid=last,
         )
 
-    def stream(self, edge: Edge, *, chunk: int, stored: bool = False) -> Stream | None:
+    def stream(self, edge: SegmentInfo, *, chunk: int, stored: bool = False) -> Stream | None:
         """Return the edge as a stream; None if it does not exist.
 
         Args:
@@ -256,7 +256,7 @@ class History:
         yield from self.body_blocks(found.header, found.name, width=width, mapped=_in_threads)
 
     def body_blocks(
-        self, header: Header, name: str, *, width: int, chunk: int = _RANGE_BYTES, mapped: Mapper = map
+        self, header: SegmentHeader, name: str, *, width: int, chunk: int = _RANGE_BYTES, mapped: Mapper = map
     ) -> Iterator[list[Page]]:
         """Yield the pages of the edge `name`, whose header names a body. Read ranges of `chunk` bytes, `width` at once."""
         body = header.body
@@ -299,7 +299,7 @@ class History:
             for page in block:
                 yield page.pgno, page.hash
 
-    def stage(self, pre: int, post: int, pages: Iterable[Page], page_size: int, *, level: int) -> Staged:
+    def stage(self, pre: int, post: int, pages: Iterable[Page], page_size: int, *, level: int) -> EncodedPages:
         """Encode pages (ascending). Few pages stay in memory; many are uploaded as a body while they are read."""
         count = 0
 
@@ -316,9 +316,9 @@ class History:
             kept.append(block)
             size += len(block)
             if size > _INLINE_BYTES:
-                body = self.upload_body(pre, post, itertools.chain(pool.let_go(kept), blocks))
-                return Staged((), body, count)
-        return Staged(kept, None, count)
+                body = self.upload_body(pre, post, itertools.chain(pool.drain(kept), blocks))
+                return EncodedPages((), body, count)
+        return EncodedPages(kept, None, count)
 
     def upload_body(self, pre: int, post: int, blocks: Iterable[bytes]) -> Body:
         """Store the blocks of a large edge as a body with a unique key. The edge itself names it afterwards."""
@@ -329,12 +329,12 @@ class History:
             for block in blocks:
                 digest.update(block)
                 yield block
-                reach("within body")
+                failpoint("within body")
 
         size = self.store.upload(key, hashed())
         return Body(key.removeprefix(keys.log_prefix(self.name)), size, digest.digest())
 
-    def append(self, header: Header, blocks: Sequence[bytes] = ()) -> Appended:
+    def append(self, header: SegmentHeader, blocks: Sequence[bytes] = ()) -> Appended:
         """Store an edge, create-only. `created` False: the key exists, from an earlier attempt or a second writer."""
         data = segment.encode(header, blocks)
         receipt = self.store.create(keys.segment_key(self.name, header.pre, header.post), data)
@@ -371,7 +371,7 @@ def _encoded(pages: Iterator[Page], page_size: int, level: int) -> Iterator[byte
     return _in_threads(encode, itertools.chain(beginning, batches))
 
 
-def _check_ends(header: Header, pre: int, post: int, key: str) -> None:
+def _check_ends(header: SegmentHeader, pre: int, post: int, key: str) -> None:
     if (header.pre, header.post) != (pre, post):
         raise CorruptionError.about(
             key,

@@ -23,7 +23,7 @@ from typing import Final
 
 from ..formats.block import check_growth
 from ..formats.page import lock_page
-from ..formats.segment import Header
+from ..formats.segment import SegmentHeader
 
 __all__ = ["ENTRY_SIZE", "IndexCorrupt", "PageTable", "TableReplay", "entry_is_valid"]
 
@@ -125,7 +125,7 @@ class TableReplay:
         self._cached_first = 0
         self.state_hash = self.page_size = self.db_size = 0
 
-    def apply(self, name: str, header: Header, rows: Iterable[tuple[int, int]]) -> None:
+    def apply(self, name: str, header: SegmentHeader, rows: Iterable[tuple[int, int]]) -> None:
         """Apply a whole segment whose pages have the (number, hash) in `rows`. Otherwise as `begin`, `add` and `finish`."""
         self.begin(header)
         source = iter(rows)
@@ -133,14 +133,14 @@ class TableReplay:
             self.add(header, batch)
         self.finish(name, header)
 
-    def begin(self, header: Header) -> None:
+    def begin(self, header: SegmentHeader) -> None:
         """Begin to apply the segment of `header`."""
         if header.whole:
             self.clear()
         self.page_size = header.page_size
         self._grown = self._cached_first = 0
 
-    def add(self, header: Header, rows: Sequence[tuple[int, int]]) -> None:
+    def add(self, header: SegmentHeader, rows: Sequence[tuple[int, int]]) -> None:
         """Apply some (number, hash) of the segment's pages, ascending."""
         pgnos, hashes = [pgno for pgno, _ in rows], [known for _, known in rows]
         size = self.db_size
@@ -151,7 +151,7 @@ class TableReplay:
             self.state_hash ^= new ^ old
         self._table.record(pgnos, hashes, header.post)
 
-    def finish(self, name: str, header: Header) -> None:
+    def finish(self, name: str, header: SegmentHeader) -> None:
         """Apply the size that the database has after the segment called `name`.
 
         Raises:

@@ -10,9 +10,9 @@ import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from .segment_list import Edge
+from .segment_list import SegmentInfo
 
-__all__ = ["Suspects", "leading_to", "newest", "outermost", "plan", "reachable"]
+__all__ = ["ExcludedSegments", "maximal_segments", "newest", "plan", "reachable", "segments_reaching"]
 
 _REQUEST_COST: Final = 64 << 10  # a request costs about as much as these bytes
 _MOST_OPEN: Final = 16384  # states that are remembered though nothing may begin there any more
@@ -22,18 +22,18 @@ class _Way(NamedTuple):
     """The cheapest way to a state: its last step, and the way before it. What no better way needs is forgotten with it."""
 
     cost: int
-    step: Edge
+    step: SegmentInfo
     before: _Way | None
 
 
-def newest(edges: Iterable[Edge]) -> Edge:
+def newest(edges: Iterable[SegmentInfo]) -> SegmentInfo:
     """Of the edges that end at the head, the shortest: as a rule the head's own commit, which knows its place in the WAL."""
     return max(edges, key=lambda edge: (edge.post, edge.pre))
 
 
 def plan(
-    edges: Iterable[Edge], target: int, *, start: int = 0, overlapping: bool = False, wholes: Collection[tuple[int, int]] = ()
-) -> list[Edge] | None:
+    edges: Iterable[SegmentInfo], target: int, *, start: int = 0, overlapping: bool = False, wholes: Collection[tuple[int, int]] = ()
+) -> list[SegmentInfo] | None:
     """The cheapest chain of edges from txid `start` to `target`; None if there is none. `edges` are in the order of their keys.
 
     `wholes` are edges (pre, post) known to carry a whole database, so that the chain may begin with them. Cost is the number of
@@ -46,14 +46,14 @@ def plan(
     way = (_overlapping(usable, start, wholes) if overlapping else _exact(usable, start, wholes)).get(target)
     if way is None:
         return None
-    chain: list[Edge] = []
+    chain: list[SegmentInfo] = []
     while way is not None:
         chain.append(way.step)
         way = way.before
     return chain[::-1]
 
 
-def _exact(edges: Iterable[Edge], start: int, wholes: Collection[tuple[int, int]]) -> dict[int, _Way | None]:
+def _exact(edges: Iterable[SegmentInfo], start: int, wholes: Collection[tuple[int, int]]) -> dict[int, _Way | None]:
     """The cheapest way to each state that is still of interest at the end of `edges`."""
     best: dict[int, _Way | None] = {start: None}
     most = _MOST_OPEN
@@ -68,7 +68,7 @@ def _exact(edges: Iterable[Edge], start: int, wholes: Collection[tuple[int, int]
     return best
 
 
-def _overlapping(edges: Iterable[Edge], start: int, wholes: Collection[tuple[int, int]]) -> dict[int, _Way | None]:
+def _overlapping(edges: Iterable[SegmentInfo], start: int, wholes: Collection[tuple[int, int]]) -> dict[int, _Way | None]:
     """As `_exact`; of all states that an edge spans, it begins at the one that is cheapest to reach."""
     best: dict[int, _Way | None] = {start: None}
     # The states from which no later one is as cheap, ascending: the first of them at or after a txid is the cheapest from there on.
@@ -90,14 +90,14 @@ def _overlapping(edges: Iterable[Edge], start: int, wholes: Collection[tuple[int
     return best
 
 
-def _improve(best: dict[int, _Way | None], edge: Edge, way: _Way | None) -> None:
+def _improve(best: dict[int, _Way | None], edge: SegmentInfo, way: _Way | None) -> None:
     known = best.get(edge.post)
     cost = (way.cost if way is not None else 0) + edge.size + edge.body + _REQUEST_COST
     if known is None or cost < known.cost:
         best[edge.post] = _Way(cost, edge, way)
 
 
-def leading_to(edges: Sequence[Edge], head: int) -> Iterator[Edge]:
+def segments_reaching(edges: Sequence[SegmentInfo], head: int) -> Iterator[SegmentInfo]:
     """The edges from which exact chains lead on to `head`, and those from 0; the last in the order of their keys first.
 
     What is left over is no part of the history: such as the commit of a writer that was away, stored where all had been pruned.
@@ -112,16 +112,16 @@ def leading_to(edges: Sequence[Edge], head: int) -> Iterator[Edge]:
             yield edge
 
 
-def outermost(edges: Iterable[Edge]) -> list[Edge]:
+def maximal_segments(edges: Iterable[SegmentInfo]) -> list[SegmentInfo]:
     """Those of `edges` that lie within no other one, ascending."""
-    found: list[Edge] = []
+    found: list[SegmentInfo] = []
     for edge in sorted(edges, key=lambda edge: (edge.pre, -edge.post)):
         if not found or edge.post > found[-1].post:
             found.append(edge)
     return found
 
 
-def reachable(edges: Iterable[Edge], start: int = 0) -> Iterator[int]:
+def reachable(edges: Iterable[SegmentInfo], start: int = 0) -> Iterator[int]:
     """The txids that exact chains from `start` lead to, each once, `start` first. `edges` are in the order of their keys."""
     states, most = {start}, _MOST_OPEN
     yield start
@@ -134,7 +134,7 @@ def reachable(edges: Iterable[Edge], start: int = 0) -> Iterator[int]:
             yield edge.post
 
 
-class Suspects:
+class ExcludedSegments:
     """Edges that the plans to come go round. Of two that do not fit together either may be wrong: the earlier one, such as a commit that
     was stored where the history had been pruned, is left out first; if the later one does not fit again, it was that one."""
 
@@ -142,11 +142,11 @@ class Suspects:
         self._out: set[tuple[int, int]] = set()
         self._instead: dict[tuple[int, int], tuple[int, int]] = {}  # later edge -> the earlier one that was left out because of it
 
-    def without(self, edges: Iterable[Edge]) -> list[Edge]:
+    def without(self, edges: Iterable[SegmentInfo]) -> list[SegmentInfo]:
         """Those of `edges` that are not suspected."""
         return [edge for edge in edges if edge[:2] not in self._out]
 
-    def blame(self, edge: Edge, before: Edge | None, edges: Sequence[Edge], target: int) -> None:
+    def blame(self, edge: SegmentInfo, before: SegmentInfo | None, edges: Sequence[SegmentInfo], target: int) -> None:
         """`edge` is damaged, is gone, or does not follow `before` (if that is given)."""
         if before is not None and edge[:2] not in self._instead:
             rest = [other for other in self.without(edges) if other[:2] != before[:2]]

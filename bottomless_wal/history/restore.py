@@ -20,18 +20,18 @@ from typing import Final, Unpack
 
 from ..core import pool
 from ..core.errors import BottomlessError, CorruptionError, Details, RestoreError
-from ..core.failpoints import reach
+from ..core.failpoints import failpoint
 from ..core.logs import get_logger
 from ..formats import keys
 from ..formats.page import Page, lock_page, page_hash, pages_between
 from ..formats.page_object import PAGE_OBJECT_LIMIT, PageTrailer, decode_page_object
-from ..formats.segment import Header, Segment
+from ..formats.segment import Segment, SegmentHeader
 from .integrity import integrity_fault
-from .log import History
+from .log import RemoteLog
 from .page_table import PageTable, TableReplay
-from .planner import Suspects, plan
+from .planner import ExcludedSegments, plan
 from .scratch import Scratch
-from .segment_list import Edge
+from .segment_list import SegmentInfo
 
 __all__ = ["Progress", "Rebuilt", "rebuild", "rebuild_from_pages"]
 
@@ -57,16 +57,16 @@ class Rebuilt:
     requests: int = 0
 
 
-class _Misfit(Exception):
+class _ChainError(Exception):
     """An edge does not belong where the plan put it, or vanished meanwhile."""
 
     def __init__(
         self,
-        edge: Edge,
+        edge: SegmentInfo,
         cause: str,
         error: BottomlessError | None = None,
         *,
-        before: Edge | None = None,
+        before: SegmentInfo | None = None,
         **details: Unpack[Details],
     ) -> None:
         super().__init__(cause)
@@ -78,10 +78,10 @@ class _Misfit(Exception):
 
 
 def rebuild(
-    history: History,
+    history: RemoteLog,
     into: Scratch,
     target: int,
-    edges: Sequence[Edge],
+    edges: Sequence[SegmentInfo],
     *,
     width: int = 8,
     progress: Progress | None = None,
@@ -94,8 +94,8 @@ def rebuild(
     Raises:
         RestoreError: no chain of sound edges leads to `target`; the message names what is missing or wrong.
     """
-    suspects = Suspects()
-    first: _Misfit | None = None
+    suspects = ExcludedSegments()
+    first: _ChainError | None = None
     for attempt in range(_ATTEMPTS):
         usable = suspects.without(edges)
         chain = plan(usable, target)
@@ -117,7 +117,7 @@ def rebuild(
         try:
             _apply_chain(history, into, chain, state, overlapping=overlapping, width=width, progress=progress)
             _require_listed(history, edges, chain, state)
-        except _Misfit as misfit:
+        except _ChainError as misfit:
             first = first or misfit
             logger.warning("restoring %s: %s", history.name, misfit.cause)
             suspects.blame(misfit.edge, misfit.before, edges, target)
@@ -131,7 +131,7 @@ def rebuild(
     raise _no_way(history, target, edges, first, arguments)
 
 
-def rebuild_from_pages(history: History, into: Scratch, *, width: int = 8, progress: Progress | None = None) -> Rebuilt | None:
+def rebuild_from_pages(history: RemoteLog, into: Scratch, *, width: int = 8, progress: Progress | None = None) -> Rebuilt | None:
     """Fills `into` from the page view alone; None when the bucket holds no page object of this database.
 
     Raises:
@@ -174,7 +174,7 @@ class _PageObjects:
         return None if self.bare else self.newest
 
 
-def _listed_page_objects(history: History) -> list[tuple[int, str, int]]:
+def _listed_page_objects(history: RemoteLog) -> list[tuple[int, str, int]]:
     """(page number, key, size in bytes) of each page object."""
     return [
         (pgno, entry.key, entry.size)
@@ -184,7 +184,7 @@ def _listed_page_objects(history: History) -> list[tuple[int, str, int]]:
 
 
 def _read_page_objects(
-    history: History, into: Scratch, listed: Sequence[tuple[int, str, int]], *, width: int, progress: Progress | None
+    history: RemoteLog, into: Scratch, listed: Sequence[tuple[int, str, int]], *, width: int, progress: Progress | None
 ) -> _PageObjects:
     """Write the page of each object to its place in `into`.
 
@@ -217,7 +217,7 @@ def _read_page_objects(
             found.newest = trailer
         found.hashes[pgno] = page_hash(pgno, page)
         os.pwrite(into.fd, page, (pgno - 1) * found.page_size)
-        reach("within restore")
+        failpoint("within restore")
         done += size
         if progress is not None:
             progress(done, total)
@@ -230,7 +230,7 @@ def _read_page_objects(
     return found
 
 
-def _require_complete(history: History, found: _PageObjects) -> int:
+def _require_complete(history: RemoteLog, found: _PageObjects) -> int:
     """Return the size of the database in pages. Raises RestoreError when one of them is missing."""
     db_size = found.newest.db_size if found.newest is not None else max(found.hashes)
     lock = lock_page(found.page_size)
@@ -247,7 +247,7 @@ def _require_complete(history: History, found: _PageObjects) -> int:
     return db_size
 
 
-def _require_state(history: History, newest: PageTrailer, state: int) -> None:
+def _require_state(history: RemoteLog, newest: PageTrailer, state: int) -> None:
     if state != newest.post_hash:
         raise RestoreError(
             f"the page objects of {history.name!r} are no single state: state hash {state:016x}, but the newest of them "
@@ -259,7 +259,7 @@ def _require_state(history: History, newest: PageTrailer, state: int) -> None:
         )
 
 
-def _require_integrity(history: History, into: Scratch) -> None:
+def _require_integrity(history: RemoteLog, into: Scratch) -> None:
     logger.warning("%s: page objects without trailers: no state hash to verify; running integrity_check", history.name)
     fault = integrity_fault(into.path)
     if fault is not None:
@@ -267,28 +267,28 @@ def _require_integrity(history: History, into: Scratch) -> None:
 
 
 def _apply_chain(
-    history: History, into: Scratch, chain: list[Edge], state: Rebuilt, *, overlapping: bool, width: int, progress: Progress | None
+    history: RemoteLog, into: Scratch, chain: list[SegmentInfo], state: Rebuilt, *, overlapping: bool, width: int, progress: Progress | None
 ) -> None:
     ahead = max(1, min(width, _READ_AHEAD // max(edge.size + 1 for edge in chain))) if chain else 1
     done, total = 0, sum(edge.size for edge in chain)
 
-    def load(edge: Edge) -> Segment | BottomlessError | None:
+    def load(edge: SegmentInfo) -> Segment | BottomlessError | None:
         try:
             return history.segment(edge.pre, edge.post)
         except CorruptionError as error:
             return error
 
     replay = TableReplay(into.pages)
-    before: Edge | None = None
+    before: SegmentInfo | None = None
     for edge, found in zip(chain, pool.ordered(load, chain, ahead), strict=True):
         key = keys.segment_key(history.name, edge.pre, edge.post)
         if found is None:
-            raise _Misfit(edge, f"{key} is missing", key=key)
+            raise _ChainError(edge, f"{key} is missing", key=key)
         if isinstance(found, BottomlessError):
-            raise _Misfit(edge, found.message, found)
+            raise _ChainError(edge, found.message, found)
         header = found.header
         if not header.whole and (header.page_size != state.page_size or (header.pre_hash != state.state and not overlapping)):
-            raise _Misfit(
+            raise _ChainError(
                 edge,
                 f"{key} does not follow state {state.state:016x} (txid {state.txid}): it says {header.pre_hash:016x} before it",
                 before=before,
@@ -303,12 +303,12 @@ def _apply_chain(
         try:
             _apply(into, replay, key, header, history.blocks(found, width=min(width, 4)))
         except CorruptionError as error:
-            raise _Misfit(edge, error.message, error) from error
-        reach("within restore")
+            raise _ChainError(edge, error.message, error) from error
+        failpoint("within restore")
         state.txid, state.state, state.view_txid = header.post, replay.state_hash, header.view_txid
         state.page_size, state.db_size = replay.page_size, replay.db_size
         if state.state != header.post_hash:
-            raise _Misfit(
+            raise _ChainError(
                 edge,
                 f"{key} leads to state hash {state.state:016x}, not to {header.post_hash:016x} as it says",
                 key=key,
@@ -321,12 +321,12 @@ def _apply_chain(
     _require_every_page(into.pages, state, chain)
 
 
-def _require_listed(history: History, edges: Sequence[Edge], chain: list[Edge], state: Rebuilt) -> None:
+def _require_listed(history: RemoteLog, edges: Sequence[SegmentInfo], chain: list[SegmentInfo], state: Rebuilt) -> None:
     """An earlier state is one of the history if what leads on from it says so."""
     told = history.listed(edges, state.txid) if edges and state.txid < max(edge.post for edge in edges) else None
     if told is not None and told != state.state:
         key = keys.segment_key(history.name, chain[-1].pre, chain[-1].post)
-        raise _Misfit(
+        raise _ChainError(
             chain[-1],
             f"{key} leads to state hash {state.state:016x}, and the history has {told:016x} at txid {state.txid}: it is no part of it",
             key=key,
@@ -335,7 +335,7 @@ def _require_listed(history: History, edges: Sequence[Edge], chain: list[Edge], 
         )
 
 
-def _apply(into: Scratch, replay: TableReplay, name: str, header: Header, blocks: Iterator[list[Page]]) -> None:
+def _apply(into: Scratch, replay: TableReplay, name: str, header: SegmentHeader, blocks: Iterator[list[Page]]) -> None:
     """Apply one segment to the file and to the table of page hashes."""
     if header.whole:
         os.ftruncate(into.fd, 0)
@@ -353,15 +353,15 @@ def _apply(into: Scratch, replay: TableReplay, name: str, header: Header, blocks
     os.ftruncate(into.fd, header.db_size * header.page_size)
 
 
-def _require_every_page(pages: PageTable, state: Rebuilt, chain: list[Edge]) -> None:
+def _require_every_page(pages: PageTable, state: Rebuilt, chain: list[SegmentInfo]) -> None:
     lock = lock_page(state.page_size) if state.page_size else 0
     for first, hashes, _ in pages.batches(1, state.db_size):
         for pgno, known in enumerate(hashes, first):
             if not known and pgno != lock:
-                raise _Misfit(chain[-1], f"no edge up to txid {state.txid} has page {pgno} of {state.db_size}")
+                raise _ChainError(chain[-1], f"no edge up to txid {state.txid} has page {pgno} of {state.db_size}")
 
 
-def _no_way(history: History, target: int, edges: Sequence[Edge], first: _Misfit | None, arguments: str) -> RestoreError:
+def _no_way(history: RemoteLog, target: int, edges: Sequence[SegmentInfo], first: _ChainError | None, arguments: str) -> RestoreError:
     if first is not None:
         details: Details = {**first.details, "txid": target}
         return RestoreError(

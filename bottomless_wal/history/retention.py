@@ -25,12 +25,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..core.errors import CorruptionError
-from ..core.failpoints import reach
+from ..core.failpoints import failpoint
 from ..core.logs import get_logger
 from ..formats import keys
-from .log import FENCE_HORIZON_SECONDS, History
+from .log import FENCE_HORIZON_SECONDS, RemoteLog
 from .planner import reachable
-from .segment_list import Edge, Edges
+from .segment_list import SegmentInfo, SegmentList
 
 __all__ = ["Pruned", "oldest_promised", "prune", "superfluous"]
 
@@ -47,21 +47,21 @@ class Pruned:
     """What `prune` deleted, or would delete: edges, bodies (keys), and their bytes together. `base`: the oldest txid from which on
     every commit can be restored; `snapshots`: txids before it that can be, too."""
 
-    edges: Sequence[Edge]
+    edges: Sequence[SegmentInfo]
     bodies: tuple[str, ...]
     size: int
     base: int
     snapshots: tuple[int, ...]
 
 
-def superfluous(edges: Sequence[Edge], *, now: float, retention: float, keep_snapshots: int) -> tuple[Edges, int]:
+def superfluous(edges: Sequence[SegmentInfo], *, now: float, retention: float, keep_snapshots: int) -> tuple[SegmentList, int]:
     """(the edges that no promised restore needs, the base's txid). Pure. Times in seconds; `keep_snapshots` in days, one a day.
 
     Raises:
         CorruptionError: the head, or a state that is promised, would not be within reach of what is left.
     """
     if not edges:
-        return Edges(), 0
+        return SegmentList(), 0
     head = max(edge.post for edge in edges)
     oldest = oldest_promised(edges, now=now, retention=retention)
     base = max((edge.post for edge in edges if edge.pre == 0 and edge.post <= oldest), default=0)
@@ -71,12 +71,12 @@ def superfluous(edges: Sequence[Edge], *, now: float, retention: float, keep_sna
             daily[int(edge.modified // _DAY)] = edge.post
     kept_days = set(daily.values())
 
-    def stays(edge: Edge) -> bool:
+    def stays(edge: SegmentInfo) -> bool:
         if edge.pre >= base or (edge.pre, edge.post) == (head - 1, head):
             return True
         return edge.pre == 0 and (edge.post >= base or edge.post in kept_days)
 
-    gone = Edges(edge for edge in edges if not stays(edge))
+    gone = SegmentList(edge for edge in edges if not stays(edge))
     if gone:
         before = sum(txid >= base for txid in reachable(edges))
         after = [txid for txid in reachable(edge for edge in edges if stays(edge)) if txid >= base]
@@ -92,7 +92,7 @@ def superfluous(edges: Sequence[Edge], *, now: float, retention: float, keep_sna
 
 
 def prune(
-    history: History, *, retention: float, keep_snapshots: int, dry_run: bool = False, breathe: Callable[[], None] = lambda: None
+    history: RemoteLog, *, retention: float, keep_snapshots: int, dry_run: bool = False, throttle: Callable[[], None] = lambda: None
 ) -> Pruned:
     """Deletes what no promised restore needs. Makes no snapshot: without one that is old enough, nothing can go.
 
@@ -111,7 +111,7 @@ def prune(
     if dry_run:
         return report
     if gone and base:
-        _require_sound(history, edges, base, breathe)
+        _require_sound(history, edges, base, throttle)
     _delete(history, (keys.segment_key(history.name, edge.pre, edge.post) for edge in gone))
     _delete(history, bodies)
     if gone or bodies:
@@ -119,7 +119,7 @@ def prune(
     return report
 
 
-def _require_sound(history: History, edges: Sequence[Edge], base: int, breathe: Callable[[], None]) -> None:
+def _require_sound(history: RemoteLog, edges: Sequence[SegmentInfo], base: int, throttle: Callable[[], None]) -> None:
     """Reads the snapshot that all the rest will stand on, to its end, and sees that what follows stands on its state.
 
     Raises:
@@ -136,7 +136,7 @@ def _require_sound(history: History, edges: Sequence[Edge], base: int, breathe: 
         )
     try:
         for _ in found.blocks():
-            breathe()
+            throttle()
     except CorruptionError as error:
         raise error.copy(f"nothing was deleted: {error.message}") from error
     for after in edges:
@@ -155,7 +155,7 @@ def _require_sound(history: History, edges: Sequence[Edge], base: int, breathe: 
                 )
 
 
-def oldest_promised(edges: Iterable[Edge], *, now: float, retention: float) -> int:
+def oldest_promised(edges: Iterable[SegmentInfo], *, now: float, retention: float) -> int:
     """The txid of the state that the database had when what is to be kept begins: it, and all later ones, are promised.
 
     `edges` are in the order of their keys.
@@ -174,7 +174,7 @@ def oldest_promised(edges: Iterable[Edge], *, now: float, retention: float) -> i
     return limit or 0
 
 
-def _bodies(history: History, edges: Sequence[Edge], gone: Sequence[Edge], now: float) -> tuple[list[str], int]:
+def _bodies(history: RemoteLog, edges: Sequence[SegmentInfo], gone: Sequence[SegmentInfo], now: float) -> tuple[list[str], int]:
     """The bodies of the edges that go, and those that nobody names: their keys, and their bytes."""
     found = [
         (parsed[:2], entry)
@@ -198,7 +198,7 @@ def _bodies(history: History, edges: Sequence[Edge], gone: Sequence[Edge], now: 
     return garbage, size
 
 
-def _names(history: History, ends: tuple[int, int], key: str) -> bool:
+def _names(history: RemoteLog, ends: tuple[int, int], key: str) -> bool:
     """Is `key` the body of the edge? When that cannot be told, it is."""
     try:
         header = history.header(*ends)
@@ -208,9 +208,9 @@ def _names(history: History, ends: tuple[int, int], key: str) -> bool:
     return header is None or (header.body is not None and keys.log_prefix(history.name) + header.body.name == key)
 
 
-def _delete(history: History, garbage: Iterable[str]) -> None:
+def _delete(history: RemoteLog, garbage: Iterable[str]) -> None:
     rest = iter(garbage)
     while some := list(itertools.islice(rest, _AT_ONCE)):
-        reach("before prune")
+        failpoint("before prune")
         history.store.delete(some)
-        reach("within prune")
+        failpoint("within prune")

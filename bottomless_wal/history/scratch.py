@@ -16,7 +16,7 @@ from typing import Final
 from ..core.errors import RestoreError
 from .page_table import PageTable
 
-__all__ = ["Scratch", "scratch", "translated"]
+__all__ = ["Scratch", "as_restore_errors", "scratch"]
 
 _NEWBORN_SECONDS: Final = 10.0  # between a file's creation and its lock
 
@@ -38,12 +38,12 @@ def scratch(destination: str, pages: PageTable) -> Iterator[Scratch]:
         RestoreError: no file can be written there: no such directory, no permission, no space.
     """
     path = f"{destination}-bottomless-{secrets.token_hex(8)}"
-    with translated(destination):
+    with as_restore_errors(destination):
         _tidy(destination)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)  # says, to whoever tidies up, that somebody is at work on it
-        with translated(destination):
+        with as_restore_errors(destination):
             yield Scratch(path, fd, pages)
     finally:
         os.close(fd)
@@ -70,7 +70,7 @@ def _tidy(destination: str) -> None:
 
 
 @contextlib.contextmanager
-def translated(destination: str) -> Iterator[None]:
+def as_restore_errors(destination: str) -> Iterator[None]:
     """OSErrors of writing beside `destination` as RestoreErrors."""
     try:
         yield

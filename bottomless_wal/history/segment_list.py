@@ -11,10 +11,10 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, overload
 
-__all__ = ["Edge", "Edges"]
+__all__ = ["SegmentInfo", "SegmentList"]
 
 
-class Edge(NamedTuple):
+class SegmentInfo(NamedTuple):
     """A segment as a listing shows it; `size` in bytes, `modified` in unix seconds by the server's clock; `body`: bytes of its body."""
 
     pre: int
@@ -24,10 +24,10 @@ class Edge(NamedTuple):
     body: int = 0
 
 
-class Edges(Sequence[Edge]):
+class SegmentList(Sequence[SegmentInfo]):
     """Edges in the order of their keys, in 32 bytes each. Immutable once it is made."""
 
-    def __init__(self, edges: Iterable[Edge] = ()) -> None:
+    def __init__(self, edges: Iterable[SegmentInfo] = ()) -> None:
         self._pre, self._post, self._size, self._modified = array("Q"), array("Q"), array("Q"), array("d")
         self._bodies: dict[int, int] = {}
         self.listed_ms = 0
@@ -44,7 +44,7 @@ class Edges(Sequence[Edge]):
             self._size.append(edge.size)
             self._modified.append(edge.modified)
 
-    def with_bodies(self, sizes: dict[tuple[int, int], int]) -> Edges:
+    def with_bodies(self, sizes: dict[tuple[int, int], int]) -> SegmentList:
         """Itself, told the sizes of the bodies of the edges with these ends."""
         if sizes:
             for at, ends in enumerate(zip(self._pre, self._post, strict=True)):
@@ -56,21 +56,21 @@ class Edges(Sequence[Edge]):
         return len(self._pre)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Edges) and len(self) == len(other) and all(map(operator.eq, self, other))
+        return isinstance(other, SegmentList) and len(self) == len(other) and all(map(operator.eq, self, other))
 
     __hash__ = None  # type: ignore[assignment]
 
     @overload
-    def __getitem__(self, at: int) -> Edge: ...
+    def __getitem__(self, at: int) -> SegmentInfo: ...
     @overload
-    def __getitem__(self, at: slice) -> list[Edge]: ...
-    def __getitem__(self, at: int | slice) -> Edge | list[Edge]:
+    def __getitem__(self, at: slice) -> list[SegmentInfo]: ...
+    def __getitem__(self, at: int | slice) -> SegmentInfo | list[SegmentInfo]:
         if isinstance(at, slice):
             return [self[number] for number in range(*at.indices(len(self)))]
         number = range(len(self))[at]
-        return Edge(self._pre[number], self._post[number], self._size[number], self._modified[number], self._bodies.get(number, 0))
+        return SegmentInfo(self._pre[number], self._post[number], self._size[number], self._modified[number], self._bodies.get(number, 0))
 
-    def __iter__(self) -> Iterator[Edge]:
+    def __iter__(self) -> Iterator[SegmentInfo]:
         bodies = self._bodies
         for at, row in enumerate(zip(self._pre, self._post, self._size, self._modified, strict=True)):
-            yield Edge(*row, bodies.get(at, 0)) if bodies else Edge(*row)
+            yield SegmentInfo(*row, bodies.get(at, 0)) if bodies else SegmentInfo(*row)

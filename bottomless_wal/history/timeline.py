@@ -19,11 +19,11 @@ from typing import Final, NamedTuple
 from ..core import pool
 from ..core.errors import ConfigError, CorruptionError, RestoreError
 from ..core.logs import get_logger
-from ..formats.segment import LISTED_ROWS, Commit, Header
+from ..formats.segment import LISTED_ROWS, CommitRecord, SegmentHeader
 from .compaction import Vanished
-from .log import History
+from .log import RemoteLog
 from .planner import reachable
-from .segment_list import Edge
+from .segment_list import SegmentInfo
 
 __all__ = ["moment_of", "ranges", "relisted", "restorable", "timeline", "txid_at"]
 
@@ -33,7 +33,7 @@ _MOST_LIES: Final = 8  # edges that do not list what they should, before a state
 _LISTINGS: Final = 5
 
 
-def relisted(history: History) -> Iterator[Sequence[Edge]]:
+def relisted(history: RemoteLog) -> Iterator[Sequence[SegmentInfo]]:
     """Listings of the edges, for as long as they are asked for: for what has to begin anew when edges vanish.
 
     Raises:
@@ -53,7 +53,7 @@ def relisted(history: History) -> Iterator[Sequence[Edge]]:
     )
 
 
-def restorable(history: History, edges: Sequence[Edge]) -> array[int]:
+def restorable(history: RemoteLog, edges: Sequence[SegmentInfo]) -> array[int]:
     """The txids that can be restored, ascending. Where the head is behind a gap, resets are looked for: they need nothing before."""
     found = set(reachable(edges))
     if edges and max(edge.post for edge in edges) not in found:
@@ -73,7 +73,9 @@ def ranges(txids: Iterable[int]) -> list[tuple[int, int]]:
     return found
 
 
-def timeline(history: History, edges: Sequence[Edge], *, wanted: Sequence[int] | None = None, width: int = 8) -> Iterator[Commit]:
+def timeline(
+    history: RemoteLog, edges: Sequence[SegmentInfo], *, wanted: Sequence[int] | None = None, width: int = 8
+) -> Iterator[CommitRecord]:
     """Txid, state hash and the server's time of every state that can be restored, ascending; of the `wanted` ones, if those are given.
 
     What no sound header lists is left out.
@@ -84,7 +86,7 @@ def timeline(history: History, edges: Sequence[Edge], *, wanted: Sequence[int] |
     return _told(history, edges, restorable(history, edges) if wanted is None else wanted, width, frozenset())
 
 
-def txid_at(history: History, edges: Sequence[Edge], moment: datetime, *, width: int = 8) -> Commit:
+def txid_at(history: RemoteLog, edges: Sequence[SegmentInfo], moment: datetime, *, width: int = 8) -> CommitRecord:
     """The last state that can be restored and was made not later than `moment` (naive: UTC).
 
     Raises:
@@ -99,8 +101,8 @@ def txid_at(history: History, edges: Sequence[Edge], moment: datetime, *, width:
         )
     moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
     limit = moment.timestamp() * 1000
-    best: Commit | None = None
-    first: Commit | None = None
+    best: CommitRecord | None = None
+    first: CommitRecord | None = None
     for commit in timeline(history, edges, width=width):
         first = first or commit
         if commit.time_ms > limit:
@@ -122,14 +124,14 @@ def txid_at(history: History, edges: Sequence[Edge], moment: datetime, *, width:
 class _Cover(NamedTuple):
     """An edge whose header is to be read, and the wanted txids that it should list."""
 
-    edge: Edge
+    edge: SegmentInfo
     txids: Sequence[int]
 
 
 def _told(
-    history: History, edges: Sequence[Edge], wanted: Sequence[int], width: int, tried: frozenset[tuple[int, int]]
-) -> Iterator[Commit]:
-    def load(cover: _Cover) -> Header | None:
+    history: RemoteLog, edges: Sequence[SegmentInfo], wanted: Sequence[int], width: int, tried: frozenset[tuple[int, int]]
+) -> Iterator[CommitRecord]:
+    def load(cover: _Cover) -> SegmentHeader | None:
         try:
             header = history.header(cover.edge.pre, cover.edge.post)
         except CorruptionError as error:
@@ -150,7 +152,7 @@ def _told(
                 yield listed[txid]
 
 
-def _cover(edges: Sequence[Edge], wanted: Sequence[int], tried: Collection[tuple[int, int]]) -> Iterator[_Cover]:
+def _cover(edges: Sequence[SegmentInfo], wanted: Sequence[int], tried: Collection[tuple[int, int]]) -> Iterator[_Cover]:
     """The fewest edges that list all of the `wanted` txids; what none lists is passed over. Those in `tried` are not asked again."""
     spans = sorted((_listed_from(edge), edge) for edge in edges if edge[:2] not in tried)
     at, next_span, far = 0, 0, None
@@ -167,7 +169,7 @@ def _cover(edges: Sequence[Edge], wanted: Sequence[int], tried: Collection[tuple
         at = end
 
 
-def _listed_from(edge: Edge) -> int:
+def _listed_from(edge: SegmentInfo) -> int:
     """After which txid the list of an edge begins."""
     return max(0, edge.post - LISTED_ROWS) if edge.pre == 0 else edge.pre
 
@@ -176,5 +178,5 @@ def _text(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def moment_of(commit: Commit) -> datetime:
+def moment_of(commit: CommitRecord) -> datetime:
     return datetime.fromtimestamp(commit.time_ms / 1000, UTC)

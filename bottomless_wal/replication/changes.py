@@ -17,10 +17,10 @@ from typing import Final
 from ..core.errors import ConflictError
 from ..core.logs import get_logger
 from ..formats.page import Page, lock_page, page_hash
-from ..formats.wal import FRAME_HEADER_SIZE, Position, WalHeader
-from ..history.log import History, Staged
+from ..formats.wal import FRAME_HEADER_SIZE, WalHeader, WalPosition
+from ..history.log import EncodedPages, RemoteLog
 from ..history.page_table import IndexCorrupt
-from ..sqlite.database_reader import LocalDatabase, Shape, SnapshotLost, Tip
+from ..sqlite.database_reader import DatabaseShape, LocalDatabase, SnapshotInvalidated, WalState
 from ..sqlite.wal_reader import FrameMap
 from .index import IndexHeader, LocalIndex
 from .wal_position import position_of
@@ -39,7 +39,7 @@ _MOST_POSITIONS: Final = 1 << 16  # that a scanned commit lists, the last ones
 class Change:
     """The next segment, `pre` -> `post`. `pages` gives its pages once more; it raises SnapshotLost if they are no longer there."""
 
-    staged: Staged
+    staged: EncodedPages
     pre: int
     post: int
     pgnos: Sequence[int]
@@ -48,8 +48,8 @@ class Change:
     page_size: int
     db_size: int
     change_counter: int
-    position: Position | None
-    positions: tuple[Position, ...]
+    position: WalPosition | None
+    positions: tuple[WalPosition, ...]
     reset: bool
     pages: Callable[[], Iterable[Page]]
 
@@ -81,11 +81,13 @@ class _Collector:
         for pgno, known in zip(self.pgnos, self.hashes, strict=True):
             data = self._again(pgno)
             if page_hash(pgno, data) != known:
-                raise SnapshotLost(f"page {pgno} is no longer what it was")
+                raise SnapshotInvalidated(f"page {pgno} is no longer what it was")
             yield Page(pgno, known, data)
 
 
-def stage_frames(local: LocalDatabase, index: LocalIndex, history: History, header: IndexHeader, tip: Tip, *, level: int) -> Change | None:
+def stage_frames(
+    local: LocalDatabase, index: LocalIndex, history: RemoteLog, header: IndexHeader, tip: WalState, *, level: int
+) -> Change | None:
     """The commits after the header's position, up to a bounded number of frames. None: only a scan can tell the difference.
 
     Raises:
@@ -123,17 +125,17 @@ def stage_frames(local: LocalDatabase, index: LocalIndex, history: History, head
 
     staged = history.stage(header.txid, header.txid + 1, changed(), wal.page_size, level=level)
     if not local.unchanged(wal):
-        raise SnapshotLost(f"the WAL of {local.path} was restarted while it was read")
+        raise SnapshotInvalidated(f"the WAL of {local.path} was restarted while it was read")
     return Change(
         staged, header.txid, header.txid + 1, passed.pgnos, passed.hashes, state, wal.page_size, db_size, counter,
         commits[-1], tuple(commits), False, passed.pages,
     )  # fmt: skip
 
 
-def _newest_frames(local: LocalDatabase, wal: WalHeader, after: int, upto: int) -> tuple[FrameMap, list[Position], int]:
+def _newest_frames(local: LocalDatabase, wal: WalHeader, after: int, upto: int) -> tuple[FrameMap, list[WalPosition], int]:
     """(page -> its last frame, where each commit ends, database size after the last), of whole commits beyond `after`."""
     newest = FrameMap(wal)
-    commits: list[Position] = []
+    commits: list[WalPosition] = []
     db_size = 0
     # From the beginning of a WAL on, frames may be read that an earlier scan has covered: whole, they lead to the state that is
     # there; cut into pieces, the first of them would lead back.
@@ -146,11 +148,13 @@ def _newest_frames(local: LocalDatabase, wal: WalHeader, after: int, upto: int) 
             if frame - after >= enough:
                 break
     if not commits or (commits[-1].frame < upto and commits[-1].frame - after < enough):
-        raise SnapshotLost(f"the committed frames of {local.path} do not end with a commit")
+        raise SnapshotInvalidated(f"the committed frames of {local.path} do not end with a commit")
     return newest, commits, db_size
 
 
-def stage_whole(local: LocalDatabase, history: History, tip: Tip, shape: Shape, *, pre: int, post: int, reset: bool, level: int) -> Change:
+def stage_whole(
+    local: LocalDatabase, history: RemoteLog, tip: WalState, shape: DatabaseShape, *, pre: int, post: int, reset: bool, level: int
+) -> Change:
     """All pages of the snapshot, as the segment `pre` -> `post`. Call it within `LocalDatabase.snapshot`.
 
     Raises:
@@ -164,7 +168,7 @@ def stage_whole(local: LocalDatabase, history: History, tip: Tip, shape: Shape, 
 
 
 def stage_difference(
-    local: LocalDatabase, index: LocalIndex, history: History, header: IndexHeader, tip: Tip, shape: Shape, *, level: int
+    local: LocalDatabase, index: LocalIndex, history: RemoteLog, header: IndexHeader, tip: WalState, shape: DatabaseShape, *, level: int
 ) -> Change | None:
     """The pages of the snapshot that differ from the index. Call it within `LocalDatabase.snapshot`.
 
@@ -200,7 +204,7 @@ def stage_difference(
         raise IndexCorrupt(f"{index.path} contradicts itself")
     if unexplained:
         raise _unexplained(local.path, unexplained, header.txid)
-    if not scan.passed.pgnos and shape.db_size == header.db_size and not header.intents:
+    if not scan.passed.pgnos and shape.db_size == header.db_size and not header.in_doubt:
         return None
     return scan.change(staged, header.txid, header.txid + 1, reset=False)
 
@@ -208,7 +212,7 @@ def stage_difference(
 class _Scan:
     """One pass over a whole snapshot: the hash of each page, and of all of them."""
 
-    def __init__(self, local: LocalDatabase, tip: Tip, shape: Shape) -> None:
+    def __init__(self, local: LocalDatabase, tip: WalState, shape: DatabaseShape) -> None:
         self.passed = _Collector(shape.page_size, lambda pgno: _page_again(local, tip, pgno, shape.page_size))
         self._local, self._tip, self._shape = local, tip, shape
         self._state = 0
@@ -226,15 +230,15 @@ class _Scan:
         """Raise SnapshotLost unless what was read is one state."""
         local, wal = self._local, self._tip.header
         if wal is not None and not local.unchanged(wal):
-            raise SnapshotLost(f"the WAL of {local.path} was restarted while it was scanned")
+            raise SnapshotInvalidated(f"the WAL of {local.path} was restarted while it was scanned")
         seconds = time.monotonic() - self._began
         logger.info("%s: scanned %d pages in %.2f s, %d differ", local.path, self._shape.db_size, seconds, len(self.passed.pgnos))
 
-    def change(self, staged: Staged, pre: int, post: int, *, reset: bool) -> Change:
+    def change(self, staged: EncodedPages, pre: int, post: int, *, reset: bool) -> Change:
         """What passed, as the segment `pre` -> `post`, with the position of each commit that the WAL holds."""
         local, tip, shape, passed = self._local, self._tip, self._shape, self.passed
         position = position_of(local, tip)
-        positions: tuple[Position, ...] = (position,) if position is not None else ()
+        positions: tuple[WalPosition, ...] = (position,) if position is not None else ()
         if tip.header is not None and tip.frames:
             # Each of them is a state that a power loss may lead back to.
             rows = local.frame_headers(tip.header, 1, tip.frames)
@@ -254,7 +258,7 @@ def _unexplained(path: str, pgno: int, txid: int) -> ConflictError:
     )
 
 
-def _frames_since(local: LocalDatabase, position: Position | None, tip: Tip) -> FrameMap | None:
+def _frames_since(local: LocalDatabase, position: WalPosition | None, tip: WalState) -> FrameMap | None:
     """The frames of the WAL, if it is the one that the index's position stands in: then what has changed since has a frame beyond it."""
     wal = tip.header
     if position is None or wal is None or (position.salt1, position.salt2) != (wal.salt1, wal.salt2) or position.frame > tip.frames:
@@ -262,10 +266,10 @@ def _frames_since(local: LocalDatabase, position: Position | None, tip: Tip) -> 
     return local.frame_map(wal, tip.frames) if local.wal.position(wal, position.frame) == position else None
 
 
-def _page_again(local: LocalDatabase, tip: Tip, pgno: int, page_size: int) -> bytes:
+def _page_again(local: LocalDatabase, tip: WalState, pgno: int, page_size: int) -> bytes:
     data = local.page(tip, pgno, page_size)
     if data is None:
-        raise SnapshotLost(f"page {pgno} of {local.path} vanished")
+        raise SnapshotInvalidated(f"page {pgno} of {local.path} vanished")
     return data
 
 

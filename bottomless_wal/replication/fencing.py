@@ -20,16 +20,16 @@ from collections.abc import Callable
 from typing import Final
 
 from ..core.errors import CorruptionError, FencedError, ReplicationError, StoreError
-from ..core.failpoints import reach
+from ..core.failpoints import failpoint
 from ..core.logs import get_logger
 from ..formats import keys
-from ..formats.segment import WRITER_ID_SIZE, Body, Header, Segment
-from ..formats.wal import Position
-from ..history.log import History
-from ..history.segment_list import Edge
+from ..formats.segment import WRITER_ID_SIZE, Body, Segment, SegmentHeader
+from ..formats.wal import WalPosition
+from ..history.log import RemoteLog
+from ..history.segment_list import SegmentInfo
 from ..sqlite.database_reader import LocalDatabase
-from .index import UNKNOWN_SIZE, IndexHeader, Intent, LocalIndex, changed
-from .page_objects import PageView
+from .index import UNKNOWN_SIZE, Attempt, IndexHeader, LocalIndex, changed
+from .page_objects import PageObjects
 
 __all__ = ["Fencing"]
 
@@ -48,18 +48,18 @@ class Fencing:
         self,
         local: LocalDatabase,
         index: LocalIndex,
-        history: History,
-        page_objects: PageView,
+        history: RemoteLog,
+        page_objects: PageObjects,
         *,
-        home: bytes,
-        on_logged: Callable[[Position | None], None],
+        remote_id: bytes,
+        on_logged: Callable[[WalPosition | None], None],
     ) -> None:
         self.error: FencedError | None = None
         self._local = local
         self._index = index
         self._history = history
         self._page_objects = page_objects
-        self._home = home
+        self._home = remote_id
         self._on_logged = on_logged
         self._stored_last = (0, 0.0)  # (txid, when)
 
@@ -70,7 +70,7 @@ class Fencing:
     def resolve_in_doubt(self) -> None:
         """Boot's look at an attempt whose outcome is unknown: adopted when it is stored and ours; a rival's is left to the policy."""
         header = self._index.load()
-        if header is None or header.home != self._home or not header.intents:
+        if header is None or header.remote_id != self._home or not header.in_doubt:
             return
         if len(self._history.edges(since=header.txid)) > 1:
             return  # the history is further than this index: an old copy of it (a power loss), or a rival; no attempt is open
@@ -79,10 +79,10 @@ class Fencing:
             self.adopt_in_doubt(header, found)
 
     @staticmethod
-    def _is_own(header: IndexHeader, edge: Header) -> bool:
+    def _is_own(header: IndexHeader, edge: SegmentHeader) -> bool:
         """Return whether `edge` is one of the attempts in doubt."""
         # (The edge with which a log begins anew, from page objects alone, leads from nothing to the state that the header tells.)
-        return edge.pre_hash == (header.state if edge.pre else 0) and Intent(edge.post_hash, edge.attempt) in header.intents
+        return edge.pre_hash == (header.state if edge.pre else 0) and Attempt(edge.post_hash, edge.attempt) in header.in_doubt
 
     def stored(self, pre: int, post: int) -> Segment:
         """Return the segment whose key was taken. Raises ReplicationError when it is not there."""
@@ -104,9 +104,9 @@ class Fencing:
             )
         logger.info("%s: %s is our own, from an attempt whose answer was lost", self._local.path, found.name)
         self.verify_still_head(edge)  # when it was stored nobody knows: perhaps where the history had been pruned
-        reach("within adopt")
+        failpoint("within adopt")
         position = edge.positions[-1] if edge.positions else None
-        with self._local.pinned():
+        with self._local.read_transaction():
             tip = self._local.tip()
             wal = tip.header
             known = (
@@ -125,8 +125,8 @@ class Fencing:
             pgnos.append(pgno)
             hashes.append(known_hash)
         # What was reached after it, locally, goes on from it.
-        own = header.intents.index(Intent(edge.post_hash, edge.attempt))
-        noted = [Intent(later.post_hash, 0) for later in header.intents[own + 1 :]]
+        own = header.in_doubt.index(Attempt(edge.post_hash, edge.attempt))
+        noted = [Attempt(later.post_hash, 0) for later in header.in_doubt[own + 1 :]]
         header = self._index.record_segment(
             header, edge, pgnos, hashes, proved_ms=edge.time_ms, change_counter=header.change_counter, noted=noted
         )
@@ -142,7 +142,7 @@ class Fencing:
             FencedError: the history has gone on without this replica.
         """
         beyond = self._history.edges(since=header.txid)
-        if len(beyond) == 1 and header.intents:
+        if len(beyond) == 1 and header.in_doubt:
             found = self._history.segment(header.txid, header.txid + 1)
             if found is not None and self._is_own(header, found.header):
                 return  # our own attempt, which the next batch adopts
@@ -161,7 +161,7 @@ class Fencing:
         txid, stored = self._stored_last
         return txid >= header.txid and time.monotonic() - stored <= _PAUSE_SECONDS
 
-    def require_body(self, edge: Header, body: Body) -> None:
+    def require_body(self, edge: SegmentHeader, body: Body) -> None:
         """We were stopped between the upload of a body and its segment: a body that nobody names is garbage after a while."""
         if self._history.store.read(keys.log_prefix(self._history.name) + body.name, 0, 1) is None:
             self._delete_stray_segment(edge)
@@ -170,12 +170,12 @@ class Fencing:
                 hint="It stays pending, and goes anew with the next commit, flush() or open.",
             )
 
-    def _delete_stray_segment(self, edge: Header) -> None:
+    def _delete_stray_segment(self, edge: SegmentHeader) -> None:
         """Deletes a segment of our own that nobody was told of."""
         self._history.forget(edge.pre, edge.post)
         self._history.store.delete([keys.segment_key(self._history.name, edge.pre, edge.post)])
 
-    def verify_still_head(self, edge: Header) -> None:
+    def verify_still_head(self, edge: SegmentHeader) -> None:
         """Nothing lies beyond the edge that we have stored: it was stored at the head, not where the history had been pruned.
 
         Raises:
@@ -196,7 +196,7 @@ class Fencing:
             f"by now, had been pruned"
         )
 
-    def _leads_on(self, edge: Header, other: Edge) -> bool:
+    def _leads_on(self, edge: SegmentHeader, other: SegmentInfo) -> bool:
         try:
             header = self._history.header(other.pre, other.post)
         except CorruptionError as error:

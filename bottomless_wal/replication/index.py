@@ -25,41 +25,41 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
-from ..core.failpoints import reach
+from ..core.failpoints import failpoint
 from ..core.file_lock import FileLock
 from ..core.logs import get_logger
 from ..formats.index_header import (
     HEADER_SIZE,
     MAGIC,
-    MAX_INTENTS,
-    SEAL_OFFSET,
-    SEAL_SIZE,
+    MAX_IN_DOUBT,
+    RESET_RECORD_OFFSET,
+    RESET_RECORD_SIZE,
     UNKNOWN_SIZE,
+    Attempt,
     Backlog,
     Identity,
     IndexHeader,
     IndexState,
-    Intent,
-    Seal,
+    WalResetRecord,
     changed,
 )
-from ..formats.segment import Header
-from ..formats.wal import Position
+from ..formats.segment import SegmentHeader
+from ..formats.wal import WalPosition
 from ..history.page_table import ENTRY_SIZE, IndexCorrupt, PageTable, entry_is_valid
 
 __all__ = [
     "ENTRY_SIZE",
     "HEADER_SIZE",
-    "MAX_INTENTS",
+    "MAX_IN_DOUBT",
     "UNKNOWN_SIZE",
+    "Attempt",
     "Backlog",
     "Identity",
     "IndexCorrupt",
     "IndexHeader",
     "IndexState",
-    "Intent",
     "LocalIndex",
-    "Seal",
+    "WalResetRecord",
     "boot_id",
     "changed",
     "is_index",
@@ -97,7 +97,7 @@ def is_index(data: bytes) -> bool:
         return True  # of a longer file, which may begin with zeros as others do, an entry must tell
     if IndexHeader.decode(MAGIC + data[len(MAGIC) : HEADER_SIZE]) is not None:
         return True
-    if Seal.decode(data[SEAL_OFFSET : SEAL_OFFSET + SEAL_SIZE]) is not None:
+    if WalResetRecord.decode(data[RESET_RECORD_OFFSET : RESET_RECORD_OFFSET + RESET_RECORD_SIZE]) is not None:
         return True
     return entry_is_valid(data[HEADER_SIZE:])
 
@@ -120,12 +120,12 @@ class LocalIndex(FileLock):
 
         It is saved so: the next seal speaks of the position that is on the disk, and of no other.
         """
-        header, seal = _read(self._fd)
-        if header is not None and seal is not None and seal.sequence > header.seal_sequence:
-            header = self._save(header.absorb(seal))
+        header, record = _read(self._fd)
+        if header is not None and record is not None and record.sequence > header.reset_sequence:
+            header = self._save(header.apply(record))
         return header
 
-    def last_seal(self) -> Seal | None:
+    def last_reset_record(self) -> WalResetRecord | None:
         """What the last restart of the WAL has left; None when there was none."""
         return _read(self._fd)[1]
 
@@ -143,25 +143,29 @@ class LocalIndex(FileLock):
         identity, is_settled = _identify(self.path, self._fd, main, _TICK_LOOKS)
         return changed(header, identity=identity, is_settled=is_settled)
 
-    def move(self, header: IndexHeader, position: Position | None) -> tuple[IndexHeader, bool]:
+    def move(self, header: IndexHeader, position: WalPosition | None) -> tuple[IndexHeader, bool]:
         """Return (`header` at `position`, not saved; whether a seal tells that the WAL has gone on meanwhile).
 
         A seal speaks of the WAL that the position on the disk is in: once that is another, nobody can tell what the seal has witnessed.
         """
-        seal = self.last_seal()
-        if seal is None or seal.sequence <= header.seal_sequence or _salts(position) in (_salts(header.position), _salts(seal.after)):
+        record = self.last_reset_record()
+        if (
+            record is None
+            or record.sequence <= header.reset_sequence
+            or _salts(position) in (_salts(header.position), _salts(record.after))
+        ):
             return changed(header, position=position), False  # there is none, or it is for the next load, or of before
-        header = header.absorb(seal)
-        return (changed(header, position=position) if seal.after is not None else header), True
+        header = header.apply(record)
+        return (changed(header, position=position) if record.after is not None else header), True
 
-    def scanned(self, header: IndexHeader, position: Position | None, main: str) -> IndexHeader:
+    def scanned(self, header: IndexHeader, position: WalPosition | None, main: str) -> IndexHeader:
         """Return `header`, not saved, once the log has what a scan of `main` found, up to `position`."""
         header, has_gone_on = self.move(header, position)
         if has_gone_on:
             return header.needing_scan()
         return self.identify(changed(header, needs_scan=False, successor=None), main)
 
-    def adopted(self, header: IndexHeader, position: Position | None) -> IndexHeader:
+    def adopted(self, header: IndexHeader, position: WalPosition | None) -> IndexHeader:
         """Return `header`, not saved, where an attempt is adopted that led to `position` (None: it is not in the WAL that is there)."""
         header, has_gone_on = self.move(header, position)
         if position is None or has_gone_on:
@@ -196,7 +200,7 @@ class LocalIndex(FileLock):
         """Save `header` as it was before `disown`."""
         return self._save(header)
 
-    def begin_rebuild(self, header: IndexHeader, position: Position | None, change_counter: int) -> IndexHeader:
+    def begin_rebuild(self, header: IndexHeader, position: WalPosition | None, change_counter: int) -> IndexHeader:
         """Save that the entries of this state are about to be made anew."""
         return self._save(changed(header, position=position, change_counter=change_counter, needs_scan=True))
 
@@ -213,37 +217,37 @@ class LocalIndex(FileLock):
         if header.txid == 0:
             # Should the answer be lost and the WAL be gone by the next open, this tells that the file has gone on from what was stored.
             header = changed(self.identify(header, main), change_counter=change_counter, needs_scan=True)
-        last = header.intents[-1] if header.intents else None
+        last = header.in_doubt[-1] if header.in_doubt else None
         if last is None or not last.attempt or last.post_hash != post_hash:  # else it is the same attempt, once more
-            header = header.with_intent(Intent(post_hash, secrets.randbits(63) + 1))
+            header = header.with_intent(Attempt(post_hash, secrets.randbits(63) + 1))
         return self._save(header)
 
     def add_pending(self, header: IndexHeader, state: int) -> IndexHeader:
         """Save that a close leaves the file at `state`, which was not put."""
-        return self._save(header.with_intent(Intent(state, 0)))
+        return self._save(header.with_intent(Attempt(state, 0)))
 
-    def confirm(self, header: IndexHeader, position: Position | None, main: str, change_counter: int) -> IndexHeader:
+    def confirm(self, header: IndexHeader, position: WalPosition | None, main: str, change_counter: int) -> IndexHeader:
         """Save that a scan of `main`, up to `position`, found no difference."""
         return self._save(changed(self.scanned(header, position, main), change_counter=change_counter))
 
     def record_segment(
         self,
         header: IndexHeader,
-        edge: Header,
+        edge: SegmentHeader,
         pgnos: Sequence[int],
         hashes: Sequence[int],
         *,
         proved_ms: int,
         change_counter: int,
-        noted: Sequence[Intent] = (),
+        noted: Sequence[Attempt] = (),
     ) -> IndexHeader:
         """Follow a segment that is stored: page hashes first, then the header that counts on them. `noted` stays in doubt."""
         if edge.whole:
             self._save(header.needing_scan())  # killed while the old entries go: scan
-            reach("within record")
+            failpoint("within record")
         self.pages.record(pgnos, hashes, edge.post)
         self.pages.remove(edge.db_size + 1, header.db_size, edge.post)
-        reach("before header")
+        failpoint("before header")
         return self._save(
             changed(
                 header,
@@ -253,7 +257,7 @@ class LocalIndex(FileLock):
                 db_size=edge.db_size,
                 change_counter=change_counter,
                 proved_ms=proved_ms,
-                intents=tuple(noted),
+                in_doubt=tuple(noted),
             )
         )
 
@@ -298,8 +302,12 @@ class LocalIndex(FileLock):
         return _with_file(path, os.O_RDONLY, lambda fd: _read(fd)[0])
 
     @staticmethod
-    def leave_seal(
-        path: str, main: str, judge: Callable[[IndexHeader, Identity | None], tuple[Position | None, bool, bool] | None], *, is_last: bool
+    def write_reset_record(
+        path: str,
+        main: str,
+        judge: Callable[[IndexHeader, Identity | None], tuple[WalPosition | None, bool, bool] | None],
+        *,
+        is_last: bool,
     ) -> None:
         """Writes the next seal of the index at `path`, if there is one. For the holder of SQLite's write lock, who alone does so.
 
@@ -314,19 +322,21 @@ class LocalIndex(FileLock):
             header, last = _read(fd)
             sequence = (last.sequence if last is not None else 0) + 1
             if header is None:
-                os.pwrite(fd, Seal(sequence, None, None, covered=False, anywhere=True).encode(), SEAL_OFFSET)
+                os.pwrite(fd, WalResetRecord(sequence, None, None, covered=False, anywhere=True).encode(), RESET_RECORD_OFFSET)
                 return
-            sequence = max(sequence, header.seal_sequence + 1)
+            sequence = max(sequence, header.reset_sequence + 1)
             unabsorbed = None if header.position is None else (header.position.salt1, header.position.salt2)
-            header = header.absorb(last)
+            header = header.apply(last)
             identity, is_settled = _identify(path, fd, main, _PATIENT_LOOKS if is_last else _TICK_LOOKS)
             verdict = judge(header, identity)
             if verdict is None:
                 return
             after, covered, is_witnessed = verdict
             covered = covered and not header.needs_scan
-            record = Seal(sequence, unabsorbed, after, covered, identity=identity, is_settled=is_settled, is_witnessed=is_witnessed)
-            os.pwrite(fd, record.encode(), SEAL_OFFSET)
+            record = WalResetRecord(
+                sequence, unabsorbed, after, covered, identity=identity, is_settled=is_settled, is_witnessed=is_witnessed
+            )
+            os.pwrite(fd, record.encode(), RESET_RECORD_OFFSET)
 
         _with_own_file(path, write)
 
@@ -336,24 +346,24 @@ class LocalIndex(FileLock):
 
         def write(fd: int) -> None:
             header, last = _read(fd)
-            sequence = max(last.sequence if last is not None else 0, header.seal_sequence if header is not None else 0) + 1
-            os.pwrite(fd, Seal(sequence, None, None, covered=False, anywhere=True).encode(), SEAL_OFFSET)
+            sequence = max(last.sequence if last is not None else 0, header.reset_sequence if header is not None else 0) + 1
+            os.pwrite(fd, WalResetRecord(sequence, None, None, covered=False, anywhere=True).encode(), RESET_RECORD_OFFSET)
 
         _with_own_file(path, write)
 
 
-def _read(fd: int) -> tuple[IndexHeader | None, Seal | None]:
+def _read(fd: int) -> tuple[IndexHeader | None, WalResetRecord | None]:
     data = os.pread(fd, HEADER_SIZE, 0)
-    return IndexHeader.decode(data), Seal.decode(data[SEAL_OFFSET : SEAL_OFFSET + SEAL_SIZE])
+    return IndexHeader.decode(data), WalResetRecord.decode(data[RESET_RECORD_OFFSET : RESET_RECORD_OFFSET + RESET_RECORD_SIZE])
 
 
-def _salts(position: Position | None) -> tuple[int, int] | None:
+def _salts(position: WalPosition | None) -> tuple[int, int] | None:
     return None if position is None else (position.salt1, position.salt2)
 
 
 def _header(fd: int) -> IndexHeader | None:
-    header, seal = _read(fd)
-    return header.absorb(seal) if header is not None else None
+    header, record = _read(fd)
+    return header.apply(record) if header is not None else None
 
 
 def _identify(path: str, fd: int, main: str, looks: int) -> tuple[Identity | None, bool]:

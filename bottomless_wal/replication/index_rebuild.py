@@ -10,31 +10,33 @@ from itertools import islice
 from typing import Final
 
 from ..core.errors import CorruptionError, RestoreError
-from ..core.failpoints import reach
+from ..core.failpoints import failpoint
 from ..core.logs import get_logger
 from ..formats.block import check_growth
 from ..formats.page import page_hash
-from ..history.log import Head, History
-from ..history.planner import Suspects, newest, plan
-from ..history.segment_list import Edge
-from ..sqlite.database_reader import LocalDatabase, SnapshotLost
+from ..history.log import Head, RemoteLog
+from ..history.planner import ExcludedSegments, newest, plan
+from ..history.segment_list import SegmentInfo
+from ..sqlite.database_reader import LocalDatabase, SnapshotInvalidated
 from .index import UNKNOWN_SIZE, IndexHeader, LocalIndex, changed
 
-__all__ = ["learn", "learn_locally"]
+__all__ = ["rebuild_index_from_file", "rebuild_index_from_log"]
 
 logger = get_logger(__name__)
 
 _ATTEMPTS: Final = 8
 
 
-def learn(history: History, index: LocalIndex, header: IndexHeader, head: Head, edges: Sequence[Edge], *, width: int) -> IndexHeader:
+def rebuild_index_from_log(
+    history: RemoteLog, index: LocalIndex, header: IndexHeader, head: Head, edges: Sequence[SegmentInfo], *, width: int
+) -> IndexHeader:
     """The head's page hashes, from the tables of a chain of edges; no page is kept. The new header is not saved.
 
     Raises:
         RestoreError: no chain of edges leads to the head.
         CorruptionError: the hashes are not the head's state.
     """
-    suspects = Suspects()
+    suspects = ExcludedSegments()
     first: CorruptionError | None = None
     view_txid = header.view_txid
     for _ in range(_ATTEMPTS):
@@ -49,7 +51,7 @@ def learn(history: History, index: LocalIndex, header: IndexHeader, head: Head, 
         try:
             view_txid = _learn_chain(history, index, chain)
             break
-        except _Misfit as misfit:
+        except _ChainError as misfit:
             logger.warning("%s", misfit.error.message)
             first = first or misfit.error
             suspects.blame(misfit.edge, misfit.before, edges, head.txid)
@@ -71,18 +73,18 @@ def learn(history: History, index: LocalIndex, header: IndexHeader, head: Head, 
     return changed(header.at(*head), view_txid=view_txid, view_size=UNKNOWN_SIZE)
 
 
-class _Misfit(Exception):
+class _ChainError(Exception):
     """`edge` is not sound, or does not follow `before`."""
 
-    def __init__(self, edge: Edge, before: Edge | None, error: CorruptionError) -> None:
+    def __init__(self, edge: SegmentInfo, before: SegmentInfo | None, error: CorruptionError) -> None:
         super().__init__(error.message)
         self.edge, self.before, self.error = edge, before, error
 
 
-def _learn_chain(history: History, index: LocalIndex, chain: Sequence[Edge]) -> int:
+def _learn_chain(history: RemoteLog, index: LocalIndex, chain: Sequence[SegmentInfo]) -> int:
     """Record the page hashes at the end of `chain`. Returns up to where the page view was complete by then."""
     size, state, view_txid = 0, 0, 0
-    before: Edge | None = None
+    before: SegmentInfo | None = None
     for edge in chain:
         try:
             found = history.segment(edge.pre, edge.post)
@@ -92,7 +94,7 @@ def _learn_chain(history: History, index: LocalIndex, chain: Sequence[Edge]) -> 
                 index.pages.clear()
                 size = 0
             elif found.header.pre_hash != state:
-                raise _Misfit(
+                raise _ChainError(
                     edge,
                     before,
                     CorruptionError(f"{found.name} does not follow state {state:016x}", hint="`bottomless-wal verify DB` shows more."),
@@ -104,15 +106,15 @@ def _learn_chain(history: History, index: LocalIndex, chain: Sequence[Edge]) -> 
                 index.pages.record([pgno for pgno, _ in some], [known for _, known in some], edge.post)
             check_growth(found.name, size, found.header.db_size, grown, found.header.page_size)
         except CorruptionError as error:
-            raise _Misfit(edge, None, error) from error
+            raise _ChainError(edge, None, error) from error
         size, state, before = found.header.db_size, found.header.post_hash, edge
-        reach("within learn")
+        failpoint("within learn")
         view_txid = min(found.header.view_txid, edge.post)
     return view_txid
 
 
-def learn_locally(
-    local: LocalDatabase, history: History, index: LocalIndex, header: IndexHeader, head: Head, edges: Sequence[Edge]
+def rebuild_index_from_file(
+    local: LocalDatabase, history: RemoteLog, index: LocalIndex, header: IndexHeader, head: Head, edges: Sequence[SegmentInfo]
 ) -> IndexHeader:
     """The local file is the head: its own pages give the index. Only what the page view has missed is asked of the log."""
     last = newest(edges)
@@ -123,7 +125,7 @@ def learn_locally(
         while some := list(islice(rows, 4096)):
             index.pages.record([pgno for pgno, _ in some], [known for _, known in some], view_txid)
     if index.pages.state_hash(head.db_size) != head.state:
-        raise SnapshotLost(f"{local.path} was written to meanwhile")
+        raise SnapshotInvalidated(f"{local.path} was written to meanwhile")
     chain = plan(edges, head.txid, start=view_txid)
     if chain is None or not _note_missed(history, index, chain, head):
         logger.info("%s: the page view is put anew, for nothing tells what it has missed", local.path)
@@ -134,7 +136,7 @@ def learn_locally(
     return changed(header.at(*head), view_txid=view_txid, view_size=UNKNOWN_SIZE)
 
 
-def _note_missed(history: History, index: LocalIndex, chain: Sequence[Edge], head: Head) -> bool:
+def _note_missed(history: RemoteLog, index: LocalIndex, chain: Sequence[SegmentInfo], head: Head) -> bool:
     """Which pages the edges of `chain` changed last. False when one of them is gone."""
     for edge in chain:
         segment = history.segment(edge.pre, edge.post)

@@ -25,35 +25,35 @@ from ..core import pool
 from ..core.errors import CorruptionError
 from ..core.logs import get_logger
 from ..formats.page import page_hash
-from ..formats.segment import LISTED_ROWS, Header
-from ..formats.wal import Position
-from ..history.log import Head, History
-from ..history.planner import leading_to, newest, outermost
-from ..history.segment_list import Edge
-from ..sqlite.database_reader import LocalDatabase, Shape
+from ..formats.segment import LISTED_ROWS, SegmentHeader
+from ..formats.wal import WalPosition
+from ..history.log import Head, RemoteLog
+from ..history.planner import maximal_segments, newest, segments_reaching
+from ..history.segment_list import SegmentInfo
+from ..sqlite.database_reader import DatabaseShape, LocalDatabase
 from .index import Identity, IndexHeader, IndexState, LocalIndex
 from .wal_position import position_of
 
-__all__ = ["LocalState", "Place", "Relation", "earlier_txid", "local_state", "relate"]
+__all__ = ["Lineage", "LocalState", "Place", "classify", "earlier_txid", "local_state"]
 
 logger = get_logger(__name__)
 
 _MOST_RESTARTS: Final = 1 << 16  # of the WAL by programs that leave no seal; a random salt passes once in 65,536 times
 
 
-class Relation(Enum):
+class Lineage(Enum):
     """How a local state that is not empty stands to a history."""
 
-    HEAD = auto()
-    EARLIER = auto()
-    DESCENDS = auto()
-    UNKNOWN = auto()
+    AT_HEAD = auto()
+    BEHIND = auto()
+    AHEAD = auto()
+    DIVERGED = auto()
 
 
 class Place(NamedTuple):
     """The relation of a local state to a history; of an EARLIER one its txid, if the log tells it."""
 
-    relation: Relation
+    relation: Lineage
     txid: int | None = None
 
 
@@ -62,7 +62,7 @@ class LocalState:
     """The local state: its hash, its end in the WAL, page size in bytes, size in pages, page 1's change counter."""
 
     state: int
-    position: Position | None
+    position: WalPosition | None
     page_size: int
     db_size: int
     change_counter: int
@@ -85,15 +85,15 @@ def local_state(local: LocalDatabase, known: IndexHeader | None) -> LocalState:
         return LocalState(state, position, shape.page_size, shape.db_size, shape.change_counter)
 
 
-def relate(
+def classify(
     found: LocalState,
     head: Head,
-    edges: Sequence[Edge],
+    edges: Sequence[SegmentInfo],
     local: LocalDatabase,
     index: LocalIndex,
-    history: History,
+    history: RemoteLog,
     *,
-    home: bytes,
+    remote_id: bytes,
     width: int,
 ) -> Place:
     """The place of `found` in the history with `edges` and `head`; `index` is locked and of `home`, `width` requests go at once.
@@ -102,39 +102,39 @@ def relate(
         StoreError: the history could not be read. (Segments that are damaged are passed over, with a warning.)
     """
     if (found.state, found.page_size, found.db_size) == (head.state, head.page_size, head.db_size):
-        return Place(Relation.HEAD)
+        return Place(Lineage.AT_HEAD)
     ended = _end_of(head, edges, history)
     if _outruns(found, ended, local):
-        return Place(Relation.DESCENDS)
-    header = _header_of(index, home)
+        return Place(Lineage.AHEAD)
+    header = _header_of(index, remote_id)
     if header is not None and _was_left_so(found, head, header, local):
-        return Place(Relation.DESCENDS)
+        return Place(Lineage.AHEAD)
     if header is not None and (_is_known_pending(found, head, header) or _descends(found, head, header, local)):
-        return Place(Relation.DESCENDS)
-    txid = earlier_txid(found, leading_to(edges, head.txid), history, width)
+        return Place(Lineage.AHEAD)
+    txid = earlier_txid(found, segments_reaching(edges, head.txid), history, width)
     if txid is not None:
-        return Place(Relation.EARLIER, txid)
-    header = _header_of(index, home)  # that took its time, and whoever restarts the WAL leaves a seal without asking for the lock
+        return Place(Lineage.BEHIND, txid)
+    header = _header_of(index, remote_id)  # that took its time, and whoever restarts the WAL leaves a seal without asking for the lock
     if header is not None and header.index_state is IndexState.BEING_REPLACED and header.state == found.state:
-        return Place(Relation.EARLIER)  # a fast-forward was cut off after its WAL had gone
+        return Place(Lineage.BEHIND)  # a fast-forward was cut off after its WAL had gone
     if header is not None and _descends(found, head, header, local):
-        return Place(Relation.DESCENDS)
-    return Place(Relation.DESCENDS if _continues(head, ended, local) else Relation.UNKNOWN)
+        return Place(Lineage.AHEAD)
+    return Place(Lineage.AHEAD if _continues(head, ended, local) else Lineage.DIVERGED)
 
 
-def _header_of(index: LocalIndex, home: bytes) -> IndexHeader | None:
+def _header_of(index: LocalIndex, remote_id: bytes) -> IndexHeader | None:
     header = index.load()
-    return header if header is not None and header.home == home else None
+    return header if header is not None and header.remote_id == remote_id else None
 
 
-def _end_of(head: Head, edges: Sequence[Edge], history: History) -> Position | None:
+def _end_of(head: Head, edges: Sequence[SegmentInfo], history: RemoteLog) -> WalPosition | None:
     """Where the head's commit ended in the WAL that it was made in; None when its segment does not tell."""
     last = newest(edges)
     header = history.header(last.pre, last.post)
     return header.positions[-1] if header is not None and header.post == head.txid and header.positions else None
 
 
-def _outruns(found: LocalState, ended: Position | None, local: LocalDatabase) -> bool:
+def _outruns(found: LocalState, ended: WalPosition | None, local: LocalDatabase) -> bool:
     """Does the local WAL hold the head's commit, and more after it? Then it goes on from there, even if it leads back to the very bytes
     of an earlier state: no old image and no old backup has such a WAL."""
     if ended is None or found.position is None:
@@ -158,10 +158,10 @@ def _is_known_pending(found: LocalState, head: Head, header: IndexHeader) -> boo
     that is about to be made the head by a reset has no identity in the index.)
     """
     is_at_head = (header.txid, header.state) == (head.txid, head.state)
-    return is_at_head and header.identity is not None and any(found.state == intent.post_hash for intent in header.intents)
+    return is_at_head and header.identity is not None and any(found.state == intent.post_hash for intent in header.in_doubt)
 
 
-def earlier_txid(found: LocalState, edges: Iterable[Edge], history: History, width: int) -> int | None:
+def earlier_txid(found: LocalState, edges: Iterable[SegmentInfo], history: RemoteLog, width: int) -> int | None:
     """Return the txid that `edges`, the newest first, list for the local state; None if they do not list it.
 
     A place in a WAL tells the segment that holds the commit. Its end is returned.
@@ -177,10 +177,10 @@ def earlier_txid(found: LocalState, edges: Iterable[Edge], history: History, wid
     return None
 
 
-def _listed(edges: Sequence[Edge], history: History, width: int) -> Iterator[Header]:
+def _listed(edges: Sequence[SegmentInfo], history: RemoteLog, width: int) -> Iterator[SegmentHeader]:
     """Headers that list all that those of `edges` do. A merged edge spares those that it was merged from, if it is sound."""
 
-    def load(edge: Edge) -> Header | None:
+    def load(edge: SegmentInfo) -> SegmentHeader | None:
         try:
             return history.header(edge.pre, edge.post)
         except CorruptionError as error:
@@ -189,7 +189,7 @@ def _listed(edges: Sequence[Edge], history: History, width: int) -> Iterator[Hea
 
     # A long snapshot lists but the end of what it spans.
     telling = [edge for edge in edges if edge.pre or edge.post <= LISTED_ROWS]
-    outer = outermost(telling)[::-1]
+    outer = maximal_segments(telling)[::-1]
     for edge, header in zip(outer, pool.ordered(load, outer, width), strict=True):
         if header is not None:
             yield header
@@ -229,7 +229,7 @@ def _descends(found: LocalState, head: Head, header: IndexHeader, local: LocalDa
     return _begins_with(known, local)
 
 
-def _continues(head: Head, ended: Position | None, local: LocalDatabase) -> bool:
+def _continues(head: Head, ended: WalPosition | None, local: LocalDatabase) -> bool:
     """Does the local WAL begin with the very frames that the head's commit ended with, or lie upon the head as the next WAL?
 
     The latter it does when the first commit to a restarted WAL was not stored, and the local index was lost, or older on the disk, with
@@ -245,20 +245,20 @@ def _continues(head: Head, ended: Position | None, local: LocalDatabase) -> bool
 
 def _is_head_without_wal(head: Head, local: LocalDatabase) -> bool:
     """Return whether the main file alone, of which the WAL has changed nothing yet, is the head."""
-    with local.pinned():
+    with local.read_transaction():
         tip = local.tip()
         if tip.header is None or tip.backfilled or tip.header.page_size != head.page_size:
             return False
         if os.path.getsize(local.path) < head.db_size * head.page_size:
             return False
         state = 0
-        for pgno, page in local.pages(tip._replace(frames=0), Shape(head.page_size, head.db_size, 0)):
+        for pgno, page in local.pages(tip._replace(frames=0), DatabaseShape(head.page_size, head.db_size, 0)):
             state ^= page_hash(pgno, page)
         return state == head.state
 
 
-def _begins_with(position: Position, local: LocalDatabase) -> bool:
-    with local.pinned():
+def _begins_with(position: WalPosition, local: LocalDatabase) -> bool:
+    with local.read_transaction():
         tip = local.tip()
         return (
             tip.header is not None

@@ -26,12 +26,12 @@ from ..core.errors import CorruptionError, ReplicationError, RestoreError
 from ..core.logs import get_logger
 from ..formats import keys
 from ..formats.page import Page, page_hash
-from ..formats.segment import WRITER_ID_SIZE, Commit, Header
-from ..history.log import History
+from ..formats.segment import WRITER_ID_SIZE, CommitRecord, SegmentHeader
+from ..history.log import RemoteLog
 from ..history.page_table import IndexCorrupt
-from ..history.planner import Suspects, plan
-from ..history.segment_list import Edge
-from ..sqlite.database_reader import LocalDatabase, SnapshotLost, Tip
+from ..history.planner import ExcludedSegments, plan
+from ..history.segment_list import SegmentInfo
+from ..sqlite.database_reader import LocalDatabase, SnapshotInvalidated, WalState
 from .index import IndexHeader
 from .replicator import Replicator
 from .wal_position import position_of
@@ -74,7 +74,7 @@ class LogCheck:
         self.repairs = 0
         self.finding = Finding.SOUND
 
-    def at_open(self, listed: Sequence[Edge] | None, txid: int) -> None:
+    def at_open(self, listed: Sequence[SegmentInfo] | None, txid: int) -> None:
         """Look whether a way leads to the head, by few requests.
 
         Args:
@@ -89,26 +89,26 @@ class LogCheck:
         if self.finding is not Finding.SOUND:
             logger.info("%s: whether its log leads to txid %d is looked at thoroughly", self._history.name, txid)
 
-    def run(self, breathe: Callable[[], None] = _on) -> None:
+    def run(self, throttle: Callable[[], None] = _on) -> None:
         """Look thoroughly, and mend what is found. `breathe` is called often, and may raise what ends it.
 
         Raises:
             BottomlessError: the log could not be read, or not be mended; `error` tells the gap.
         """
         # Where an open had too many objects before it, keys and base tell enough: the segments are looked at once a day.
-        self.error = find_gap(self._history, breathe, is_thorough=self.finding is not Finding.OPEN)
+        self.error = find_gap(self._history, throttle, is_thorough=self.finding is not Finding.OPEN)
         self.finding = Finding.SOUND if self.error is None else Finding.GAP
         if self.error is None:
             return
         logger.error("%s A new snapshot is made from the local file", self.error.message)
-        self._mend(breathe)
-        self.error = find_gap(self._history, breathe)
+        self._mend(throttle)
+        self.error = find_gap(self._history, throttle)
         if self.error is None:
             self.finding = Finding.SOUND
             self.repairs += 1
             logger.warning("%s: the log was mended by a new snapshot", self._history.name)
 
-    def _newest_part(self, txid: int) -> Sequence[Edge]:
+    def _newest_part(self, txid: int) -> Sequence[SegmentInfo]:
         """Return the newest snapshot and what follows it; nothing if these, too, are too many for one request."""
         edges, _ = self._history.some_edges(limit=_LISTED)
         base = max((edge for edge in edges if edge.pre == 0 and edge.post <= txid), key=lambda edge: edge.post, default=None)
@@ -117,19 +117,19 @@ class LogCheck:
         rest, is_complete = self._history.some_edges(since=base.post, limit=_LISTED)
         return [base, *rest] if is_complete else ()
 
-    def _look_briefly(self, edges: Sequence[Edge]) -> Finding:
+    def _look_briefly(self, edges: Sequence[SegmentInfo]) -> Finding:
         if not edges:
             return Finding.OPEN
         chain = plan(edges, max(edge.post for edge in edges))
         try:
-            is_sound = chain is not None and isinstance(_sound_header(self._history, chain[0]), Header)
+            is_sound = chain is not None and isinstance(_sound_header(self._history, chain[0]), SegmentHeader)
         except CorruptionError:
             is_sound = False
         return Finding.SOUND if is_sound else Finding.GAP
 
     # --- mending -------------------------------------------------------------------------------------------------------
 
-    def _mend(self, breathe: Callable[[], None]) -> None:
+    def _mend(self, throttle: Callable[[], None]) -> None:
         reader = self._reader()
         try:
             for attempt in range(_ATTEMPTS):
@@ -140,7 +140,7 @@ class LogCheck:
                     found = self._pinned_state(reader, held)
                     if quiet is not None:
                         quiet.execute("ROLLBACK")
-                    if found is not None and self._store(reader, *found, breathe):
+                    if found is not None and self._store(reader, *found, throttle):
                         return
         finally:
             reader.close()
@@ -150,7 +150,7 @@ class LogCheck:
             f"`bottomless-wal reset --from-local {shlex.quote(reader.path)}` stores the whole database at once.",
         )
 
-    def _pinned_state(self, reader: LocalDatabase, held: contextlib.ExitStack) -> tuple[IndexHeader, Tip] | None:
+    def _pinned_state(self, reader: LocalDatabase, held: contextlib.ExitStack) -> tuple[IndexHeader, WalState] | None:
         """Store what is pending, then pin in `reader` the state that the index is at. None: a commit came in between."""
         replicator = self._replicator
         with replicator.view.locked_to_commit(), replicator.index.locked():
@@ -161,10 +161,10 @@ class LogCheck:
             tip = held.enter_context(reader.snapshot())
             try:
                 return (header, tip) if header.txid and position_of(reader, tip) == header.position else None
-            except SnapshotLost:
+            except SnapshotInvalidated:
                 return None
 
-    def _store(self, reader: LocalDatabase, header: IndexHeader, tip: Tip, breathe: Callable[[], None]) -> bool:
+    def _store(self, reader: LocalDatabase, header: IndexHeader, tip: WalState, throttle: Callable[[], None]) -> bool:
         """Store the pinned state as the segment 0 -> txid. False: the local files changed meanwhile.
 
         Raises:
@@ -178,14 +178,14 @@ class LogCheck:
         def pages() -> Iterator[Page]:
             nonlocal state
             for pgno, data in reader.pages(tip, reader.shape(tip)):
-                breathe()
+                throttle()
                 hashed = page_hash(pgno, data)
                 state ^= hashed
                 yield Page(pgno, hashed, data)
 
         try:
             staged = history.stage(0, header.txid, pages(), header.page_size, level=self._replicator.config.level)
-        except SnapshotLost as lost:
+        except SnapshotInvalidated as lost:
             logger.info("%s: %s: looking again", history.name, lost)
             return False
         if state != header.state or (tip.header is not None and not reader.unchanged(tip.header)):
@@ -193,7 +193,7 @@ class LogCheck:
             return False
         last = history.header(header.txid - 1, header.txid)
         time_ms = last.time_ms if last is not None else int(history.store.estimate() * 1000)
-        made = Header(
+        made = SegmentHeader(
             pre=0,
             post=header.txid,
             pre_hash=0,
@@ -205,7 +205,7 @@ class LogCheck:
             view_txid=header.view_complete,
             time_ms=time_ms,
             writer=header.writer[:WRITER_ID_SIZE] + secrets.token_bytes(8),
-            commits=(Commit(header.txid, header.state, time_ms),),
+            commits=(CommitRecord(header.txid, header.state, time_ms),),
             body=staged.body,
         )
         return history.append(made, staged.blocks).created  # else another process was quicker, and the look after this tells
@@ -214,7 +214,7 @@ class LogCheck:
 # --- looking -----------------------------------------------------------------------------------------------------------
 
 
-def find_gap(history: History, breathe: Callable[[], None] = _on, *, is_thorough: bool = True) -> RestoreError | None:
+def find_gap(history: RemoteLog, throttle: Callable[[], None] = _on, *, is_thorough: bool = True) -> RestoreError | None:
     """Return why the head of `history` cannot be restored, or None when every segment on some way to it is there and fits.
 
     Pages are not read: `verify` with `deep` does that.
@@ -227,18 +227,18 @@ def find_gap(history: History, breathe: Callable[[], None] = _on, *, is_thorough
         edges = history.edges()
         if not edges:
             return None
-        gap = _gap_among(history, edges, breathe, is_thorough)
+        gap = _gap_among(history, edges, throttle, is_thorough)
         if gap is None:
             return None
     return gap
 
 
-def _gap_among(history: History, edges: Sequence[Edge], breathe: Callable[[], None], is_thorough: bool) -> RestoreError | None:
+def _gap_among(history: RemoteLog, edges: Sequence[SegmentInfo], throttle: Callable[[], None], is_thorough: bool) -> RestoreError | None:
     head = max(edge.post for edge in edges)
-    suspects = Suspects()
+    suspects = ExcludedSegments()
     first = ""
     for _ in range(_WAYS):
-        breathe()
+        throttle()
         usable = suspects.without(edges)
         chain = plan(usable, head)
         if chain is None:
@@ -246,7 +246,7 @@ def _gap_among(history: History, edges: Sequence[Edge], breathe: Callable[[], No
             chain = plan(usable, head, wholes=wholes)
         if chain is None:
             break
-        wrong = _first_wrong(history, chain if is_thorough else chain[:1], breathe)
+        wrong = _first_wrong(history, chain if is_thorough else chain[:1], throttle)
         if wrong is None:
             return None
         edge, before, cause = wrong
@@ -258,17 +258,19 @@ def _gap_among(history: History, edges: Sequence[Edge], breathe: Callable[[], No
     )
 
 
-def _first_wrong(history: History, chain: Sequence[Edge], breathe: Callable[[], None]) -> tuple[Edge, Edge | None, str] | None:
-    def load(edge: Edge) -> Header | str:
+def _first_wrong(
+    history: RemoteLog, chain: Sequence[SegmentInfo], throttle: Callable[[], None]
+) -> tuple[SegmentInfo, SegmentInfo | None, str] | None:
+    def load(edge: SegmentInfo) -> SegmentHeader | str:
         try:
             return _sound_header(history, edge)
         except CorruptionError as error:
             return error.message
 
-    before: Edge | None = None
+    before: SegmentInfo | None = None
     state = page_size = 0
     for edge, found in zip(chain, pool.ordered(load, chain, _WIDTH), strict=True):
-        breathe()
+        throttle()
         if isinstance(found, str):
             return edge, None, found
         if not found.whole and (found.pre_hash, found.page_size) != (state, page_size):
@@ -278,7 +280,7 @@ def _first_wrong(history: History, chain: Sequence[Edge], breathe: Callable[[], 
     return None
 
 
-def _sound_header(history: History, edge: Edge) -> Header | str:
+def _sound_header(history: RemoteLog, edge: SegmentInfo) -> SegmentHeader | str:
     """Return the header of `edge`, or what is missing: the segment itself, or the body that it names.
 
     Raises:
@@ -294,7 +296,7 @@ def _sound_header(history: History, edge: Edge) -> Header | str:
     return found
 
 
-def _gap_in(history: History, edges: Sequence[Edge]) -> str:
+def _gap_in(history: RemoteLog, edges: Sequence[SegmentInfo]) -> str:
     reached = 0
     for edge in edges:  # in the order of their keys
         if edge.pre <= reached < edge.post:

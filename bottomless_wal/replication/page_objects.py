@@ -27,17 +27,17 @@ from typing import Final, NamedTuple
 from ..core import pool
 from ..core.config import Config
 from ..core.errors import ReplicationError, StoreError
-from ..core.failpoints import reach
+from ..core.failpoints import failpoint
 from ..core.file_lock import FileLock
 from ..core.logs import get_logger
 from ..formats import keys
 from ..formats.page import Page, page_hash
 from ..formats.page_object import PageTrailer, encode_page_object
-from ..history.log import History
-from ..sqlite.database_reader import LocalDatabase, SnapshotLost, Tip
+from ..history.log import RemoteLog
+from ..sqlite.database_reader import LocalDatabase, SnapshotInvalidated, WalState
 from .index import UNKNOWN_SIZE, Backlog, IndexHeader, LocalIndex
 
-__all__ = ["LOCK_SUFFIX", "PageView", "Turn"]
+__all__ = ["LOCK_SUFFIX", "PageObjects", "Turn"]
 
 logger = get_logger(__name__)
 
@@ -58,10 +58,10 @@ class Turn(NamedTuple):
     cursor: int
 
 
-class PageView:
+class PageObjects:
     """Writes the page objects of one database. Every method but `put_turn` expects the local index to be locked by the caller."""
 
-    def __init__(self, config: Config, local: LocalDatabase, index: LocalIndex, history: History) -> None:
+    def __init__(self, config: Config, local: LocalDatabase, index: LocalIndex, history: RemoteLog) -> None:
         self.lock = FileLock(index.path + LOCK_SUFFIX, beside=local.path)
         self.config = config
         self.local = local
@@ -78,7 +78,7 @@ class PageView:
         """
         if self.config.ack != "pages":
             return header
-        reach("before view")
+        failpoint("before view")
         try:
             guard()
             header = self._put_missed(header, upto=header.txid - 1)
@@ -88,7 +88,7 @@ class PageView:
                 f"commit {header.txid} of {self.local.path} is in the log, but not all of its page objects are stored: {error.message}",
                 hint="Nothing is lost. The missing page objects are put with the next commit, flush() or open.",
             ) from error
-        reach("after view")
+        failpoint("after view")
         if passed:
             header = header.pages_postponed(header.txid)
         return self.index.advance_page_objects(header, header.txid)
@@ -122,7 +122,7 @@ class PageView:
         """The view lock, where commits put page objects themselves (ack=pages). To be taken before the index's."""
         return self.lock.locked() if self.config.ack == "pages" else contextlib.nullcontext()
 
-    def choose(self, header: IndexHeader, tip: Tip, *, most: int) -> Turn | None:
+    def choose(self, header: IndexHeader, tip: WalState, *, most: int) -> Turn | None:
         """Up to `most` pages of the backlog, and of what commits have left until now, to be put next. Call it pinned.
 
         Raises:
@@ -152,7 +152,7 @@ class PageView:
     def put_turn(self, turn: Turn) -> None:
         """Puts them: with the view locked, and not the index. Raises StoreError: they were not all stored."""
         self._put(turn.header, turn.pages)
-        reach("after fill")
+        failpoint("after fill")
 
     def advance(self, header: IndexHeader, turn: Turn) -> IndexHeader:
         """They are put. (Where the backlog was begun anew meanwhile, so are they: they are put once more.)"""
@@ -182,11 +182,11 @@ class PageView:
             for entry in self.history.store.list(prefix, after=last)
             if keys.parse_page_key(self.history.name, entry.key) is not None
         ]
-        reach("before sweep")
+        failpoint("before sweep")
         if beyond:
             logger.info("%s: deleting %d page objects past its end", self.local.path, len(beyond))
             self.history.store.delete(beyond)
-        reach("after sweep")
+        failpoint("after sweep")
         self.index.record_sweep(header)
 
     def _put_missed(self, header: IndexHeader, *, upto: int) -> IndexHeader:
@@ -205,14 +205,14 @@ class PageView:
         """The pages that commits in (after, upto] changed last, as the log has them; see `_current` for `passed`."""
         tip = self.local.tip()
         if self.local.wal.header() != tip.header:
-            raise SnapshotLost(f"the WAL of {self.local.path} was restarted")
+            raise SnapshotInvalidated(f"the WAL of {self.local.path} was restarted")
         for first in range(1, header.db_size + 1, _ENTRIES_AT_ONCE):
             hashes, txids = self.index.pages.entries(first, min(_ENTRIES_AT_ONCE, header.db_size - first + 1))
             rows = enumerate(zip(hashes, txids, strict=True), first)
             chosen = [(pgno, known) for pgno, (known, txid) in rows if after < txid <= upto and known]
             yield from self._current(header, tip, chosen, passed)
 
-    def _current(self, header: IndexHeader, tip: Tip, chosen: list[tuple[int, int]], passed: list[int]) -> Iterator[Page]:
+    def _current(self, header: IndexHeader, tip: WalState, chosen: list[tuple[int, int]], passed: list[int]) -> Iterator[Page]:
         """The chosen pages, but for those that have changed locally since: their numbers join `passed`."""
         for pgno, known in chosen:
             data = self.local.page(tip, pgno, header.page_size)
@@ -221,7 +221,7 @@ class PageView:
                 yield page
             elif tip.header is not None and not self.local.unchanged(tip.header):
                 # A pin holds no frames of a WAL that is wholly in the main file: what was read is another page's, and nobody changed this.
-                raise SnapshotLost(f"the WAL of {self.local.path} was restarted while page objects were put")
+                raise SnapshotInvalidated(f"the WAL of {self.local.path} was restarted while page objects were put")
             else:
                 passed.append(pgno)
 
@@ -231,6 +231,6 @@ class PageView:
         def put(page: Page) -> None:
             trailer = PageTrailer(header.page_size, page.pgno, header.txid, page.hash, header.state, header.db_size)
             store.put(keys.page_key(name, page.pgno), encode_page_object(page.data, trailer, level))
-            reach("within view")
+            failpoint("within view")
 
         pool.each(put, pages, self.config.concurrency)

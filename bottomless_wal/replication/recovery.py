@@ -20,19 +20,19 @@ from ..core.errors import BottomlessError, ConflictError, CorruptionError, Repli
 from ..core.logs import get_logger
 from ..formats import keys
 from ..history.page_table import IndexCorrupt
-from ..history.planner import leading_to
+from ..history.planner import segments_reaching
 from ..history.restore import Progress
-from ..history.segment_list import Edge
-from ..sqlite.database_reader import SnapshotLost
+from ..history.segment_list import SegmentInfo
+from ..sqlite.database_reader import SnapshotInvalidated
 from .index import Identity, IndexHeader, IndexState, boot_id
-from .lineage import LocalState, Place, Relation, earlier_txid, local_state, relate
+from .lineage import Lineage, LocalState, Place, classify, earlier_txid, local_state
 from .log_check import find_gap
 from .recovery_actions import Actions, Situation, cut_off
 from .recovery_plan import POLICY, Action, Remote, decide
 from .replicator import Replicator
-from .wal_position import Standing, standing
+from .wal_position import PositionStatus, position_status
 
-__all__ = ["Boot"]
+__all__ = ["Recovery"]
 
 logger = get_logger(__name__)
 
@@ -40,7 +40,7 @@ _LOOKS: Final = 10
 _LISTED: Final = 1000  # objects, which one request lists, and in which the whole of a short log is seen
 
 
-class Boot:
+class Recovery:
     """Brings one local file and its history together. Every method expects the index of `replicator` to be locked."""
 
     def __init__(self, replicator: Replicator, *, policy: str, progress: Progress | None = None) -> None:
@@ -51,7 +51,7 @@ class Boot:
         self.policy = policy
         self._actions = Actions(replicator, progress)
         self.action: Action | None = None
-        self.listed: Sequence[Edge] | None = None
+        self.listed: Sequence[SegmentInfo] | None = None
         """All segments of the log, as this open has found them; None while they are not listed, or too many to be listed at a resume."""
         self._distrusted = False  # the index: it was found damaged
 
@@ -65,7 +65,7 @@ class Boot:
         for _ in range(_LOOKS):
             try:
                 return self._run(reset=reset)
-            except SnapshotLost as lost:
+            except SnapshotInvalidated as lost:
                 logger.info("%s: %s: looking again", self.local.path, lost)
             except IndexCorrupt as lost:
                 logger.warning("%s: looking at the database itself", lost)
@@ -120,22 +120,22 @@ class Boot:
     def _place(self, found: Situation, known: IndexHeader | None) -> Situation:
         """Find out where the local state stands in the history."""
         local = local_state(self.local, known)
-        place = relate(
+        place = classify(
             local, found.head, found.edges, self.local, self.index, self.history,
-            home=self.replicator.home, width=self.replicator.config.concurrency,
+            remote_id=self.replicator.remote_id, width=self.replicator.config.concurrency,
         )  # fmt: skip
-        if place.relation is Relation.UNKNOWN and self._restarted_since(local):
-            raise SnapshotLost("its WAL was restarted while its place in the history was looked for")
+        if place.relation is Lineage.DIVERGED and self._restarted_since(local):
+            raise SnapshotInvalidated("its WAL was restarted while its place in the history was looked for")
         return replace(found, known_local=local, place=place)
 
     def _act(self, found: Situation) -> IndexHeader:
         """Carry out `action`."""
         actions = self._actions
         handlers: dict[Action, Callable[[Situation], IndexHeader]] = {
-            Action.START: actions.start,
+            Action.CREATE: actions.start,
             Action.RESTORE: actions.restore,
             Action.RESTORE_PAGES: actions.restore_pages,
-            Action.INITIAL: actions.initial,
+            Action.INITIAL_UPLOAD: actions.initial,
             Action.RESUME: self._catch_up,
             Action.FAST_FORWARD: actions.fast_forward,
             Action.CATCH_UP: self._catch_up,
@@ -152,11 +152,11 @@ class Boot:
             return self._actions.catch_up(found)
         except ConflictError:
             # It is not a descendant after all.
-            leading = leading_to(found.edges, found.head.txid)
+            leading = segments_reaching(found.edges, found.head.txid)
             txid = earlier_txid(found.local, leading, self.history, self.replicator.config.concurrency)
             if txid is not None:
                 self.action = Action.FAST_FORWARD
-                return self._act(replace(found, place=Place(Relation.EARLIER, txid)))
+                return self._act(replace(found, place=Place(Lineage.BEHIND, txid)))
             self.action = POLICY[self.policy]
             if self.action is Action.CONFLICT:
                 raise
@@ -170,19 +170,24 @@ class Boot:
     def _known_header(self) -> IndexHeader | None:
         """The index's header, if it can be believed without a scan."""
         header = self.index.load()
-        if header is None or header.home != self.replicator.home or header.index_state is not IndexState.IN_STEP or self._distrusted:
+        if (
+            header is None
+            or header.remote_id != self.replicator.remote_id
+            or header.index_state is not IndexState.IN_STEP
+            or self._distrusted
+        ):
             return None
         if not header.identifies(self.local.path) or not (header.clean or header.boot == boot_id()):
             return None
         if self.index.pages.state_hash(header.db_size) != header.state:
             logger.warning("%s is damaged: it will be made anew", self.index.path)
             return None
-        with self.local.pinned():
+        with self.local.read_transaction():
             tip = self.local.tip()
-            found = standing(self.local, header, tip)
+            found = position_status(self.local, header, tip)
         if header.position is not None and tip.frames < header.position.frame:
             return None  # a WAL that was cut, until a scan says otherwise
-        return header if found in (Standing.COVERED, Standing.FRAMES) else None
+        return header if found in (PositionStatus.CURRENT, PositionStatus.BEHIND) else None
 
     def _still_head(self, header: IndexHeader) -> bool:
         """Is the index's state the head? Two small requests: the head's own commit edge is never deleted."""

@@ -15,18 +15,18 @@ from dataclasses import dataclass, replace
 import apsw
 
 from ..core.errors import ConflictError, RestoreError, StoreError
-from ..core.failpoints import reach
+from ..core.failpoints import failpoint
 from ..core.logs import get_logger
 from ..history.log import Head
 from ..history.page_table import IndexCorrupt
 from ..history.planner import newest
 from ..history.restore import Progress, Rebuilt, rebuild, rebuild_from_pages
 from ..history.scratch import Scratch, scratch
-from ..history.segment_list import Edge
-from ..sqlite.database_reader import SnapshotLost
-from ..sqlite.replace import aside, nobody_else, open_elsewhere, put_in_place
+from ..history.segment_list import SegmentInfo
+from ..sqlite.database_reader import SnapshotInvalidated
+from ..sqlite.replace import exclusive_access, open_elsewhere, quarantine_sidecar_files, replace_atomically
 from .index import UNKNOWN_SIZE, Identity, IndexHeader, IndexState, changed
-from .index_rebuild import learn, learn_locally
+from .index_rebuild import rebuild_index_from_file, rebuild_index_from_log
 from .lineage import LocalState, Place
 from .replicator import Replicator
 
@@ -40,7 +40,7 @@ class Situation:
     """What an opening has found. `head`, `local` and `place` are known where the action needs them."""
 
     identity: Identity | None
-    edges: Sequence[Edge]
+    edges: Sequence[SegmentInfo]
     listed_ms: int  # when the head was seen to be the head
     known_head: Head | None = None
     known_local: LocalState | None = None
@@ -84,8 +84,8 @@ class Actions:
         """Begin with an empty index: the first commit is 0 -> 1."""
         # Files beside an empty one are SQLite's to judge: another process may be making it a database right now.
         if not os.path.exists(self.local.path):
-            aside(self.local.path)
-        self.replicator.held = True
+            quarantine_sidecar_files(self.local.path)
+        self.replicator.is_paused = True
         return self.index.mark_open(self.replicator.fresh())
 
     def resume(self, header: IndexHeader) -> IndexHeader:
@@ -98,7 +98,7 @@ class Actions:
         self._say_what_is_gone()
         self._convert()
         before = self.index.load()
-        if before is not None and before.home == self.replicator.home and before.index_state is IndexState.UNPROVED:
+        if before is not None and before.remote_id == self.replicator.remote_id and before.index_state is IndexState.UNPROVED:
             return self._begin_at(before)  # a restore from page objects alone was cut off
         return self.index.mark_open(self.replicator.upload_initial(self.replicator.fresh()))
 
@@ -109,7 +109,7 @@ class Actions:
         header = self.index.load()
         if (
             header is not None
-            and header.home == self.replicator.home
+            and header.remote_id == self.replicator.remote_id
             and head == (header.txid, header.state, header.page_size, header.db_size)
         ):
             self.index.mark_open(header.needing_scan())
@@ -122,7 +122,7 @@ class Actions:
     def reset(self, found: Situation) -> IndexHeader:
         """Make the local file the head."""
         head = found.head
-        reach("before reset")
+        failpoint("before reset")
         self._convert()
         # No identity: should this die half-way, the file must not pass for a descendant of the head.
         header = self.replicator.fresh().at(head.txid, head.state, head.page_size, 0).needing_scan()
@@ -136,7 +136,7 @@ class Actions:
             found.head.txid,
         )
         self._convert()
-        self.replicator.held = True
+        self.replicator.is_paused = True
         header = self._learn(self.replicator.fresh(), found)
         # No identity: until a commit has made it so, the file is no descendant of the head, and the policy is asked again.
         return self.index.mark_open(header.needing_scan())
@@ -147,7 +147,7 @@ class Actions:
         # it, goes before the file does.
         txid, state = found.earlier, found.local.state
         self.local.close()
-        with nobody_else(self.local.path):
+        with exclusive_access(self.local.path):
             pass  # a process that has it open needs the index as it is
         header = self.index.mark_being_replaced(self.replicator.unknown(), state)
         self.index.pages.clear()
@@ -159,7 +159,7 @@ class Actions:
                 connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
             except apsw.BusyError as error:
                 raise open_elsewhere(self.local.path) from error
-        reach("after fold")
+        failpoint("after fold")
         place = f"txid {txid}" if txid is not None else f"state {state:016x}"
         header = self._restore(found.now(self.local.path), header, place)
         logger.warning(
@@ -194,7 +194,7 @@ class Actions:
             # No identity: should this die before the log begins anew, the next open lets it begin, at this very txid.
             header = self.index.begin_rebased(header, rebuilt.txid, rebuilt.state)
             self.local.close()
-            put_in_place(into.path, into.fd, self.local.path)
+            replace_atomically(into.path, into.fd, self.local.path)
         header = self._begin_at(header)
         return self.index.mark_open(changed(header, view_txid=header.txid, backlog=None))
 
@@ -203,7 +203,7 @@ class Actions:
     def _say_what_is_gone(self) -> None:
         """The bucket holds no history where the index knows one: somebody has deleted it, or an expiry rule has."""
         before = self.index.load()
-        if before is not None and before.home == self.replicator.home and before.txid:
+        if before is not None and before.remote_id == self.replicator.remote_id and before.txid:
             logger.error(
                 "the log of %s, which was at txid %d, is gone from %s: it begins anew with the local file",
                 self.local.path,
@@ -217,13 +217,13 @@ class Actions:
         with self._plain() as connection:
             if connection.execute("PRAGMA journal_mode").get == "wal":
                 return
-            reach("before conversion")
+            failpoint("before conversion")
             if connection.execute("PRAGMA journal_mode=wal").get != "wal":
                 raise ConflictError(
                     f"{self.local.path} cannot be switched to WAL mode",
                     hint="Another program has it open, or its file system has no shared memory. Close it and open again.",
                 )
-            reach("after conversion")
+            failpoint("after conversion")
 
     @contextlib.contextmanager
     def _plain(self) -> Iterator[apsw.Connection]:
@@ -240,7 +240,7 @@ class Actions:
         header = self.replicator.unknown()
         # Killed, or cut off from the store, before the entries are there: this header keeps the file's descent, and asks for them.
         header = self.index.identify(header.at(*head), self.local.path)
-        if before is not None and before.home != header.home:
+        if before is not None and before.remote_id != header.remote_id:
             before = None
         position = before.position if before is not None and before.txid <= head.txid else None
         if before is None and local.state != head.state:
@@ -250,9 +250,9 @@ class Actions:
         change_counter = min(local.change_counter, before.change_counter) if before is not None else local.change_counter
         header = self.index.begin_rebuild(header, position, change_counter)
         self.index.pages.clear()
-        reach("after clear")
+        failpoint("after clear")
         if local.state == head.state:
-            header = learn_locally(self.local, self.history, self.index, header, head, found.edges)
+            header = rebuild_index_from_file(self.local, self.history, self.index, header, head, found.edges)
             header = changed(header, proved_ms=found.listed_ms)
         else:
             header = self._learn(header, found)
@@ -262,16 +262,16 @@ class Actions:
         return self.index.mark_open(self.replicator.upload_difference(header))
 
     def _learn(self, header: IndexHeader, found: Situation) -> IndexHeader:
-        header = learn(self.history, self.index, header, found.head, found.edges, width=self.replicator.config.concurrency)
+        header = rebuild_index_from_log(self.history, self.index, header, found.head, found.edges, width=self.replicator.config.concurrency)
         return changed(header, proved_ms=found.listed_ms)
 
     @contextlib.contextmanager
     def _alone(self, found: Situation) -> Iterator[None]:
         """Nobody has the file open, and it is still what it was when the decision was made."""
         self.local.close()
-        with nobody_else(self.local.path):
+        with exclusive_access(self.local.path):
             if Identity.of(self.local.path) != found.identity:
-                raise SnapshotLost(f"{self.local.path} was written to meanwhile")
+                raise SnapshotInvalidated(f"{self.local.path} was written to meanwhile")
             yield
 
     def _begin_at(self, header: IndexHeader) -> IndexHeader:
@@ -282,7 +282,7 @@ class Actions:
         path = self.local.path
         self.local.close()
         made = os.fstat(into.fd)
-        put_in_place(into.path, into.fd, path)
+        replace_atomically(into.path, into.fd, path)
         header = changed(
             header.at(rebuilt.txid, rebuilt.state, rebuilt.page_size, rebuilt.db_size),
             view_txid=min(rebuilt.view_txid, rebuilt.txid),

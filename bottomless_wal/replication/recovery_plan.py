@@ -17,7 +17,7 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import Final
 
-from .lineage import Relation
+from .lineage import Lineage
 
 __all__ = ["POLICY", "Action", "Remote", "decide"]
 
@@ -33,10 +33,10 @@ class Remote(Enum):
 class Action(Enum):
     """What opening does."""
 
-    START = auto()
+    CREATE = auto()
     RESTORE = auto()
     RESTORE_PAGES = auto()
-    INITIAL = auto()
+    INITIAL_UPLOAD = auto()
     RESUME = auto()
     FAST_FORWARD = auto()
     CATCH_UP = auto()
@@ -48,16 +48,16 @@ class Action(Enum):
 POLICY: Final = {"error": Action.CONFLICT, "force": Action.RESET, "skip": Action.KEEP_LOCAL}
 
 
-def decide(empty: bool, remote: Remote, relation: Relation | None, policy: str) -> Action:
+def decide(empty: bool, remote: Remote, relation: Lineage | None, policy: str) -> Action:
     """The table above. `relation` is looked at only where there are two states to compare."""
     if empty:
-        return {Remote.NOTHING: Action.START, Remote.PAGES: Action.RESTORE_PAGES, Remote.HISTORY: Action.RESTORE}[remote]
+        return {Remote.NOTHING: Action.CREATE, Remote.PAGES: Action.RESTORE_PAGES, Remote.HISTORY: Action.RESTORE}[remote]
     if remote is not Remote.HISTORY:
-        return Action.INITIAL
-    if relation is Relation.HEAD:
+        return Action.INITIAL_UPLOAD
+    if relation is Lineage.AT_HEAD:
         return Action.RESUME
-    if relation is Relation.EARLIER:
+    if relation is Lineage.BEHIND:
         return Action.FAST_FORWARD
-    if relation is Relation.DESCENDS:
+    if relation is Lineage.AHEAD:
         return Action.CATCH_UP
     return POLICY[policy]

@@ -26,21 +26,21 @@ from typing import Final
 
 from ..core.config import Config
 from ..core.errors import ReplicationError
-from ..core.failpoints import reach
+from ..core.failpoints import failpoint
 from ..core.logs import get_logger
-from ..formats.segment import WRITER_ID_SIZE, Commit, Header
-from ..formats.wal import Position
-from ..history.log import FENCE_HORIZON_SECONDS, History
+from ..formats.segment import WRITER_ID_SIZE, CommitRecord, SegmentHeader
+from ..formats.wal import WalPosition
+from ..history.log import FENCE_HORIZON_SECONDS, RemoteLog
 from ..history.page_table import IndexCorrupt
-from ..sqlite.database_reader import LocalDatabase, Shape, SnapshotLost, Tip
+from ..sqlite.database_reader import DatabaseShape, LocalDatabase, SnapshotInvalidated, WalState
 from .changes import Change, stage_difference, stage_frames, stage_whole
 from .fencing import Fencing
-from .index import Identity, IndexHeader, IndexState, LocalIndex, Seal, boot_id, changed
+from .index import Identity, IndexHeader, IndexState, LocalIndex, WalResetRecord, boot_id, changed
 from .lineage import local_state
-from .page_objects import PageView
-from .wal_position import Standing, position_of, standing
+from .page_objects import PageObjects
+from .wal_position import PositionStatus, position_of, position_status
 
-__all__ = ["Replicator", "home_of"]
+__all__ = ["Replicator", "remote_id_of"]
 
 logger = get_logger(__name__)
 
@@ -48,12 +48,12 @@ _LOOKS: Final = 4
 _SUSPECT_SECONDS: Final = 2.0
 
 
-def home_of(config: Config, name: str) -> bytes:
+def remote_id_of(config: Config, name: str) -> bytes:
     """16 bytes that tell whose history an index belongs to: endpoint, bucket and database name."""
     return hashlib.sha256("\0".join((config.endpoint, config.bucket, name)).encode()).digest()[:16]
 
 
-class MovedOn(SnapshotLost):
+class IndexAdvanced(SnapshotInvalidated):
     """The index has moved on (an earlier attempt was adopted): look anew."""
 
 
@@ -68,23 +68,25 @@ class Replicator:
         config: Config,
         local: LocalDatabase,
         index: LocalIndex,
-        history: History,
+        history: RemoteLog,
         *,
-        on_logged: Callable[[Position | None], None] = lambda position: None,
+        on_logged: Callable[[WalPosition | None], None] = lambda position: None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.config = config
         self.local = local
         self.index = index
         self.history = history
-        self.home = home_of(config, history.name)
-        self.view = PageView(config, local, index, history)
+        self.remote_id = remote_id_of(config, history.name)
+        self.view = PageObjects(config, local, index, history)
         self.on_logged = on_logged
-        self.fencing = Fencing(local, index, history, self.view, home=self.home, on_logged=lambda position: self.on_logged(position))
+        self.fencing = Fencing(
+            local, index, history, self.view, remote_id=self.remote_id, on_logged=lambda position: self.on_logged(position)
+        )
         self.on_head: Callable[[int], None] = lambda txid: None
         """Called with the txid of each segment that was stored here, under the lock: what it does is quick."""
         self._sleep = sleep
-        self.held = False
+        self.is_paused = False
         """Nothing is sent before the next commit, not even by a close: initial_replication=skip, or a new database."""
         self._backfilled: tuple[object, ...] | None = None
         self._suspect: tuple[Identity | None, float] | None = None
@@ -107,13 +109,13 @@ class Replicator:
             if not self.local.has_content(is_new=header.txid == 0):
                 return header
             try:
-                if header.intents and (found := self.history.segment(header.txid, header.txid + 1)) is not None:
+                if header.in_doubt and (found := self.history.segment(header.txid, header.txid + 1)) is not None:
                     self.fencing.adopt_in_doubt(header, found)
-                    raise MovedOn("an earlier attempt was adopted")
+                    raise IndexAdvanced("an earlier attempt was adopted")
                 return self._cover()
-            except MovedOn:
+            except IndexAdvanced:
                 header = self.header()
-            except SnapshotLost as lost:
+            except SnapshotInvalidated as lost:
                 logger.info("%s: %s: looking again", self.local.path, lost)
                 header = self.header()
         raise ReplicationError(
@@ -123,7 +125,7 @@ class Replicator:
     def header(self) -> IndexHeader:
         """The index's header. Raises IndexCorrupt when there is none of this history."""
         header = self.index.load()
-        if header is None or header.home != self.home or header.index_state is IndexState.BEING_REPLACED:
+        if header is None or header.remote_id != self.remote_id or header.index_state is IndexState.BEING_REPLACED:
             raise IndexCorrupt(f"{self.index.path} is missing, damaged, of another history, or of a file that is to be replaced")
         # Another process may have said so at its own close; here the database is in use.
         return changed(header, clean=False) if header.clean else header
@@ -131,29 +133,29 @@ class Replicator:
     def fresh(self) -> IndexHeader:
         """A new header over an empty index; not saved."""
         self.index.clear()
-        reach("after clear")
+        failpoint("after clear")
         return self.unknown()
 
     def unknown(self) -> IndexHeader:
         """A header that tells nothing but whose it is, and looks at no seal that is there already; not saved."""
-        seal = self.index.last_seal()
-        return IndexHeader(self.home, secrets.token_bytes(16), boot_id(), seal_sequence=seal.sequence if seal is not None else 0)
+        record = self.index.last_reset_record()
+        return IndexHeader(self.remote_id, secrets.token_bytes(16), boot_id(), reset_sequence=record.sequence if record is not None else 0)
 
     def _cover(self) -> IndexHeader:
         for look in range(_LOOKS):
-            with self.local.pinned():
+            with self.local.read_transaction():
                 header = self.header()
                 tip = self.local.tip()
-                found = standing(self.local, header, tip)
-                if found in (Standing.COVERED, Standing.FRAMES):
+                found = position_status(self.local, header, tip)
+                if found in (PositionStatus.CURRENT, PositionStatus.BEHIND):
                     header = self._refresh_identity(header, tip)
-                    if header.intents and tip.frames == (header.position.frame if header.position is not None else 0):
+                    if header.in_doubt and tip.frames == (header.position.frame if header.position is not None else 0):
                         break  # an attempt may still arrive: only a put of the state as it is now tells what the head is
                     header, is_done = self._frames(header, tip)
                     if is_done:
                         return self._catch_up(header)
                     break
-            if found is Standing.LOST or look == _LOOKS - 1:
+            if found is PositionStatus.INVALID or look == _LOOKS - 1:
                 break
             self._sleep(0.005)
         return self.upload_difference(header)
@@ -165,7 +167,7 @@ class Replicator:
             return self.view.catch_up(header)
         return header
 
-    def _frames(self, header: IndexHeader, tip: Tip) -> tuple[IndexHeader, bool]:
+    def _frames(self, header: IndexHeader, tip: WalState) -> tuple[IndexHeader, bool]:
         """Everything from the position to the tip, commit by commit. (header, False): from there only a scan can tell what changed."""
         while header.position is not None and header.position.frame < tip.frames:
             change = stage_frames(self.local, self.index, self.history, header, tip, level=self.config.level)
@@ -178,14 +180,14 @@ class Replicator:
 
     def upload_initial(self, header: IndexHeader) -> IndexHeader:
         """Store the whole database as the segment 0 -> 1. Its page objects are put in the background."""
-        with self._scan() as (seal, tip, shape):
-            header = header.absorb(seal)
+        with self._scan() as (record, tip, shape):
+            header = header.apply(record)
             return self._commit(header, self._whole(tip, shape, pre=0, post=1), scanned=True, background=True)
 
     def upload_reset(self, header: IndexHeader) -> IndexHeader:
         """Store the whole database as the next commit, which discards what came before. Its page objects are put in the background."""
-        with self._scan() as (seal, tip, shape):
-            header = header.absorb(seal)
+        with self._scan() as (record, tip, shape):
+            header = header.apply(record)
             change = self._whole(tip, shape, pre=header.txid, post=header.txid + 1, reset=header.txid > 0)
             return self._commit(header, change, scanned=True, background=True)
 
@@ -194,14 +196,14 @@ class Replicator:
 
         Its page objects are put in the background.
         """
-        with self._scan() as (seal, tip, shape):
-            header = header.absorb(seal)
+        with self._scan() as (record, tip, shape):
+            header = header.apply(record)
             return self._commit(header, self._whole(tip, shape, pre=0, post=header.txid), scanned=True, background=True)
 
     def upload_difference(self, header: IndexHeader) -> IndexHeader:
         """Store the pages that differ from the index as the next commit: all of them at txid 0, or if the page size became another."""
-        with self._scan() as (seal, tip, shape):
-            header = header.absorb(seal)
+        with self._scan() as (record, tip, shape):
+            header = header.apply(record)
             change: Change | None
             if header.txid == 0:
                 change = self._whole(tip, shape, pre=0, post=1)
@@ -215,19 +217,19 @@ class Replicator:
             return self._confirm(header, tip, shape)
 
     @contextlib.contextmanager
-    def _scan(self) -> Iterator[tuple[Seal | None, Tip, Shape]]:
+    def _scan(self) -> Iterator[tuple[WalResetRecord | None, WalState, DatabaseShape]]:
         """Hold a snapshot of the database, which is scanned. Gives the seal with it that is to be taken into account."""
         # Seals up to here speak of what the snapshot will contain; a later one must be looked at.
-        seal = self.index.last_seal()
+        record = self.index.last_reset_record()
         with self.local.snapshot() as tip:
             if self.local.wal.header() != tip.header:
-                raise SnapshotLost(f"the WAL of {self.local.path} was replaced")
-            yield seal, tip, self.local.shape(tip)
+                raise SnapshotInvalidated(f"the WAL of {self.local.path} was replaced")
+            yield record, tip, self.local.shape(tip)
 
-    def _whole(self, tip: Tip, shape: Shape, *, pre: int, post: int, reset: bool = False) -> Change:
+    def _whole(self, tip: WalState, shape: DatabaseShape, *, pre: int, post: int, reset: bool = False) -> Change:
         return stage_whole(self.local, self.history, tip, shape, pre=pre, post=post, reset=reset, level=self.config.level)
 
-    def _confirm(self, header: IndexHeader, tip: Tip, shape: Shape) -> IndexHeader:
+    def _confirm(self, header: IndexHeader, tip: WalState, shape: DatabaseShape) -> IndexHeader:
         """A scan has found no difference: the state at `tip` is the head."""
         self.fencing.require_head(header)  # as a put would: a commit that has led back to the head may be waiting for it
         header = self.index.confirm(header, position_of(self.local, tip), self.local.path, shape.change_counter)
@@ -242,12 +244,12 @@ class Replicator:
         Commits that together changed nothing are stored, too: an earlier attempt may still arrive, and another writer may have gone on.
         Only the put, which contends for the next key, tells that the state that is acknowledged is the head.
         """
-        reach("before intent")
+        failpoint("before intent")
         header = self.index.add_in_doubt(header, change.post_hash, main=self.local.path, change_counter=change.change_counter)
-        reach("before put")
+        failpoint("before put")
         answered_ms = int(self.history.store.now() * 1000)
         now_ms = int(self.history.store.estimate() * 1000)
-        edge = Header(
+        edge = SegmentHeader(
             pre=change.pre,
             post=change.post,
             pre_hash=header.state if change.pre else 0,
@@ -258,20 +260,20 @@ class Replicator:
             reset=change.reset,
             view_txid=header.view_complete,
             time_ms=now_ms,
-            writer=header.writer[:WRITER_ID_SIZE] + header.intents[-1].attempt.to_bytes(8),
-            commits=(Commit(change.post, change.post_hash, now_ms),),
+            writer=header.writer[:WRITER_ID_SIZE] + header.in_doubt[-1].attempt.to_bytes(8),
+            commits=(CommitRecord(change.post, change.post_hash, now_ms),),
             positions=change.positions,
             body=change.staged.body,
         )
         if edge.body is not None:
-            reach("after body")
+            failpoint("after body")
         receipt = self.history.append(edge, change.staged.blocks)
         stored = time.monotonic()
-        reach("after put")
+        failpoint("after put")
         if not receipt.created:
             found = self.fencing.stored(edge.pre, edge.post)
             self.fencing.adopt_in_doubt(header, found)
-            raise MovedOn("an earlier attempt was adopted")
+            raise IndexAdvanced("an earlier attempt was adopted")
         date_ms = int(receipt.date * 1000)
         if header.proved_ms and date_ms - header.proved_ms > FENCE_HORIZON_SECONDS * 1000:
             self.fencing.verify_still_head(edge)
@@ -298,14 +300,14 @@ class Replicator:
         """
         with self.index.locked():
             header = self.header()
-            if (header.txid or header.intents) and not self.held:
+            if (header.txid or header.in_doubt) and not self.is_paused:
                 state = local_state(self.local, None).state
                 if state != header.state:
                     self.index.add_pending(header, state)
 
     # --- identity ------------------------------------------------------------------------------------------------------
 
-    def _refresh_identity(self, header: IndexHeader, tip: Tip) -> IndexHeader:
+    def _refresh_identity(self, header: IndexHeader, tip: WalState) -> IndexHeader:
         """Follows the main file's change by checkpoints; a change that none explains was made behind our back: scan.
 
         A checkpoint writes first and tells afterwards: a change is suspect only when it has stayed unexplained for a while.
@@ -329,7 +331,7 @@ class Replicator:
         self._backfilled, self._suspect = tip[:3], None
         header = self.index.record_identity(header, self.local.path)
         if header.needs_scan:
-            raise SnapshotLost("the main file was changed behind SQLite's back")
+            raise SnapshotInvalidated("the main file was changed behind SQLite's back")
         return header
 
 

@@ -10,65 +10,65 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-from ..core.failpoints import reach
+from ..core.failpoints import failpoint
 from ..core.logs import get_logger
-from ..formats.wal import Position, WalHeader
-from ..sqlite.database_reader import LocalDatabase, SnapshotLost, Tip
+from ..formats.wal import WalHeader, WalPosition
+from ..sqlite.database_reader import LocalDatabase, SnapshotInvalidated, WalState
 from ..sqlite.wal_reader import WalFile
 from .index import Identity, IndexHeader, LocalIndex
 
-__all__ = ["Standing", "position_of", "seal", "standing"]
+__all__ = ["PositionStatus", "position_of", "position_status", "write_wal_reset_record"]
 
 logger = get_logger(__name__)
 
 
-class Standing(Enum):
+class PositionStatus(Enum):
     """How the index's position relates to the WAL that is there."""
 
-    COVERED = auto()
-    FRAMES = auto()  # it is proved, and frames follow it
-    UNCLEAR = auto()  # a WAL header is just being written: look again
-    LOST = auto()  # it proves nothing: scan
+    CURRENT = auto()
+    BEHIND = auto()  # it is proved, and frames follow it
+    RETRY = auto()  # a WAL header is just being written: look again
+    INVALID = auto()  # it proves nothing: scan
 
 
-def standing(local: LocalDatabase, header: IndexHeader, tip: Tip) -> Standing:
+def position_status(local: LocalDatabase, header: IndexHeader, tip: WalState) -> PositionStatus:
     """Does the index's position prove itself in the WAL that is there? Call it pinned."""
     if header.needs_scan:
-        return Standing.LOST
+        return PositionStatus.INVALID
     position, wal = header.position, tip.header
     if local.wal.header() != wal:
-        return Standing.UNCLEAR
+        return PositionStatus.RETRY
     if wal is None:
         if position is None:
             # Without a WAL the main file is all there is, and what it was is all that proves it. (Settled or not: since the open looked,
             # a connection of ours has it open, and nobody writes past the WAL.)
-            return Standing.COVERED if Identity.of(local.path) == header.identity is not None else Standing.LOST
-        return Standing.UNCLEAR if position.frame == 0 else Standing.LOST
+            return PositionStatus.CURRENT if Identity.of(local.path) == header.identity is not None else PositionStatus.INVALID
+        return PositionStatus.RETRY if position.frame == 0 else PositionStatus.INVALID
     if position is None:
-        return Standing.LOST
+        return PositionStatus.INVALID
     if (position.salt1, position.salt2) != (wal.salt1, wal.salt2):
-        return Standing.UNCLEAR if position.frame == 0 and tip.frames == 0 else Standing.LOST
+        return PositionStatus.RETRY if position.frame == 0 and tip.frames == 0 else PositionStatus.INVALID
     if tip.frames < position.frame:
         # 0: a restart has begun, and its header is not written yet. Fewer, but some: the WAL was cut by a power loss.
         covered = tip.frames == 0 and not local.wal.continues(position, wal)
-        return Standing.COVERED if covered else Standing.LOST
+        return PositionStatus.CURRENT if covered else PositionStatus.INVALID
     if local.wal.position(wal, position.frame) != position:
-        return Standing.LOST
-    return Standing.COVERED if tip.frames == position.frame else Standing.FRAMES
+        return PositionStatus.INVALID
+    return PositionStatus.CURRENT if tip.frames == position.frame else PositionStatus.BEHIND
 
 
-def position_of(local: LocalDatabase, tip: Tip) -> Position | None:
+def position_of(local: LocalDatabase, tip: WalState) -> WalPosition | None:
     """The position that a snapshot at `tip` has. Call it pinned."""
     wal = tip.header
     if wal is None:
         return None
     found = local.wal.position(wal, tip.frames)
     if found is None:
-        raise SnapshotLost(f"frame {tip.frames} of the WAL of {local.path} is gone")
+        raise SnapshotInvalidated(f"frame {tip.frames} of the WAL of {local.path} is gone")
     return found
 
 
-def seal(index_path: str, path: str, new: WalHeader | None) -> None:
+def write_wal_reset_record(index_path: str, path: str, new: WalHeader | None) -> None:
     """The WAL is about to lose its frames: leaves behind whether the index's position can be carried across.
 
     Called with SQLite's write lock held, before a new WAL header is written (`new`), or the WAL is truncated or deleted (None). By then
@@ -79,7 +79,7 @@ def seal(index_path: str, path: str, new: WalHeader | None) -> None:
     """
     wal = WalFile(path + "-wal")
 
-    def judge(header: IndexHeader, identity: Identity | None) -> tuple[Position | None, bool, bool] | None:
+    def judge(header: IndexHeader, identity: Identity | None) -> tuple[WalPosition | None, bool, bool] | None:
         old = wal.header()
         if new is not None and old is not None and (new.salt1, new.salt2) == (old.salt1, old.salt2):
             return None  # the same WAL once more: its first transaction was rolled back
@@ -98,9 +98,9 @@ def seal(index_path: str, path: str, new: WalHeader | None) -> None:
         is_witnessed = known == (None if old is None else (old.salt1, old.salt2))
         return (new.position() if new is not None else None), covered, is_witnessed
 
-    reach("before seal")
+    failpoint("before seal")
     try:
-        LocalIndex.leave_seal(index_path, path, judge, is_last=new is None)
+        LocalIndex.write_reset_record(index_path, path, judge, is_last=new is None)
     finally:
         wal.close()
-    reach("after seal")
+    failpoint("after seal")

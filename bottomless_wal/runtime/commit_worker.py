@@ -23,14 +23,14 @@ from ..core.config import Config
 from ..core.errors import BottomlessError, ConflictError, FencedError, FilesLostError, ReplicationError, StoreError
 from ..core.logs import get_logger
 from ..core.threads import as_own_thread, mark_own_thread
-from ..formats.wal import Position
+from ..formats.wal import WalPosition
 from ..history.page_table import IndexCorrupt
 from ..replication.index import IndexHeader, LocalIndex
 from ..replication.replicator import Replicator
 from ..sqlite.database_reader import LocalDatabase
-from .page_object_writer import Filler, view_is_missing
+from .page_object_writer import PageObjectWriter, view_is_missing
 
-__all__ = ["Worker"]
+__all__ = ["CommitWorker"]
 
 logger = get_logger(__name__)
 
@@ -43,7 +43,7 @@ _RETRY_FIRST: Final = 1.0
 _RETRY_MOST: Final = 30.0
 
 
-class Worker:
+class CommitWorker:
     """Runs `replicator`'s batches. Thread-safe.
 
     `reboot` finds out anew, under the index's lock, where the local state stands: called when the index was lost.
@@ -84,11 +84,11 @@ class Worker:
         self._failed = 0  # tickets up to here have failed ...
         self._error: BottomlessError | None = None  # ... with this
         self._fatal: BottomlessError | None = None
-        self._logged: Position | None = None
+        self._logged: WalPosition | None = None
         self._idle = False
         self._rest_until = 0.0
         self._waiting = 0
-        self._company = 0
+        self._group_size = 0
         self._round_trip = 0.0
         self._oldest: float | None = None
         self._locking: float | None = None  # since when the worker has been waiting for the index's lock
@@ -97,7 +97,7 @@ class Worker:
         self._flush_done = 0
         self._retry_wait = 0.0
         self._retry_at: float | None = None
-        self._filler = Filler(config, replicator, index, local, told=self._filled, clock=clock, pause=pause)
+        self._filler = PageObjectWriter(config, replicator, index, local, told=self._filled, clock=clock, pause=pause)
         replicator.on_logged = self._publish
 
     # --- committers ----------------------------------------------------------------------------------------------------
@@ -109,8 +109,8 @@ class Worker:
             ReplicationError: nobody will send what was submitted: at exit, when the replica was closed already.
         """
         with self._lock:
-            self._replicator.held = False
-            ticket = self._submitted = next(self._tickets)
+            self._replicator.is_paused = False
+            sequence = self._submitted = next(self._tickets)
             if self._oldest is None:
                 self._oldest = self._clock()
             self._ensure_thread()
@@ -121,9 +121,9 @@ class Worker:
             if must_run and not self._running and (self._stopping or not self._alone):
                 raise self.shut_down()
         self._filler.active()
-        return ticket
+        return sequence
 
-    def wait(self, ticket: int, place: Position | None, *, for_pages: bool) -> None:
+    def wait(self, sequence: int, place: WalPosition | None, *, for_pages: bool) -> None:
         """Until what `ticket` stands for is in the log (`place`: where its commit ends in the WAL), and in the view if `for_pages`.
 
         Raises:
@@ -131,15 +131,15 @@ class Worker:
         """
         began = self._clock()
         if not self._stopping:
-            self._work_here(ticket)
+            self._work_here(sequence)
         with self._lock:
-            self._urgent = max(self._urgent, ticket)
+            self._urgent = max(self._urgent, sequence)
             try:
                 self._waiting += 1
-                if not self._gathering or self._waiting >= self._company:
+                if not self._gathering or self._waiting >= self._group_size:
                     self._wake.notify()
-                while not (self._done >= ticket or (not for_pages and self._covers(place))):
-                    if self._failed >= ticket or self._fatal is not None:
+                while not (self._done >= sequence or (not for_pages and self._is_logged(place))):
+                    if self._failed >= sequence or self._fatal is not None:
                         raise self._failure()
                     if self._thread is None or not self._thread.is_alive():
                         raise self.shut_down()
@@ -148,9 +148,9 @@ class Worker:
             finally:
                 self._waiting -= 1
 
-    def has_done(self, ticket: int) -> bool:
+    def has_done(self, sequence: int) -> bool:
         """Return whether what `ticket` stands for is stored, as far as `ack` asks."""
-        return self._done >= ticket
+        return self._done >= sequence
 
     def shut_down(self) -> ReplicationError:
         """What a commit raises when nothing will send it."""
@@ -167,18 +167,18 @@ class Worker:
         began = self._clock()
         end = None if timeout is None else began + timeout
         with self._lock:
-            self._replicator.held = False
-            ticket = self._submitted = next(self._tickets)
-            self._urgent = ticket
-            self._flush_wanted = ticket
+            self._replicator.is_paused = False
+            sequence = self._submitted = next(self._tickets)
+            self._urgent = sequence
+            self._flush_wanted = sequence
             self._ensure_thread()
             self._wake.notify()
             stopping = self._stopping
         if not stopping:
-            self._work_here(ticket)
+            self._work_here(sequence)
         with self._lock:
-            while self._flush_done < ticket:
-                if self._failed >= ticket or self._fatal is not None:
+            while self._flush_done < sequence:
+                if self._failed >= sequence or self._fatal is not None:
                     raise self._failure()
                 if self._thread is None or not self._thread.is_alive():
                     raise ReplicationError(f"{self._local.path} was closed before it was flushed", hint="The next open sends the rest.")
@@ -194,7 +194,7 @@ class Worker:
 
     def nudge(self, header: IndexHeader) -> None:
         """The database is open: what its page view has missed is put in the background."""
-        if self._config.pages == "commit" and self._replicator.view.behind(header) and not self._replicator.held:
+        if self._config.pages == "commit" and self._replicator.view.behind(header) and not self._replicator.is_paused:
             self._filler.wanted()
 
     def poke(self) -> None:
@@ -235,13 +235,13 @@ class Worker:
         Errors are logged and kept in `last_error`.
         """
         with self._lock:
-            ticket = 0
-            if drain and self._fatal is None and not self._replicator.held:
-                ticket = self._submitted = next(self._tickets)
+            sequence = 0
+            if drain and self._fatal is None and not self._replicator.is_paused:
+                sequence = self._submitted = next(self._tickets)
                 self._ensure_thread()
             self._stopping = True
             self._wake.notify()
-        self._work_here(ticket)
+        self._work_here(sequence)
         self._filler.stop()
         with self._lock:
             # Not by Thread.join(): one that Ctrl-C ends takes the thread for dead, though it goes on (CPython 3.11).
@@ -262,9 +262,9 @@ class Worker:
                 return
             self._thread, self._running = thread, True
 
-    def _work_here(self, ticket: int) -> None:
+    def _work_here(self, sequence: int) -> None:
         """Runs the batch in this thread when the interpreter ends and no other can be started (Python 3.12 and later)."""
-        if self._alone and not self._running and ticket > max(self._done, self._failed):
+        if self._alone and not self._running and sequence > max(self._done, self._failed):
             with as_own_thread():
                 self._batch()
 
@@ -284,7 +284,7 @@ class Worker:
                 "soon as it lets go.",
             )
 
-    def _covers(self, place: Position | None) -> bool:
+    def _is_logged(self, place: WalPosition | None) -> bool:
         logged = self._logged
         return (
             place is not None
@@ -293,7 +293,7 @@ class Worker:
             and logged.frame >= place.frame
         )
 
-    def _publish(self, position: Position | None) -> None:
+    def _publish(self, position: WalPosition | None) -> None:
         with self._lock:
             self._logged = position
             self._cond.notify_all()
@@ -334,7 +334,7 @@ class Worker:
                 if not self._stopping and self._urgent <= self._done and self._oldest is not None:
                     delay = max(self._oldest + self._config.interval, self._rest_until) - now
                 if delay <= 0:
-                    self._gather()
+                    self._wait_for_group()
                     return "batch"
                 self._wake.wait(delay)
                 continue
@@ -344,14 +344,14 @@ class Worker:
             self._wake.wait(None if self._retry_at is None else max(0.0, self._retry_at - now))
             self._idle = False
 
-    def _gather(self) -> None:
+    def _wait_for_group(self) -> None:
         """When the last batch served several, they are about to commit again: worth a part of a round trip, while they come."""
-        if self._company < 2:
+        if self._group_size < 2:
             return
         end = self._clock() + min(self._round_trip * _GATHER_SHARE, _GATHER_MOST)
         here = -1
         self._gathering = True
-        while here < self._waiting < self._company and not self._stopping and (left := end - self._clock()) > 0:
+        while here < self._waiting < self._group_size and not self._stopping and (left := end - self._clock()) > 0:
             here = self._waiting
             self._wake.wait(min(left, self._round_trip * _GATHER_GAP))
         self._gathering = False
@@ -359,7 +359,7 @@ class Worker:
     def _batch(self) -> None:
         with self._lock:
             self.dirty = False  # before anything is looked at
-            ticket, flushing, company = self._submitted, self._flush_wanted > self._flush_done, self._waiting
+            sequence, flushing, group_size = self._submitted, self._flush_wanted > self._flush_done, self._waiting
             stopping = self._stopping
         began, worked = self._clock(), time.thread_time()
         error: BottomlessError | None = None
@@ -405,49 +405,49 @@ class Worker:
             if self._config.ack == "local":
                 # Nobody waits for it, and whoever commits wants the processor, and Python's lock.
                 self._rest_until = self._clock() + min((time.thread_time() - worked) * _REST_SHARE, _REST_MOST)
-            self._concluded(ticket, error, began, company)
+            self._concluded(sequence, error, began, group_size)
             if error is None and goal is None:
-                self._flush_done = ticket
+                self._flush_done = sequence
             self._cond.notify_all()
         if error is not None:
             self._filler.hold()
         else:
             # Commits go on meanwhile: the page view is filled in turns.
-            self._filler.follow(behind, (ticket, goal) if goal is not None else None)
+            self._filler.follow(behind, (sequence, goal) if goal is not None else None)
 
-    def _filled(self, ticket: int, failure: Exception | None) -> None:
+    def _filled(self, sequence: int, failure: Exception | None) -> None:
         """The filler: the page view is as complete as the flush `ticket` (0: none) wanted it; or it could not be filled."""
         with self._lock:
             if failure is None:
-                self._flush_done = max(self._flush_done, ticket)
+                self._flush_done = max(self._flush_done, sequence)
             else:
                 # Whatever it is, the log goes on; an IndexCorrupt is the next batch's to mend.
                 self._retry_wait = min(max(self._retry_wait * 2, _RETRY_FIRST), _RETRY_MOST)
                 self._retry_at = self._clock() + self._retry_wait
                 if isinstance(failure, FencedError):
                     self._fatal = failure
-                elif ticket and isinstance(failure, BottomlessError):
+                elif sequence and isinstance(failure, BottomlessError):
                     self._error = view_is_missing(self._local.path, failure)
-                    self._failed = max(self._failed, ticket)
+                    self._failed = max(self._failed, sequence)
                 if not self._stopping:
                     self._ensure_thread()
             self._wake.notify()
             self._cond.notify_all()
 
-    def _concluded(self, ticket: int, error: BottomlessError | None, began: float, company: int) -> None:
+    def _concluded(self, sequence: int, error: BottomlessError | None, began: float, group_size: int) -> None:
         now = self._clock()
         if error is None:
-            self._done = max(self._done, ticket)
+            self._done = max(self._done, sequence)
             self._error = None
             self._retry_at, self._retry_wait = None, 0.0
-            self._oldest = None if self._submitted == ticket else began
+            self._oldest = None if self._submitted == sequence else began
             # Those who came meanwhile wait for the next batch: with them, and those who were served now, all could go together.
-            self._company = company + self._submitted - ticket
+            self._group_size = group_size + self._submitted - sequence
             self._round_trip = (self._round_trip * 3 + (now - began)) / 4 if self._round_trip else now - began
         else:
             if self._error is None or self._error.message != error.message:
                 logger.error("%s", error.message)
-            self._failed = ticket
+            self._failed = sequence
             self._error = error
             if isinstance(error, FencedError | ConflictError):
                 self._fatal = error

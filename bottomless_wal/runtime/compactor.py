@@ -29,13 +29,13 @@ from ..core.errors import BottomlessError
 from ..core.logs import get_logger
 from ..core.threads import mark_own_thread
 from ..history.compaction import LEVELS, Vanished, compact, snapshot
-from ..history.log import History
+from ..history.log import RemoteLog
 from ..history.planner import plan
 from ..history.retention import prune
-from ..history.segment_list import Edge
+from ..history.segment_list import SegmentInfo
 from ..replication.log_check import Finding, LogCheck
 
-__all__ = ["Upkeep"]
+__all__ = ["Compactor"]
 
 logger = get_logger(__name__)
 
@@ -55,13 +55,13 @@ class _Stopped(Exception):
     """The replica closes."""
 
 
-class Upkeep:
+class Compactor:
     """Keeps the history of one database short while it is open. `told` may be called from any thread."""
 
     def __init__(
         self,
         config: Config,
-        history: History,
+        history: RemoteLog,
         check: LogCheck | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -93,8 +93,8 @@ class Upkeep:
         self._again_at = 0.0
         self._passed_over: set[tuple[int, int]] = set()
         # What a turn needs to know of the edges that it does not list again.
-        self._window: Sequence[Edge] = ()
-        self._last: Edge | None = None
+        self._window: Sequence[SegmentInfo] = ()
+        self._last: SegmentInfo | None = None
         self._bytes = 0
         self._listed = False
 
@@ -208,7 +208,7 @@ class Upkeep:
 
     def _merge(self, head: int) -> None:
         self._look(head)
-        added = compact(self._history, self._window, level=self._config.level, breathe=self._breathe, passed_over=self._passed_over)
+        added = compact(self._history, self._window, level=self._config.level, throttle=self._breathe, passed_over=self._passed_over)
         # Every complete run of the highest level has been merged, or has a gap.
         begin = head // LEVELS[-1] * LEVELS[-1]
         self._window = sorted(edge for edges in (self._window, added) for edge in edges if edge.pre >= begin)
@@ -267,17 +267,17 @@ class Upkeep:
     def _snapshot(self, target: int) -> None:
         last, level = self._last, self._config.level
         # What lies before the last one is not needed, and there may be much of it.
-        edges: Sequence[Edge] = [last, *self._history.edges(since=last.post)] if last is not None else self._history.edges()
+        edges: Sequence[SegmentInfo] = [last, *self._history.edges(since=last.post)] if last is not None else self._history.edges()
         if last is not None and plan(edges, target) is None:
             edges = self._history.edges()
-        made = snapshot(self._history, edges, target, level=level, breathe=self._breathe)
+        made = snapshot(self._history, edges, target, level=level, throttle=self._breathe)
         if made is not None:
             self._last = made
             self._bytes = sum(edge.size + edge.body for edge in edges if edge.post == edge.pre + 1 and edge.pre >= made.post)
         if self._clock() >= self._prune_at:
             self._prune_at = self._clock() + _PRUNE_EVERY
             config = self._config
-            prune(self._history, retention=config.retention, keep_snapshots=config.keep_snapshots, breathe=self._breathe)
+            prune(self._history, retention=config.retention, keep_snapshots=config.keep_snapshots, throttle=self._breathe)
 
     def _breathe(self) -> None:
         """Called often: commits come first, and a close does not wait."""

@@ -25,9 +25,9 @@ from ..core.threads import is_held_here, mark_own_thread
 from ..history.page_table import IndexCorrupt
 from ..replication.index import IndexHeader, LocalIndex
 from ..replication.replicator import Replicator
-from ..sqlite.database_reader import LocalDatabase, SnapshotLost
+from ..sqlite.database_reader import LocalDatabase, SnapshotInvalidated
 
-__all__ = ["Filler", "view_is_missing"]
+__all__ = ["PageObjectWriter", "view_is_missing"]
 
 logger = get_logger(__name__)
 
@@ -38,7 +38,7 @@ _SHARE: Final = 0.2  # ... and as much longer as leaves a turn no more than this
 _CONTENDED: Final = 0.003  # who waits that long for the view's lock is not alone
 
 
-class Filler:
+class PageObjectWriter:
     """Puts page objects in the background. Thread-safe.
 
     `told(ticket, failure)` is called when the view is as complete as the flush `ticket` wanted it, or when a turn has failed (`ticket` 0
@@ -138,11 +138,11 @@ class Filler:
             while more:
                 try:
                     more = self._turn(_PAGES * 8, goal=goal)
-                except SnapshotLost:
+                except SnapshotInvalidated:
                     lost += 1
                     if lost == _LOOKS:
                         raise
-        except (SnapshotLost, IndexCorrupt) as failure:
+        except (SnapshotInvalidated, IndexCorrupt) as failure:
             raise ReplicationError(
                 f"everything committed to {self._local.path} is in the log, but not all page objects could be put: {failure}",
                 hint="Nothing is lost. They are put with the next flush(), or in the background.",
@@ -155,10 +155,10 @@ class Filler:
         try:
             with self._view.lock.locked(), self._index.locked():
                 header = self._replicator.header()
-                with self._local.pinned():
+                with self._local.read_transaction():
                     self._replicator.fencing.require_head(header)
                     self._view.finish(header)
-        except (StoreError, SnapshotLost, IndexCorrupt) as failure:
+        except (StoreError, SnapshotInvalidated, IndexCorrupt) as failure:
             logger.warning("%s: page objects are left to the next open: %s", self._local.path, failure)
 
     def sweep(self) -> None:
@@ -219,7 +219,7 @@ class Filler:
             if goal is not None and not more:
                 self.sweep()
         except Exception as failure:
-            expected = isinstance(failure, BottomlessError | SnapshotLost | IndexCorrupt | OSError | apsw.Error)
+            expected = isinstance(failure, BottomlessError | SnapshotInvalidated | IndexCorrupt | OSError | apsw.Error)
             logger.warning("the page view of %s: %s", self._local.path, failure, exc_info=not expected)
             with self._lock:
                 self._held = True
@@ -244,7 +244,7 @@ class Filler:
         with view.lock.locked():
             if self._clock() - began > _CONTENDED:
                 self._active_at = self._clock()
-            with self._index.locked(), self._local.pinned():
+            with self._index.locked(), self._local.read_transaction():
                 header = replicator.header()
                 tip = self._local.tip()
                 if self._local.wal.header() != tip.header:

@@ -22,24 +22,24 @@ import apsw
 
 from ..core.config import Config
 from ..core.errors import BottomlessError, ConfigError, FencedError, ReplicationError
-from ..core.failpoints import reach
+from ..core.failpoints import failpoint
 from ..core.logs import get_logger
 from ..core.threads import has_exited, is_own_thread
 from ..formats import keys
-from ..formats.wal import Position, WalHeader
-from ..history.log import History
+from ..formats.wal import WalHeader, WalPosition
+from ..history.log import RemoteLog
 from ..replication.index import Identity, IndexHeader, LocalIndex
 from ..replication.replicator import Replicator
-from ..replication.wal_position import seal
+from ..replication.wal_position import write_wal_reset_record
 from ..sqlite.checkpointer import RESTART_FRAMES, Checkpointer
 from ..sqlite.database_reader import LocalDatabase
 from ..sqlite.open_wals import OpenWals
 from ..storage import open_store
-from .commit_worker import Worker
+from .commit_worker import CommitWorker
 
 if TYPE_CHECKING:
     from ..history.restore import Progress
-    from ..replication.recovery import Boot
+    from ..replication.recovery import Recovery
 
 __all__ = ["INDEX_SUFFIX", "Replica"]
 
@@ -60,7 +60,7 @@ class Replica:
         self, path: str, config: Config, connect: Callable[[str], apsw.Connection], release: Callable[[Replica, bool], None]
     ) -> None:
         from ..replication.log_check import LogCheck  # as in `_boot`
-        from .compactor import Upkeep
+        from .compactor import Compactor
 
         self.path = path
         self.config = config
@@ -83,15 +83,15 @@ class Replica:
         self.lifecycle = threading.RLock()
         self.booted = False
         self.store = open_store(config)
-        self.history = History(self.store, self.name)
+        self.history = RemoteLog(self.store, self.name)
         self.local = LocalDatabase(path, lambda: connect(path))
         self.index = LocalIndex(path + INDEX_SUFFIX, beside=path)
         self.replicator = Replicator(config, self.local, self.index, self.history)
         self.checkpointer = Checkpointer(path, lambda: connect(path), local=self._local)
         self.log_check = LogCheck(self.replicator, lambda: LocalDatabase(path, lambda: connect(path)))
-        self.upkeep = Upkeep(config, self.history, self.log_check)
+        self.upkeep = Compactor(config, self.history, self.log_check)
         self.replicator.on_head = self.upkeep.told
-        self.worker = Worker(config, self.replicator, self.index, self.local, self._reboot)
+        self.worker = CommitWorker(config, self.replicator, self.index, self.local, self._reboot)
 
     # --- opening -------------------------------------------------------------------------------------------------------
 
@@ -132,7 +132,7 @@ class Replica:
                 header = boot.run(reset=reset)
                 if boot.goes_on:
                     self.log_check.at_open(boot.listed, header.txid)
-                reach("after open")
+                failpoint("after open")
                 yield
                 self.local.opened()
                 # SQLite may just have created the database.
@@ -158,10 +158,10 @@ class Replica:
     def _reboot(self) -> IndexHeader:
         return self._boot().run()
 
-    def _boot(self, progress: Progress | None = None) -> Boot:
-        from ..replication.recovery import Boot  # what it takes to restore is loaded when a database is opened, not with the package
+    def _boot(self, progress: Progress | None = None) -> Recovery:
+        from ..replication.recovery import Recovery  # what it takes to restore is loaded when a database is opened, not with the package
 
-        return Boot(self.replicator, policy=self.config.initial_replication, progress=progress)
+        return Recovery(self.replicator, policy=self.config.initial_replication, progress=progress)
 
     # --- while it is open ----------------------------------------------------------------------------------------------
 
@@ -182,14 +182,14 @@ class Replica:
             if failure is not None:
                 raise failure.copy()
             return
-        ticket = worker.submit()
+        sequence = worker.submit()
         try:
-            self._wait(ticket)
+            self._wait(sequence)
         except BottomlessError as error:
-            error.ticket = ticket
+            error.sequence = sequence
             raise
 
-    def _wait(self, ticket: int) -> None:
+    def _wait(self, sequence: int) -> None:
         # A signal handler or a finalizer commits in the middle of what its thread was doing.
         if is_own_thread():
             raise self._cannot_wait("it is a thread of the replication")
@@ -198,9 +198,9 @@ class Replica:
         if self.worker.needs_this_thread():
             raise self._cannot_wait("it holds a lock that the replication needs")
         tip = self.local.tip()
-        place = Position(tip.header.salt1, tip.header.salt2, tip.frames, 0, 0) if tip.header is not None else None
+        place = WalPosition(tip.header.salt1, tip.header.salt2, tip.frames, 0, 0) if tip.header is not None else None
         try:
-            self.worker.wait(ticket, place, for_pages=self.config.ack == "pages")
+            self.worker.wait(sequence, place, for_pages=self.config.ack == "pages")
         except BottomlessError:
             self.checkpointer.ask(tip.frames)
             raise
@@ -208,11 +208,11 @@ class Replica:
     def on_commit_failed(self, error: BaseException) -> Callable[[], bool]:
         """Return a function that returns whether the commit that has ended with `error` is stored by now."""
         if isinstance(error, BottomlessError):
-            ticket = error.ticket
+            sequence = error.sequence
         else:
             # The wait was ended by Ctrl-C or by a signal handler, perhaps before the commit was submitted.
-            ticket = self.worker.submit()
-        return lambda: bool(ticket) and self.worker.has_done(ticket)
+            sequence = self.worker.submit()
+        return lambda: bool(sequence) and self.worker.has_done(sequence)
 
     def _cannot_wait(self, cause: str) -> ReplicationError:
         return ReplicationError(
@@ -227,7 +227,7 @@ class Replica:
     def before_wal_reset(self, new: WalHeader | None) -> None:
         """Leave a seal, by which the position is carried across the restart. See `wal_position.seal`."""
         try:
-            seal(self.index.path, self.path, new)
+            write_wal_reset_record(self.index.path, self.path, new)
         except OSError as error:
             # Without a seal the position proves nothing, and the next batch scans.
             logger.warning("%s: no seal could be left: %s", self.path, error)
@@ -292,10 +292,10 @@ class Replica:
         # Nothing was committed here, perhaps: another process has left it, and was killed.
         if not stored and self.worker.fatal is None and self.worker.files_lost is None:
             self._try("the note of what is pending", self.replicator.note_pending)
-        reach("before close")
+        failpoint("before close")
         # A WAL copied into a file that was cut to nothing would look like a database; that of another file is not ours to delete.
         self._try("the database", lambda: self.local.close(checkpoint=self.local.is_in_place()))
-        reach("after close")
+        failpoint("after close")
         if stored:
             self._try("the index", self._mark_clean)
         self._try("the index", self.index.close)

@@ -12,7 +12,7 @@ import apsw
 from ..core.errors import BottomlessError, ConfigError, CorruptionError, ReplicationError, RestoreError
 from ..formats.page import repr_in_hex
 from ..replication.index import LocalIndex
-from ..sqlite.database_reader import Tip
+from ..sqlite.database_reader import WalState
 from .replica import Replica
 
 __all__ = ["Status", "status_of"]
@@ -56,7 +56,7 @@ def status_of(replica: Replica) -> Status:
         CorruptionError: the database is damaged.
     """
     failure = replica.worker.last_error
-    tip: Tip | None = None
+    tip: WalState | None = None
     try:
         tip = replica.local.tip()
     except ReplicationError as error:

@@ -33,7 +33,7 @@ from ..formats.wal import FRAME_HEADER_SIZE, FrameHeader, WalHeader, frame_offse
 from .own_connection import OwnConnection
 from .wal_reader import FrameMap, WalFile
 
-__all__ = ["LocalDatabase", "Shape", "SnapshotLost", "Tip", "main_file_lost", "wal_vanished"]
+__all__ = ["DatabaseShape", "LocalDatabase", "SnapshotInvalidated", "WalState", "main_file_lost", "wal_vanished"]
 
 logger = get_logger(__name__)
 
@@ -46,11 +46,11 @@ _UNSOUND: Final = (apsw.NotADBError, apsw.CorruptError)
 _BASE_VFS: Final = ""  # the default VFS below ours
 
 
-class SnapshotLost(Exception):
+class SnapshotInvalidated(Exception):
     """The WAL was restarted, cut or replaced under the reader: what was read is worth nothing, look again."""
 
 
-class Tip(NamedTuple):
+class WalState(NamedTuple):
     """The end of the WAL: the header that stands in the file (None: no WAL, or an empty one), the committed frames, and how
     many of them checkpoints have copied to the main file."""
 
@@ -59,7 +59,7 @@ class Tip(NamedTuple):
     backfilled: int
 
 
-class Shape(NamedTuple):
+class DatabaseShape(NamedTuple):
     """Page size in bytes, database size in pages, and page 1's change counter."""
 
     page_size: int
@@ -145,7 +145,7 @@ class LocalDatabase:
 
     # --- the tip -------------------------------------------------------------------------------------------------------
 
-    def tip(self) -> Tip:
+    def tip(self) -> WalState:
         """How far the WAL is committed. Thread-safe.
 
         Raises:
@@ -164,7 +164,7 @@ class LocalDatabase:
                 counts = self._ask()
                 if counts is not None and before == self._tip_wal.header():
                     if before is not None or not counts[0]:
-                        return Tip(before, *counts)
+                        return WalState(before, *counts)
                     vanished += 1
                     if vanished == _VANISHED_LOOKS:
                         raise wal_vanished(self.path)
@@ -261,7 +261,7 @@ class LocalDatabase:
     # --- the pin -------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def pinned(self) -> Iterator[None]:
+    def read_transaction(self) -> Iterator[None]:
         """Holds a read transaction: no frame that is committed now is overwritten or outdated in the main file. May be nested."""
         if self._pinned:
             yield
@@ -295,7 +295,7 @@ class LocalDatabase:
             _end(pin)
 
     @contextlib.contextmanager
-    def snapshot(self) -> Iterator[Tip]:
+    def snapshot(self) -> Iterator[WalState]:
         """Pins a read transaction whose content is exactly that of the tip it yields.
 
         The tip is looked at before and after the pin is taken: equal means that nothing was committed in between. Where writers leave
@@ -305,7 +305,7 @@ class LocalDatabase:
             with contextlib.ExitStack() as stack:
                 quiet = stack.enter_context(self.no_writers()) if look >= _QUIET_LOOKS // 2 else None
                 before = self.tip()
-                with self.pinned():
+                with self.read_transaction():
                     # Only what is committed counts: a checkpoint may go on beside.
                     if self.tip()[:2] == before[:2] and self.wal.header() == before.header:
                         if quiet is not None:
@@ -348,11 +348,11 @@ class LocalDatabase:
             length = (count - 1) * step + FRAME_HEADER_SIZE
             data = self.wal.read(length, frame_offset(frame, header.page_size))
             if len(data) < length:
-                raise SnapshotLost(f"the WAL of {self.path} ends before frame {frame + count - 1}")
+                raise SnapshotInvalidated(f"the WAL of {self.path} ends before frame {frame + count - 1}")
             for at in range(count):
                 found = FrameHeader._make(struct.unpack_from(">6I", data, at * step))
                 if (found.salt1, found.salt2) != (header.salt1, header.salt2):
-                    raise SnapshotLost(f"frame {frame + at} of the WAL of {self.path} is of another WAL")
+                    raise SnapshotInvalidated(f"frame {frame + at} of the WAL of {self.path} is of another WAL")
                 yield frame + at, found
             frame += count
 
@@ -371,7 +371,7 @@ class LocalDatabase:
         offset = frame_offset(frame, header.page_size) + FRAME_HEADER_SIZE
         data = self.wal.read(header.page_size, offset)
         if len(data) != header.page_size:
-            raise SnapshotLost(f"the WAL of {self.path} ends within frame {frame}")
+            raise SnapshotInvalidated(f"the WAL of {self.path} ends within frame {frame}")
         return data
 
     def unchanged(self, header: WalHeader) -> bool:
@@ -381,7 +381,7 @@ class LocalDatabase:
 
     # --- whole snapshots -----------------------------------------------------------------------------------------------
 
-    def shape(self, tip: Tip) -> Shape:
+    def shape(self, tip: WalState) -> DatabaseShape:
         """Page size, size and change counter of the snapshot `tip`. Call it pinned.
 
         Raises:
@@ -397,7 +397,7 @@ class LocalDatabase:
         counter, stated = struct.unpack_from(">II", first, 24)
         if tip.frames and tip.header is not None:
             _, commit = next(iter(self.frame_headers(tip.header, tip.frames, tip.frames)))
-            return Shape(tip.header.page_size, commit.db_size, counter)
+            return DatabaseShape(tip.header.page_size, commit.db_size, counter)
         actual = self._main_file().xFileSize() // page_size
         if stated == 0 or counter != struct.unpack_from(">I", first, 92)[0]:
             stated = actual  # a writer older than SQLite 3.7 left the size in the header behind
@@ -411,9 +411,9 @@ class LocalDatabase:
                 actual=actual,
                 hint=f"Restore it: `bottomless-wal restore --force {shlex.quote(self.path)}`.",
             )
-        return Shape(page_size, stated, counter)
+        return DatabaseShape(page_size, stated, counter)
 
-    def page(self, tip: Tip, pgno: int, page_size: int | None) -> bytes | None:
+    def page(self, tip: WalState, pgno: int, page_size: int | None) -> bytes | None:
         """One page of the snapshot; None past the end of the file. `page_size` None: as its WAL or page 1 says."""
         if tip.header is not None and tip.frames:
             frame = self.frame_map(tip.header, tip.frames).get(pgno)
@@ -431,7 +431,7 @@ class LocalDatabase:
             return None
         return self._read_main(page_size, (pgno - 1) * page_size)
 
-    def pages(self, tip: Tip, shape: Shape) -> Iterator[tuple[int, bytes]]:
+    def pages(self, tip: WalState, shape: DatabaseShape) -> Iterator[tuple[int, bytes]]:
         """Every (pgno, page) of the snapshot, ascending, but the lock-byte page. Call it pinned.
 
         Raises:

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import apsw
 
 from ..core.errors import ConflictError
-from ..core.failpoints import reach
+from ..core.failpoints import failpoint
 from ..core.logs import get_logger
 from ..core.ownership import succeed
 
-__all__ = ["aside", "nobody_else", "open_elsewhere", "put_in_place"]
+__all__ = ["exclusive_access", "open_elsewhere", "quarantine_sidecar_files", "replace_atomically"]
 
 logger = get_logger(__name__)
 
@@ -27,7 +27,7 @@ def open_elsewhere(path: str) -> ConflictError:
 
 
 @contextlib.contextmanager
-def nobody_else(path: str) -> Iterator[None]:
+def exclusive_access(path: str) -> Iterator[None]:
     """Holds SQLite's exclusive lock on the file at `path`, if there is one, while it is replaced.
 
     Raises:
@@ -51,7 +51,7 @@ def nobody_else(path: str) -> Iterator[None]:
         file.xClose()
 
 
-def aside(path: str) -> None:
+def quarantine_sidecar_files(path: str) -> None:
     """Renames leftovers of an earlier file at `path`: beside a restored file a stale WAL would silently open the old database."""
     for ending in ("-wal", "-journal"):
         # A symbolic link too, wherever it leads: SQLite would write its WAL through it.
@@ -65,16 +65,16 @@ def aside(path: str) -> None:
         os.unlink(path + "-shm")
 
 
-def put_in_place(temporary: str, fd: int, path: str) -> None:
+def replace_atomically(temporary: str, fd: int, path: str) -> None:
     """Renames the complete and synced file `temporary` (open as `fd`) to `path`, with owner, group and mode of the file it replaces, or
     those SQLite gives a new one. Call it within `nobody_else`.
     """
     succeed(fd, path)
-    aside(path)
-    reach("before rename")
+    quarantine_sidecar_files(path)
+    failpoint("before rename")
     os.rename(temporary, path)
     _sync_directory(path)
-    reach("after rename")
+    failpoint("after rename")
 
 
 def _sync_directory(path: str) -> None:

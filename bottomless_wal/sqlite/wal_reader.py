@@ -11,7 +11,7 @@ import os
 from array import array
 from typing import Final
 
-from ..formats.wal import FRAME_HEADER_SIZE, HEADER_SIZE, FrameHeader, Position, WalHeader, checksum, frame_offset
+from ..formats.wal import FRAME_HEADER_SIZE, HEADER_SIZE, FrameHeader, WalHeader, WalPosition, checksum, frame_offset
 
 __all__ = ["FrameMap", "WalFile"]
 
@@ -80,7 +80,7 @@ class WalFile:
         """Bytes of the file last seen by `header`; fewer at its end, none without a file."""
         return os.pread(self._fd, length, offset) if self._fd >= 0 else b""
 
-    def position(self, header: WalHeader, frame: int) -> Position | None:
+    def position(self, header: WalHeader, frame: int) -> WalPosition | None:
         """The position that frame `frame` records now; None when no frame of this WAL stands there."""
         if frame == 0:
             return header.position()
@@ -90,7 +90,7 @@ class WalFile:
         found = FrameHeader.parse(data)
         return found.position(frame) if (found.salt1, found.salt2) == (header.salt1, header.salt2) else None
 
-    def continues(self, position: Position, header: WalHeader) -> bool:
+    def continues(self, position: WalPosition, header: WalHeader) -> bool:
         """Does the frame after `position` stand there, its checksum going on from the position's?"""
         start = frame_offset(position.frame + 1, header.page_size)
         data = self.read(FRAME_HEADER_SIZE + header.page_size, start)

@@ -18,7 +18,7 @@ from typing import Any, Final, TypeAlias
 from ..core.config import Config
 from ..core.errors import CorruptionError, StoreError, TransientError
 from ..core.logs import get_logger
-from ..core.pool import each, let_go, ordered
+from ..core.pool import drain, each, ordered
 from .base import Entry, Receipt, Stats, check_key, parts
 from .retry import Retrier
 from .s3_client import Answer, Connection
@@ -66,7 +66,7 @@ class S3Store:
 
     def get(self, key: str, *, limit: int) -> bytes | None:
         what = self._what("GET", check_key(key))
-        self._creator.settle(key)
+        self._creator.resolve_in_doubt(key)
 
         def attempt() -> bytes | None:
             answer = self._ask("get", what, "get_object", Key=key, expected={"NoSuchKey"})
@@ -100,7 +100,7 @@ class S3Store:
         if start < 0 or length < 0:
             raise ValueError("start and length must not be negative")
         what = self._what("GET", check_key(key))
-        self._creator.settle(key)
+        self._creator.resolve_in_doubt(key)
         # There is no range of no bytes: one is asked for, to learn whether the object is there.
         wanted = f"bytes={start}-{start + max(length, 1) - 1}"
 
@@ -193,7 +193,7 @@ class S3Store:
             sent: list[tuple[_Part, int]] = list(
                 ordered(
                     lambda numbered: self._part(what, upload, *numbered),
-                    enumerate(itertools.chain(let_go(beginning), pieces), 1),
+                    enumerate(itertools.chain(drain(beginning), pieces), 1),
                     _PARTS_IN_FLIGHT,
                 )
             )

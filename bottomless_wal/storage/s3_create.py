@@ -119,7 +119,7 @@ class Creator:
         self._doubts.pop(key, None)
         return Receipt(True, answer.date)
 
-    def settle(self, key: str) -> None:
+    def resolve_in_doubt(self, key: str) -> None:
         """Before `key` is read: if an attempt of this store may have covered a rival's object there, uncover it.
 
         Raises:

@@ -11,7 +11,7 @@ import pytest
 
 import bottomless_wal
 from bottomless_wal import Inspection, admin
-from bottomless_wal.admin import Relation
+from bottomless_wal.admin import Lineage
 from bottomless_wal.core.errors import ConfigError, StoreError
 from tests.support.stored_database import COMMITS, Cli, Shop
 
@@ -61,7 +61,7 @@ def test_a_file_and_its_history(shop: Shop) -> None:
     shop.trade()
     seen = inspect(shop)
     assert (seen.in_step, seen.pending, seen.relation) == (True, False, "the local file is at the head")
-    assert seen.standing is Relation.AT_HEAD
+    assert seen.position_status is Lineage.AT_HEAD
     assert seen.head is not None
     assert seen.local is not None
     assert seen.head.txid == seen.local.txid == COMMITS
@@ -72,7 +72,7 @@ def test_a_file_and_its_history(shop: Shop) -> None:
     assert (seen.in_step, seen.pending) == (True, False)
     shop.delete(shop.segment(COMMITS + 1))
     assert "beyond the head" in inspect(shop).relation
-    assert inspect(shop).standing is Relation.BEYOND
+    assert inspect(shop).position_status is Lineage.BEYOND
     connection.close()
 
 
@@ -93,7 +93,7 @@ def test_a_file_with_commits_that_are_not_stored(shop: Shop, tmp_path: Path) -> 
     seen = inspect(shop)
     assert (seen.in_step, seen.pending) == (False, True)
     assert "not stored yet" in seen.relation
-    assert seen.standing is Relation.AT_HEAD
+    assert seen.position_status is Lineage.AT_HEAD
 
 
 def test_a_file_left_behind(shop: Shop) -> None:
@@ -106,7 +106,7 @@ def test_a_file_left_behind(shop: Shop) -> None:
     seen = inspect(shop)
     assert not seen.in_step
     assert f"gone on by {COMMITS - 1} since the local file was at txid {COMMITS}" in seen.relation
-    assert seen.standing is Relation.BEHIND
+    assert seen.position_status is Lineage.BEHIND
     connection = shop.open()
     assert bottomless_wal.status(connection).txid == 2 * COMMITS - 1
     connection.close()
@@ -115,24 +115,24 @@ def test_a_file_left_behind(shop: Shop) -> None:
 def test_files_that_are_missing_empty_or_unknown(shop: Shop) -> None:
     shop.store.prepare()
     assert "starts one" in inspect(shop).relation
-    assert inspect(shop).standing is Relation.NOTHING
+    assert inspect(shop).position_status is Lineage.NOTHING
     plain = apsw.Connection(str(shop.path))
     plain.execute("CREATE TABLE t(x)")
     plain.close()
     assert "uploads the whole database" in inspect(shop).relation
-    assert inspect(shop).standing is Relation.NO_HISTORY
+    assert inspect(shop).position_status is Lineage.NO_HISTORY
     connection = shop.open()
     connection.close()
     shop.path.with_name("app.db-bottomless").unlink()
     seen = inspect(shop)
     assert seen.local is None
     assert "page by page" in seen.relation
-    assert seen.standing is Relation.UNKNOWN
+    assert seen.position_status is Lineage.DIVERGED
     shop.path.unlink()
     seen = inspect(shop)
     assert seen.size is None
     assert "restores txid 1" in seen.relation
-    assert seen.standing is Relation.NO_FILE
+    assert seen.position_status is Lineage.NO_FILE
 
 
 def test_the_index_of_another_bucket(shop: Shop) -> None:

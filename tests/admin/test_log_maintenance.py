@@ -18,7 +18,7 @@ from bottomless_wal.core.errors import ConfigError, RestoreError
 from bottomless_wal.formats import keys
 from bottomless_wal.history import compaction
 from bottomless_wal.history.compaction import Vanished
-from bottomless_wal.history.log import History
+from bottomless_wal.history.log import RemoteLog
 from bottomless_wal.history.planner import plan
 from bottomless_wal.history.timeline import timeline, txid_at
 from tests.support.log_builder import Past
@@ -244,9 +244,9 @@ def test_behind_a_gap_a_reset_begins_anew(past: Past) -> None:
 
 def test_a_restore_lists_again_each_time_something_is_missing(past: Past, monkeypatch: pytest.MonkeyPatch) -> None:
     """The history is shortened twice while it is read: each time what was planned with is gone."""
-    real, listings = History.edges, [0]
+    real, listings = RemoteLog.edges, [0]
 
-    def edges(self: History, *, since: int = 0) -> Any:
+    def edges(self: RemoteLog, *, since: int = 0) -> Any:
         found = real(self, since=since)
         listings[0] += 1
         if listings[0] == 1:
@@ -257,7 +257,7 @@ def test_a_restore_lists_again_each_time_something_is_missing(past: Past, monkey
             past.store.delete([keys.segment_key("app.db", *ends) for ends in ((0, 64), (64, 128), (128, 192))])
         return found
 
-    monkeypatch.setattr(History, "edges", edges)
+    monkeypatch.setattr(RemoteLog, "edges", edges)
     assert image(past) == (200, past.states[200].image)
     assert listings[0] >= 3
 

@@ -72,7 +72,7 @@ def test_help_is_quick_and_complete() -> None:
 def test_enums_are_their_strings_in_json() -> None:
     assert json.loads(as_json(admin.Problem(admin.ProblemKind.NO_LOG, "k", "m")))["kind"] == "no-log"
     assert json.loads(as_json(admin.Check("clock", admin.CheckState.OK, "d")))["state"] == "ok"
-    seen = admin.Inspection("/p", "n", "s", None, None, None, None, False, "in words", admin.Relation.NO_FILE)
+    seen = admin.Inspection("/p", "n", "s", None, None, None, None, False, "in words", admin.Lineage.NO_FILE)
     assert list(json.loads(as_json(seen))) == ["path", "name", "store", "size", "local", "pending", "head", "in_step", "relation"]
 
 

@@ -178,7 +178,7 @@ def test_a_wal_that_a_neighbour_restarts_while_the_file_is_looked_at_is_no_confl
         assert neighbour.stdin is not None
         assert neighbour.stdout is not None
         assert neighbour.stdout.readline() == "ready\n"
-        relate, looks = recovery.relate, []
+        classify, looks = recovery.classify, []
 
         def late(*arguments: Any, **more: Any) -> Any:
             if not looks:
@@ -186,9 +186,9 @@ def test_a_wal_that_a_neighbour_restarts_while_the_file_is_looked_at_is_no_confl
                 assert neighbour.stdout is not None
                 assert neighbour.stdout.readline() == "restarted\n"
             looks.append(arguments)
-            return relate(*arguments, **more)
+            return classify(*arguments, **more)
 
-        monkeypatch.setattr(recovery, "relate", late)
+        monkeypatch.setattr(recovery, "classify", late)
         connection = bottomless_wal.connect(path, **options)
         assert looks, "the window was not reached"
         print(file=neighbour.stdin, flush=True)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from bottomless_wal.core.errors import CorruptionError
 from bottomless_wal.formats.block import encode_block, encode_blocks, pages_per_block, read_blocks, read_tables
 from bottomless_wal.formats.page import Page, lock_page, page_hash, state_hash
-from bottomless_wal.formats.segment import Header
+from bottomless_wal.formats.segment import SegmentHeader
 from tests.support.samples import PAGE_SIZES, attempt, content, flips, page, segments, xor
 
 
@@ -41,7 +41,7 @@ def test_a_state_hash_passes_over_the_lock_page() -> None:
 
 
 @given(segments())
-def test_blocks_give_their_pages_back(sample: tuple[Header, list[Page]]) -> None:
+def test_blocks_give_their_pages_back(sample: tuple[SegmentHeader, list[Page]]) -> None:
     header, pages = sample
     data = b"".join(encode_blocks(iter(pages), header.page_size))
     assert read(data, header.page_size) == pages

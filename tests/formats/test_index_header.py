@@ -13,28 +13,28 @@ from hypothesis import strategies as st
 
 from bottomless_wal.formats.index_header import (
     HEADER_SIZE,
-    MAX_INTENTS,
-    SEAL_OFFSET,
-    SEAL_SIZE,
+    MAX_IN_DOUBT,
+    RESET_RECORD_OFFSET,
+    RESET_RECORD_SIZE,
+    Attempt,
     Backlog,
     Identity,
     IndexHeader,
     IndexState,
-    Intent,
-    Seal,
+    WalResetRecord,
     changed,
 )
-from bottomless_wal.formats.wal import Position
+from bottomless_wal.formats.wal import WalPosition
 
 VECTORS = Path(__file__).parent / "index_vectors"
 
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
-positions = st.builds(Position, u32, u32, u32, u32, u32)
+positions = st.builds(WalPosition, u32, u32, u32, u32, u32)
 times = st.integers(-(2**63), 2**63 - 1)
 headers = st.builds(
     IndexHeader,
-    home=st.binary(min_size=16, max_size=16),
+    remote_id=st.binary(min_size=16, max_size=16),
     writer=st.binary(min_size=16, max_size=16),
     boot=st.binary(min_size=16, max_size=16),
     page_size=u32,
@@ -52,11 +52,11 @@ headers = st.builds(
     identity=st.none() | st.builds(Identity, u64, u64, u64, times, times),
     is_settled=st.booleans(),
     successor=st.none() | positions,
-    seal_sequence=u64,
-    intents=st.lists(st.builds(Intent, u64, u64), max_size=20).map(tuple),
+    reset_sequence=u64,
+    in_doubt=st.lists(st.builds(Attempt, u64, u64), max_size=20).map(tuple),
 )
 seals = st.builds(
-    Seal,
+    WalResetRecord,
     sequence=st.integers(1, 2**64 - 1),
     before=st.none() | st.tuples(u32, u32),
     after=st.none() | positions,
@@ -76,15 +76,15 @@ def test_a_header_comes_back_as_it_was(header: IndexHeader) -> None:
 
 
 @given(seals)
-def test_a_seal_comes_back_as_it_was(seal: Seal) -> None:
-    assert Seal.decode(seal.encode()) == seal
-    assert len(seal.encode()) == SEAL_SIZE
+def test_a_seal_comes_back_as_it_was(seal: WalResetRecord) -> None:
+    assert WalResetRecord.decode(seal.encode()) == seal
+    assert len(seal.encode()) == RESET_RECORD_SIZE
 
 
 def test_the_longest_header_ends_before_the_seal_and_that_before_the_entries() -> None:
-    header = IndexHeader(bytes(16), bytes(16), bytes(16), intents=tuple(Intent(n, n) for n in range(MAX_INTENTS)))
-    assert len(header.encode()) <= SEAL_OFFSET
-    assert SEAL_OFFSET + SEAL_SIZE <= HEADER_SIZE
+    header = IndexHeader(bytes(16), bytes(16), bytes(16), in_doubt=tuple(Attempt(n, n) for n in range(MAX_IN_DOUBT)))
+    assert len(header.encode()) <= RESET_RECORD_OFFSET
+    assert RESET_RECORD_OFFSET + RESET_RECORD_SIZE <= HEADER_SIZE
     assert IndexHeader.decode(header.encode()) == header
 
 
@@ -98,12 +98,12 @@ def test_a_damaged_header_is_no_header(header: IndexHeader, data: st.DataObject)
 
 
 @given(seals, st.data())
-def test_a_damaged_seal_is_no_seal(seal: Seal, data: st.DataObject) -> None:
+def test_a_damaged_seal_is_no_seal(seal: WalResetRecord, data: st.DataObject) -> None:
     raw = bytearray(seal.encode())
     at = data.draw(st.integers(0, len(raw) - 1))
     raw[at] ^= data.draw(st.integers(1, 255))
-    assert Seal.decode(bytes(raw)) is None
-    assert Seal.decode(bytes(raw[:at])) is None
+    assert WalResetRecord.decode(bytes(raw)) is None
+    assert WalResetRecord.decode(bytes(raw[:at])) is None
 
 
 @pytest.mark.parametrize("raw", [b"", bytes(HEADER_SIZE), b"BWALIDX1", b"SQLite format 3\0" * 1024])
@@ -111,31 +111,33 @@ def test_what_is_no_index_is_no_header(raw: bytes) -> None:
     assert IndexHeader.decode(raw) is None
 
 
-def _sealed(position: Position | None, seal: Seal | None) -> IndexHeader:
-    header = IndexHeader(bytes(16), bytes(16), bytes(16), position=position, seal_sequence=5)
-    return header.absorb(seal)
+def _sealed(position: WalPosition | None, seal: WalResetRecord | None) -> IndexHeader:
+    header = IndexHeader(bytes(16), bytes(16), bytes(16), position=position, reset_sequence=5)
+    return header.apply(seal)
 
 
-HERE = Position(1, 2, 3, 4, 5)
-NEXT = Position(2, 9, 0, 6, 7)
+HERE = WalPosition(1, 2, 3, 4, 5)
+NEXT = WalPosition(2, 9, 0, 6, 7)
 
 
 @pytest.mark.parametrize(
     ("position", "seal", "expected", "needs_scan"),
     [
         (HERE, None, HERE, False),
-        (HERE, Seal(6, (1, 2), NEXT, covered=True), NEXT, False),
-        (HERE, Seal(6, (1, 2), None, covered=True), None, False),
-        (None, Seal(6, None, NEXT, covered=True), NEXT, False),
-        (HERE, Seal(6, (1, 2), NEXT, covered=False), HERE, True),
-        (HERE, Seal(5, (1, 2), NEXT, covered=True), HERE, False),  # looked at before
-        (HERE, Seal(6, (8, 8), NEXT, covered=True), HERE, False),  # of another WAL: the position has to prove itself
-        (HERE, Seal(6, None, NEXT, covered=True), HERE, False),
-        (None, Seal(6, (1, 2), NEXT, covered=True), None, False),
-        (HERE, Seal(6, None, None, covered=False, anywhere=True), HERE, True),
+        (HERE, WalResetRecord(6, (1, 2), NEXT, covered=True), NEXT, False),
+        (HERE, WalResetRecord(6, (1, 2), None, covered=True), None, False),
+        (None, WalResetRecord(6, None, NEXT, covered=True), NEXT, False),
+        (HERE, WalResetRecord(6, (1, 2), NEXT, covered=False), HERE, True),
+        (HERE, WalResetRecord(5, (1, 2), NEXT, covered=True), HERE, False),  # looked at before
+        (HERE, WalResetRecord(6, (8, 8), NEXT, covered=True), HERE, False),  # of another WAL: the position has to prove itself
+        (HERE, WalResetRecord(6, None, NEXT, covered=True), HERE, False),
+        (None, WalResetRecord(6, (1, 2), NEXT, covered=True), None, False),
+        (HERE, WalResetRecord(6, None, None, covered=False, anywhere=True), HERE, True),
     ],
 )
-def test_what_a_seal_does_to_a_position(position: Position | None, seal: Seal | None, expected: Position | None, needs_scan: bool) -> None:
+def test_what_a_seal_does_to_a_position(
+    position: WalPosition | None, seal: WalResetRecord | None, expected: WalPosition | None, needs_scan: bool
+) -> None:
     header = _sealed(position, seal)
     assert (header.position, header.needs_scan) == (expected, needs_scan)
 
@@ -152,19 +154,19 @@ def test_golden_vectors() -> None:
         assert IndexHeader.decode((VECTORS / older).read_bytes()) is None, "an older layout: scanned anew, as if there were none"
     header = IndexHeader.decode((VECTORS / "header-3.index").read_bytes())
     assert header is not None
-    assert header.position == Position(*meaning["position"])
+    assert header.position == WalPosition(*meaning["position"])
     assert header.backlog == Backlog(*meaning["backlog"])
     assert header.identity == Identity(*meaning["identity"])
-    assert [header.home.hex(), header.writer.hex(), header.boot.hex()] == meaning["names"]
+    assert [header.remote_id.hex(), header.writer.hex(), header.boot.hex()] == meaning["names"]
     assert {name: getattr(header, name) for name in meaning["numbers"]} == meaning["numbers"]
-    assert header.successor == Position(*meaning["successor"])
-    assert header.intents == tuple(Intent(*row) for row in meaning["intents"])
+    assert header.successor == WalPosition(*meaning["successor"])
+    assert header.in_doubt == tuple(Attempt(*row) for row in meaning["intents"])
     assert header.encode() == (VECTORS / "header-3.index").read_bytes()
-    seal = Seal.decode((VECTORS / "seal.index").read_bytes())
+    seal = WalResetRecord.decode((VECTORS / "seal.index").read_bytes())
     told = meaning["seal"]
     assert seal is not None
-    assert seal == Seal(
-        told["sequence"], tuple(told["before"]), Position(*told["after"]), covered=True, identity=Identity(*told["identity"])
+    assert seal == WalResetRecord(
+        told["sequence"], tuple(told["before"]), WalPosition(*told["after"]), covered=True, identity=Identity(*told["identity"])
     )
     assert seal.encode() == (VECTORS / "seal.index").read_bytes()
     settled = seal._replace(is_settled=True, is_witnessed=True)
@@ -173,15 +175,15 @@ def test_golden_vectors() -> None:
 
 def test_a_position_that_is_carried_across_takes_the_main_files_identity_with_it() -> None:
     identity = Identity(1, 2, 3, 4, 5)
-    header = _sealed(HERE, Seal(6, (1, 2), None, covered=True, identity=identity))
+    header = _sealed(HERE, WalResetRecord(6, (1, 2), None, covered=True, identity=identity))
     assert (header.position, header.identity) == (None, identity)
-    assert _sealed(HERE, Seal(6, (1, 2), None, covered=False, identity=identity)).identity is None
+    assert _sealed(HERE, WalResetRecord(6, (1, 2), None, covered=False, identity=identity)).identity is None
 
 
 def test_a_wal_that_goes_with_what_is_not_stored_leaves_the_files_identity_and_asks_for_a_scan() -> None:
     before, after = Identity(1, 2, 3, 4, 5), Identity(1, 2, 9, 9, 9)
-    header = IndexHeader(bytes(16), bytes(16), bytes(16), position=HERE, seal_sequence=5, identity=before)
-    header = header.absorb(Seal(6, (1, 2), None, covered=False, identity=after))
+    header = IndexHeader(bytes(16), bytes(16), bytes(16), position=HERE, reset_sequence=5, identity=before)
+    header = header.apply(WalResetRecord(6, (1, 2), None, covered=False, identity=after))
     assert (header.position, header.identity, header.needs_scan) == (None, after, True)
 
 
@@ -219,12 +221,12 @@ def test_only_a_settled_identity_identifies(tmp_path: Path) -> None:
 
 
 def test_a_witnessed_seal_tells_what_follows_though_the_position_is_lost() -> None:
-    header = _sealed(HERE, Seal(6, (1, 2), NEXT, covered=False, is_witnessed=True))
+    header = _sealed(HERE, WalResetRecord(6, (1, 2), NEXT, covered=False, is_witnessed=True))
     assert (header.position, header.successor, header.needs_scan) == (HERE, NEXT, True)
-    header = header.absorb(Seal(7, (1, 2), Position(77, 9, 0, 1, 1), covered=False))
+    header = header.apply(WalResetRecord(7, (1, 2), WalPosition(77, 9, 0, 1, 1), covered=False))
     assert header.successor is None, "somebody has restarted the WAL unseen"
-    assert _sealed(HERE, Seal(6, (1, 2), NEXT, covered=True, is_witnessed=True)).successor is None
-    assert _sealed(HERE, Seal(6, (8, 8), NEXT, covered=False, is_witnessed=True)).successor is None
+    assert _sealed(HERE, WalResetRecord(6, (1, 2), NEXT, covered=True, is_witnessed=True)).successor is None
+    assert _sealed(HERE, WalResetRecord(6, (8, 8), NEXT, covered=False, is_witnessed=True)).successor is None
 
 
 @pytest.mark.parametrize(
@@ -266,5 +268,5 @@ def test_commits_whose_pages_nobody_has_put_join_the_backlog() -> None:
 
 
 def test_where_there_are_too_many_intents_the_oldest_goes() -> None:
-    header = IndexHeader(bytes(16), bytes(16), bytes(16), intents=tuple(Intent(n, n) for n in range(MAX_INTENTS)))
-    assert header.with_intent(Intent(1, 2)).intents == (*header.intents[1:], Intent(1, 2))
+    header = IndexHeader(bytes(16), bytes(16), bytes(16), in_doubt=tuple(Attempt(n, n) for n in range(MAX_IN_DOUBT)))
+    assert header.with_intent(Attempt(1, 2)).in_doubt == (*header.in_doubt[1:], Attempt(1, 2))

@@ -16,8 +16,18 @@ from hypothesis import strategies as st
 from bottomless_wal.core.errors import CorruptionError
 from bottomless_wal.formats import segment, segment_header
 from bottomless_wal.formats.page import Page
-from bottomless_wal.formats.segment import Body, Commit, Header, decode, decode_header, encode, encode_block, encode_blocks, read_body
-from bottomless_wal.formats.wal import Position
+from bottomless_wal.formats.segment import (
+    Body,
+    CommitRecord,
+    SegmentHeader,
+    decode,
+    decode_header,
+    encode,
+    encode_block,
+    encode_blocks,
+    read_body,
+)
+from bottomless_wal.formats.wal import WalPosition
 from tests.support.samples import WRITER, attempt, body_of, flips, header, page, patch, reseal, segments, xor
 
 NAME = "app.db-wal/0000000000000005-0000000000000006"
@@ -28,13 +38,13 @@ def small(**changes: object) -> bytes:
     return encode(header(SMALL, 512, **changes), list(encode_blocks(SMALL, 512)))
 
 
-def everything(data: bytes) -> tuple[Header, list[Page]]:
+def everything(data: bytes) -> tuple[SegmentHeader, list[Page]]:
     found = decode(data, name=NAME)
     return found.header, list(found.pages())
 
 
 @given(segments())
-def test_a_segment_gives_back_what_went_in(sample: tuple[Header, list[Page]]) -> None:
+def test_a_segment_gives_back_what_went_in(sample: tuple[SegmentHeader, list[Page]]) -> None:
     made, pages = sample
     data = encode(made, list(encode_blocks(pages, made.page_size)))
     assert everything(data) == (made, pages)
@@ -42,7 +52,7 @@ def test_a_segment_gives_back_what_went_in(sample: tuple[Header, list[Page]]) ->
 
 
 @given(segments(), st.integers(0, 500))
-def test_the_header_can_be_read_from_the_start_alone(sample: tuple[Header, list[Page]], more: int) -> None:
+def test_the_header_can_be_read_from_the_start_alone(sample: tuple[SegmentHeader, list[Page]], more: int) -> None:
     made, pages = sample
     data = encode(made, list(encode_blocks(pages, made.page_size)))
     length = segment.head_length(data[: segment.HEAD_SIZE], name=NAME)
@@ -53,7 +63,7 @@ def test_the_header_can_be_read_from_the_start_alone(sample: tuple[Header, list[
 
 
 @given(segments(body=True), st.integers(1, 5000))
-def test_a_body_gives_back_what_went_in(sample: tuple[Header, list[Page]], width: int) -> None:
+def test_a_body_gives_back_what_went_in(sample: tuple[SegmentHeader, list[Page]], width: int) -> None:
     made, pages = sample
     data = b"".join(encode_blocks(pages, made.page_size))
     found = decode(encode(made), name=NAME)
@@ -249,14 +259,14 @@ def test_the_name_of_a_body_is_ascii_and_stays_below_the_log() -> None:
 # --- invariants
 
 
-def snapshot(pages: list[Page], **changes: object) -> Header:
+def snapshot(pages: list[Page], **changes: object) -> SegmentHeader:
     return header(pages, 512, **{"pre": 0, "pre_hash": 0, "post_hash": xor(pages), **changes})
 
 
 WHOLE = [page(1, 512), page(2, 512)]
 HOLE = [page(1, 512), page(3, 512)]
 POST = 0x2222222222222222
-BROKEN: dict[str, tuple[Header, list[Page], str]] = {
+BROKEN: dict[str, tuple[SegmentHeader, list[Page], str]] = {
     "pre is post": (header(SMALL, 512, pre=6), SMALL, "no edge"),
     "pre beyond post": (header(SMALL, 512, pre=7), SMALL, "no edge"),
     "pre negative": (header(SMALL, 512, pre=-1), SMALL, "no edge"),
@@ -278,22 +288,22 @@ BROKEN: dict[str, tuple[Header, list[Page], str]] = {
     "time beyond 63 bits": (header(SMALL, 512, time_ms=2**63), SMALL, "out of range"),
     "writer too short": (header(SMALL, 512, writer=WRITER[:15]), SMALL, "out of range"),
     "no commits": (header(SMALL, 512, commits=()), SMALL, "last commit"),
-    "the last commit is not post": (header(SMALL, 512, post=8, commits=(Commit(7, POST, 0),)), SMALL, "last commit"),
-    "the last commit has another hash": (header(SMALL, 512, commits=(Commit(6, 1, 0),)), SMALL, "last commit"),
-    "a commit at pre": (header(SMALL, 512, commits=(Commit(5, 1, 0), Commit(6, POST, 0))), SMALL, "cannot follow"),
+    "the last commit is not post": (header(SMALL, 512, post=8, commits=(CommitRecord(7, POST, 0),)), SMALL, "last commit"),
+    "the last commit has another hash": (header(SMALL, 512, commits=(CommitRecord(6, 1, 0),)), SMALL, "last commit"),
+    "a commit at pre": (header(SMALL, 512, commits=(CommitRecord(5, 1, 0), CommitRecord(6, POST, 0))), SMALL, "cannot follow"),
     "commits out of order": (
-        header(SMALL, 512, post=9, commits=(Commit(8, 1, 0), Commit(7, 1, 0), Commit(9, POST, 0))),
+        header(SMALL, 512, post=9, commits=(CommitRecord(8, 1, 0), CommitRecord(7, 1, 0), CommitRecord(9, POST, 0))),
         SMALL,
         "commit 7 cannot follow 8",
     ),
-    "a commit with two rows": (header(SMALL, 512, commits=(Commit(6, POST, 0),) * 2), SMALL, "commit 6 cannot follow 6"),
+    "a commit with two rows": (header(SMALL, 512, commits=(CommitRecord(6, POST, 0),) * 2), SMALL, "commit 6 cannot follow 6"),
     "a commit's hash beyond 64 bits": (
-        header(SMALL, 512, post=7, commits=(Commit(6, 2**64, 0), Commit(7, POST, 0))),
+        header(SMALL, 512, post=7, commits=(CommitRecord(6, 2**64, 0), CommitRecord(7, POST, 0))),
         SMALL,
         "cannot follow",
     ),
-    "a commit's time negative": (header(SMALL, 512, commits=(Commit(6, POST, -1),)), SMALL, "cannot follow"),
-    "a position out of range": (header(SMALL, 512, positions=(Position(1, 2, 2**32, 4, 5),)), SMALL, "out of range"),
+    "a commit's time negative": (header(SMALL, 512, commits=(CommitRecord(6, POST, -1),)), SMALL, "cannot follow"),
+    "a position out of range": (header(SMALL, 512, positions=(WalPosition(1, 2, 2**32, 4, 5),)), SMALL, "out of range"),
     "from nothing, with a hash": (snapshot(WHOLE, pre_hash=1), WHOLE, "empty database"),
     "a snapshot with a hole": (snapshot(HOLE), HOLE, "2 pages in a whole edge to a database of 3"),
     "a snapshot of another state": (snapshot(WHOLE, post_hash=POST), WHOLE, "give the state hash"),
@@ -308,7 +318,7 @@ BROKEN: dict[str, tuple[Header, list[Page], str]] = {
 
 
 @pytest.mark.parametrize(("broken", "pages", "why"), [pytest.param(*row, id=what) for what, row in BROKEN.items()])
-def test_what_breaks_an_invariant_is_not_encoded(broken: Header, pages: list[Page], why: str) -> None:
+def test_what_breaks_an_invariant_is_not_encoded(broken: SegmentHeader, pages: list[Page], why: str) -> None:
     blocks = list(encode_blocks(pages, 512))
     with pytest.raises(ValueError, match=why):
         encode(broken, blocks)
@@ -337,7 +347,7 @@ def test_what_is_no_body_is_not_encoded(body: Body) -> None:
 
 
 @given(segments(), st.data())
-def test_the_decoder_holds_the_encoders_invariants(sample: tuple[Header, list[Page]], data: st.DataObject) -> None:
+def test_the_decoder_holds_the_encoders_invariants(sample: tuple[SegmentHeader, list[Page]], data: st.DataObject) -> None:
     """Whatever number of the head is replaced, under right checksums: what the decoder accepts, the encoder would have made."""
     made, pages = sample
     blocks = list(encode_blocks(pages, made.page_size))
@@ -383,7 +393,7 @@ def test_the_lock_page_is_neither_counted_nor_stored() -> None:
 
 
 def test_rows_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    position = Position(1, 2, 3, 4, 5)
+    position = WalPosition(1, 2, 3, 4, 5)
     many = header(SMALL, 512, positions=(position,) * 2000)
     assert everything(small(positions=many.positions))[0] == many
     monkeypatch.setattr(segment_header, "MAX_ROWS", 1999)
@@ -393,8 +403,8 @@ def test_rows_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_full_set_of_rows_fits() -> None:
     count = segment.MAX_ROWS
-    commits = (*(Commit(n, n, n) for n in range(6, 5 + count)), Commit(5 + count, POST, 9))
-    made = header(SMALL, 512, post=5 + count, commits=commits, positions=(Position(1, 2, 3, 4, 5),) * count)
+    commits = (*(CommitRecord(n, n, n) for n in range(6, 5 + count)), CommitRecord(5 + count, POST, 9))
+    made = header(SMALL, 512, post=5 + count, commits=commits, positions=(WalPosition(1, 2, 3, 4, 5),) * count)
     data = encode(made, list(encode_blocks(SMALL, 512)))
     assert decode_header(data, name=NAME) == made
 
@@ -431,7 +441,7 @@ def test_a_page_with_a_wrong_hash_is_not_handed_out() -> None:
 # --- bodies
 
 
-def exhaust(made: Header, data: bytes) -> list[Page]:
+def exhaust(made: SegmentHeader, data: bytes) -> list[Page]:
     return [each for block in read_body(made, [data], name="app.db-wal/body/x") for each in block]
 
 
@@ -447,7 +457,7 @@ def test_a_body_is_the_one_that_its_segment_names() -> None:
 
 
 def test_a_body_must_have_the_pages_that_its_segment_promises() -> None:
-    def broken(pages: list[Page], **changes: object) -> tuple[Header, bytes]:
+    def broken(pages: list[Page], **changes: object) -> tuple[SegmentHeader, bytes]:
         data, body = body_of(pages, 512)
         return header(pages, 512, body=body, **changes), data
 

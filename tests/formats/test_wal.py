@@ -15,8 +15,8 @@ from bottomless_wal.formats.wal import (
     HEADER_SIZE,
     POSITION_SIZE,
     FrameHeader,
-    Position,
     WalHeader,
+    WalPosition,
     checksum,
     frame_offset,
 )
@@ -132,21 +132,21 @@ def test_positions_of_headers() -> None:
     cks = checksum(start, (0, 0), True)
     header = WalHeader.parse(start + struct.pack(">2I", *cks))
     assert header == (0x377F0683, True, 65536, 7, 11, 12, *cks)
-    assert header.position() == Position(11, 12, 0, *cks)
-    assert FrameHeader(2, 0, 11, 12, 13, 14).position(3) == Position(11, 12, 3, 13, 14)
+    assert header.position() == WalPosition(11, 12, 0, *cks)
+    assert FrameHeader(2, 0, 11, 12, 13, 14).position(3) == WalPosition(11, 12, 3, 13, 14)
 
 
 @given(positions)
-def test_a_position_packs_to_20_bytes_and_back(position: Position) -> None:
+def test_a_position_packs_to_20_bytes_and_back(position: WalPosition) -> None:
     packed = position.pack()
     assert len(packed) == POSITION_SIZE
-    assert Position.unpack(packed) == position
+    assert WalPosition.unpack(packed) == position
     assert packed == b"".join(n.to_bytes(4, "big") for n in (position.salt1, position.salt2, position.frame, position.cks1, position.cks2))
 
 
 @given(st.binary(min_size=POSITION_SIZE, max_size=POSITION_SIZE))
 def test_any_20_bytes_are_a_position(data: bytes) -> None:
-    assert Position.unpack(data).pack() == data
+    assert WalPosition.unpack(data).pack() == data
 
 
 @given(st.lists(st.binary(min_size=8, max_size=8), max_size=20), st.integers(0, 20), st.booleans())

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bottomless_wal.history.planner import outermost, plan, reachable
-from bottomless_wal.history.segment_list import Edge, Edges
+from bottomless_wal.history.planner import maximal_segments, plan, reachable
+from bottomless_wal.history.segment_list import SegmentInfo, SegmentList
 
 
-def edge(pre: int, post: int, size: int = 100) -> Edge:
-    return Edge(pre, post, size, 0.0)
+def edge(pre: int, post: int, size: int = 100) -> SegmentInfo:
+    return SegmentInfo(pre, post, size, 0.0)
 
 
 edges = st.lists(
@@ -23,18 +23,18 @@ edges = st.lists(
 ).map(sorted)
 
 
-def cost(chain: list[Edge]) -> int:
+def cost(chain: list[SegmentInfo]) -> int:
     return sum(step.size + (64 << 10) for step in chain)
 
 
-def every_chain(usable: list[Edge], start: int, target: int) -> list[list[Edge]]:
+def every_chain(usable: list[SegmentInfo], start: int, target: int) -> list[list[SegmentInfo]]:
     if start == target:
         return [[]]
     return [[e, *rest] for e in usable if e.pre == start and e.post <= target for rest in every_chain(usable, e.post, target)]
 
 
 @given(edges, st.integers(0, 8), st.integers(0, 8))
-def test_it_is_the_cheapest_of_all_chains_and_none_where_there_is_none(usable: list[Edge], start: int, target: int) -> None:
+def test_it_is_the_cheapest_of_all_chains_and_none_where_there_is_none(usable: list[SegmentInfo], start: int, target: int) -> None:
     chains = every_chain(usable, start, target) if start <= target else []
     chain = plan(usable, target, start=start)
     assert (chain is None) == (not chains)
@@ -44,7 +44,7 @@ def test_it_is_the_cheapest_of_all_chains_and_none_where_there_is_none(usable: l
 
 
 @given(edges, st.integers(1, 8))
-def test_overlapping_edges_may_begin_before_the_state_reached(usable: list[Edge], target: int) -> None:
+def test_overlapping_edges_may_begin_before_the_state_reached(usable: list[SegmentInfo], target: int) -> None:
     chain = plan(usable, target, overlapping=True)
     if chain is None:
         assert plan(usable, target) is None
@@ -72,14 +72,14 @@ def test_what_lies_beyond_the_target_is_not_used() -> None:
 
 
 @given(edges)
-def test_what_can_be_reached_is_what_has_a_plan(usable: list[Edge]) -> None:
+def test_what_can_be_reached_is_what_has_a_plan(usable: list[SegmentInfo]) -> None:
     found = list(reachable(usable))
     assert len(found) == len(set(found))
     assert set(found) == {txid for txid in range(9) if plan(usable, txid) is not None}
 
 
 @given(edges, st.integers(0, 8))
-def test_what_is_passed_is_forgotten_and_not_missed(usable: list[Edge], target: int) -> None:
+def test_what_is_passed_is_forgotten_and_not_missed(usable: list[SegmentInfo], target: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         known = plan(usable, target), set(reachable(usable))
         patch.setattr("bottomless_wal.history.planner._MOST_OPEN", 1)
@@ -87,8 +87,8 @@ def test_what_is_passed_is_forgotten_and_not_missed(usable: list[Edge], target: 
 
 
 @given(edges)
-def test_edges_are_kept_in_few_bytes_and_come_back_as_they_were(usable: list[Edge]) -> None:
-    kept = Edges(usable).with_bodies({(e.pre, e.post): e.size for e in usable[::2]})
+def test_edges_are_kept_in_few_bytes_and_come_back_as_they_were(usable: list[SegmentInfo]) -> None:
+    kept = SegmentList(usable).with_bodies({(e.pre, e.post): e.size for e in usable[::2]})
     expected = [e._replace(body=e.size) if number % 2 == 0 else e for number, e in enumerate(usable)]
     assert list(kept) == expected
     assert [kept[number] for number in range(len(kept))] == kept[:] == expected
@@ -97,8 +97,8 @@ def test_edges_are_kept_in_few_bytes_and_come_back_as_they_were(usable: list[Edg
 
 
 @given(edges)
-def test_the_outermost_edges_span_all_that_the_others_do_and_none_spans_another(usable: list[Edge]) -> None:
-    found = outermost(usable)
+def test_the_outermost_edges_span_all_that_the_others_do_and_none_spans_another(usable: list[SegmentInfo]) -> None:
+    found = maximal_segments(usable)
     assert found == sorted(found)
     for one in usable:
         assert any(outer.pre <= one.pre and one.post <= outer.post for outer in found)
@@ -107,4 +107,4 @@ def test_the_outermost_edges_span_all_that_the_others_do_and_none_spans_another(
 
 def test_edges_out_of_order_are_refused() -> None:
     with pytest.raises(ValueError, match="order"):
-        Edges([edge(3, 4), edge(0, 1)])
+        SegmentList([edge(3, 4), edge(0, 1)])

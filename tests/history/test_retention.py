@@ -16,7 +16,7 @@ from bottomless_wal.history.compaction import snapshot
 from bottomless_wal.history.log import FENCE_HORIZON_SECONDS
 from bottomless_wal.history.planner import plan, reachable
 from bottomless_wal.history.retention import prune, superfluous
-from bottomless_wal.history.segment_list import Edge
+from bottomless_wal.history.segment_list import SegmentInfo
 from tests.support.log_builder import Past
 
 HOUR, DAY = 3600.0, 86400.0
@@ -194,9 +194,9 @@ def test_of_any_history_what_is_promised_remains(
 ) -> None:
     now = 100 * DAY
     times = [now - (commits - n) * DAY / 2 + (jumps[n] * DAY if n < len(jumps) else 0) for n in range(commits)]
-    edges = {Edge(n, n + 1, 100, times[n]) for n in range(commits)}
-    edges |= {Edge(0, n, 100, times[n - 1]) for n in snapshots if 1 < n <= commits}
-    edges |= {Edge(n, n + 4, 100, times[n + 3]) for n in range(0, commits - 4, 4) if n}
+    edges = {SegmentInfo(n, n + 1, 100, times[n]) for n in range(commits)}
+    edges |= {SegmentInfo(0, n, 100, times[n - 1]) for n in snapshots if 1 < n <= commits}
+    edges |= {SegmentInfo(n, n + 4, 100, times[n + 3]) for n in range(0, commits - 4, 4) if n}
     listed = sorted(edges)
     gone, base = superfluous(listed, now=now, retention=retention, keep_snapshots=keep)
     left = [edge for edge in listed if edge not in set(gone)]

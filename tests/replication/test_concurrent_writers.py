@@ -17,7 +17,7 @@ import pytest
 
 from bottomless_wal.core.config import Config
 from bottomless_wal.history.compaction import snapshot
-from bottomless_wal.history.log import History
+from bottomless_wal.history.log import RemoteLog
 from bottomless_wal.storage import open_store
 from tests.support.cluster import Machine, World, rows, until
 from tests.support.endpoints import endpoint_of
@@ -234,7 +234,7 @@ def test_who_was_stopped_before_its_page_objects_puts_none_over_newer_ones(world
 def _prune(world: World, head: int) -> None:
     """What is left is a snapshot of the head, and the head's own commit."""
     store = open_store(Config.load(world.options, environ={}))
-    history = History(store, "app.db")
+    history = RemoteLog(store, "app.db")
     assert snapshot(history, history.edges(), head) is not None
     store.close()
     for pre, post in world.bucket.edges("app.db"):

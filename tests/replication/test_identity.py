@@ -238,13 +238,13 @@ def test_a_stranger_that_writes_before_the_first_read_after_a_restore_is_noticed
     """Between the rename of the restored file and the look at its timestamps."""
     _closed(world)
     here = world.machine()
-    real = recovery_actions.put_in_place
+    real = recovery_actions.replace_atomically
 
-    def put_in_place(*arguments: Any) -> None:
+    def replace_atomically(*arguments: Any) -> None:
         real(*arguments)
         _stranger(here, "UPDATE t SET v = 'stranger' WHERE id = 1")
 
-    monkeypatch.setattr(recovery_actions, "put_in_place", put_in_place)
+    monkeypatch.setattr(recovery_actions, "replace_atomically", replace_atomically)
     con = here.connect()
     con.execute("UPDATE t SET v = 'y' WHERE id = 2")
     assert world.bucket.log_image("app.db") == con.serialize("main")

@@ -15,7 +15,7 @@ import bottomless_wal
 from bottomless_wal.core.config import Config
 from bottomless_wal.core.errors import CorruptionError, RestoreError, StoreError
 from bottomless_wal.history.compaction import snapshot
-from bottomless_wal.history.log import History
+from bottomless_wal.history.log import RemoteLog
 from bottomless_wal.replication import log_check
 from bottomless_wal.replication.log_check import find_gap
 from bottomless_wal.storage import open_store
@@ -23,8 +23,8 @@ from tests.support.cluster import Machine, World, refusal, replica_of, rows, unt
 from tests.support.log_builder import Past
 
 
-def _history(world: World) -> History:
-    return History(open_store(Config.load(world.options, environ={})), "app.db")
+def _history(world: World) -> RemoteLog:
+    return RemoteLog(open_store(Config.load(world.options, environ={})), "app.db")
 
 
 def _opened(world: World, count: int = 5, **options: Any) -> tuple[Machine, apsw.Connection]:

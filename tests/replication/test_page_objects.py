@@ -19,7 +19,7 @@ def test_a_page_that_was_changed_and_changed_back_while_the_view_was_filled_is_p
         header = replica.replicator.batch()
         logged = header.txid
     con.execute("UPDATE t SET x = 21 - x")
-    with view.lock.locked(), index.locked(), local.pinned():
+    with view.lock.locked(), index.locked(), local.read_transaction():
         header = replica.replicator.header()
         assert header.txid == logged
         turn = view.choose(header, local.tip(), most=100)

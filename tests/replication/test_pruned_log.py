@@ -21,14 +21,14 @@ from bottomless_wal.admin import reset_from_local
 from bottomless_wal.core import failpoints
 from bottomless_wal.core.config import Config
 from bottomless_wal.core.errors import ConflictError, CorruptionError, FencedError, ReplicationError, RestoreError, TransientError
-from bottomless_wal.formats.segment import Header
+from bottomless_wal.formats.segment import SegmentHeader
 from bottomless_wal.history import compaction
 from bottomless_wal.history.compaction import compact, snapshot
-from bottomless_wal.history.log import History
+from bottomless_wal.history.log import RemoteLog
 from bottomless_wal.history.retention import prune
-from bottomless_wal.history.segment_list import Edge
+from bottomless_wal.history.segment_list import SegmentInfo
 from bottomless_wal.replication.index import IndexHeader, LocalIndex
-from bottomless_wal.replication.index_rebuild import learn
+from bottomless_wal.replication.index_rebuild import rebuild_index_from_log
 from bottomless_wal.runtime.replica import INDEX_SUFFIX
 from bottomless_wal.storage import Receipt, base, open_store
 from bottomless_wal.storage.directory import DirectoryStore
@@ -78,18 +78,18 @@ def past(tmp_path: Path) -> Past:
     return Past(tmp_path)
 
 
-def history(world: World) -> History:
+def history(world: World) -> RemoteLog:
     """As another machine sees it."""
-    return History(open_store(Config.load(world.options, environ={})), "app.db")
+    return RemoteLog(open_store(Config.load(world.options, environ={})), "app.db")
 
 
-def anew(past: Past) -> History:
+def anew(past: Past) -> RemoteLog:
     """The same history, to one who remembers nothing of it."""
-    past.history = History(past.store, "app.db")
+    past.history = RemoteLog(past.store, "app.db")
     return past.history
 
 
-def ends(edges: Sequence[Edge]) -> list[tuple[int, int]]:
+def ends(edges: Sequence[SegmentInfo]) -> list[tuple[int, int]]:
     return [(edge.pre, edge.post) for edge in edges]
 
 
@@ -452,7 +452,7 @@ def test_a_stray_commit_that_ends_where_a_snapshot_does_keeps_nobody_from_the_he
         head = past.history.head(edges)
         assert head is not None
         header = IndexHeader(bytes(16), bytes(16), bytes(16))
-        header = learn(past.history, index, header, head, edges, width=2)
+        header = rebuild_index_from_log(past.history, index, header, head, edges, width=2)
         assert (header.txid, header.state) == (9, past.states[9].hash)
     index.close()
 
@@ -653,7 +653,7 @@ def test_a_snapshot_of_many_commits_stores_the_whole_database_twice_at_most(past
     real: Callable[..., Receipt] = log.append
     stored: list[tuple[int, int]] = []
 
-    def append(header: Header, blocks: Sequence[bytes] = ()) -> Receipt:
+    def append(header: SegmentHeader, blocks: Sequence[bytes] = ()) -> Receipt:
         stored.append((header.pre, header.post))
         return real(header, blocks)
 

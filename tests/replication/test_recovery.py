@@ -60,11 +60,11 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert rows(con) == 3
     con.close()
     assert here.content() == lost.content()
-    aside = [name for name in here.files() if "stale" in name]
+    quarantine_sidecar_files = [name for name in here.files() if "stale" in name]
     if ending == "-shm":
-        assert aside == []
+        assert quarantine_sidecar_files == []
     else:
-        assert [here.files()[name] for name in aside] == [leftover], "nothing is thrown away"
+        assert [here.files()[name] for name in quarantine_sidecar_files] == [leftover], "nothing is thrown away"
     world.comes_back(here)
 
 

@@ -12,47 +12,47 @@ import pytest
 import bottomless_wal
 from bottomless_wal import ConflictError, FencedError, ReplicationError
 from bottomless_wal.core import logs
-from bottomless_wal.replication.lineage import Relation
-from bottomless_wal.replication.recovery import Boot
+from bottomless_wal.replication.lineage import Lineage
+from bottomless_wal.replication.recovery import Recovery
 from bottomless_wal.replication.recovery_plan import Action, Remote, decide
 from tests.support.cluster import Machine, World, child, refusal, rows
 
 POLICIES = ("error", "force", "skip")
 
 # (local is empty, what the bucket holds, relation, policy) -> action; None stands for "whatever".
-TABLE: list[tuple[bool, Remote, Relation | None, str | None, Action]] = [
-    (True, Remote.NOTHING, None, None, Action.START),
+TABLE: list[tuple[bool, Remote, Lineage | None, str | None, Action]] = [
+    (True, Remote.NOTHING, None, None, Action.CREATE),
     (True, Remote.PAGES, None, None, Action.RESTORE_PAGES),
     (True, Remote.HISTORY, None, None, Action.RESTORE),
-    (False, Remote.NOTHING, None, None, Action.INITIAL),
-    (False, Remote.PAGES, None, None, Action.INITIAL),
-    (False, Remote.HISTORY, Relation.HEAD, None, Action.RESUME),
-    (False, Remote.HISTORY, Relation.EARLIER, None, Action.FAST_FORWARD),
-    (False, Remote.HISTORY, Relation.DESCENDS, None, Action.CATCH_UP),
-    (False, Remote.HISTORY, Relation.UNKNOWN, "error", Action.CONFLICT),
-    (False, Remote.HISTORY, Relation.UNKNOWN, "force", Action.RESET),
-    (False, Remote.HISTORY, Relation.UNKNOWN, "skip", Action.KEEP_LOCAL),
+    (False, Remote.NOTHING, None, None, Action.INITIAL_UPLOAD),
+    (False, Remote.PAGES, None, None, Action.INITIAL_UPLOAD),
+    (False, Remote.HISTORY, Lineage.AT_HEAD, None, Action.RESUME),
+    (False, Remote.HISTORY, Lineage.BEHIND, None, Action.FAST_FORWARD),
+    (False, Remote.HISTORY, Lineage.AHEAD, None, Action.CATCH_UP),
+    (False, Remote.HISTORY, Lineage.DIVERGED, "error", Action.CONFLICT),
+    (False, Remote.HISTORY, Lineage.DIVERGED, "force", Action.RESET),
+    (False, Remote.HISTORY, Lineage.DIVERGED, "skip", Action.KEEP_LOCAL),
 ]
 
 
 @pytest.mark.parametrize(("empty", "remote", "relation", "policy", "action"), TABLE)
-def test_each_row(empty: bool, remote: Remote, relation: Relation | None, policy: str | None, action: Action) -> None:
+def test_each_row(empty: bool, remote: Remote, relation: Lineage | None, policy: str | None, action: Action) -> None:
     for chosen in POLICIES if policy is None else (policy,):
         assert decide(empty, remote, relation, chosen) is action
 
 
 def test_the_table_is_complete_and_each_action_is_in_it() -> None:
     for empty, remote, policy in itertools.product((True, False), Remote, POLICIES):
-        for relation in Relation if not empty and remote is Remote.HISTORY else (None,):
+        for relation in Lineage if not empty and remote is Remote.HISTORY else (None,):
             fitting = [row for row in TABLE if row[:2] == (empty, remote) and row[2] in (relation, None) and row[3] in (policy, None)]
             assert len(fitting) == 1, (empty, remote, relation, policy)
     assert {row[4] for row in TABLE} == set(Action)
 
 
 def test_the_policy_is_asked_in_the_last_row_alone() -> None:
-    for empty, remote, relation in itertools.product((True, False), Remote, Relation):
+    for empty, remote, relation in itertools.product((True, False), Remote, Lineage):
         answers = {decide(empty, remote, relation, policy) for policy in POLICIES}
-        assert len(answers) == (3 if (empty, remote, relation) == (False, Remote.HISTORY, Relation.UNKNOWN) else 1)
+        assert len(answers) == (3 if (empty, remote, relation) == (False, Remote.HISTORY, Lineage.DIVERGED) else 1)
 
 
 # On the directory store with each policy, which must not matter; and on an S3 server.
@@ -79,15 +79,15 @@ DIVERGED = pytest.mark.parametrize(
 def actions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What each boot in this process has decided."""
     seen: list[str] = []
-    real = Boot.run
+    real = Recovery.run
 
-    def run(self: Boot, **more: bool) -> object:
+    def run(self: Recovery, **more: bool) -> object:
         try:
             return real(self, **more)
         finally:
             seen.append(self.action.name if self.action else "none")
 
-    monkeypatch.setattr(Boot, "run", run)
+    monkeypatch.setattr(Recovery, "run", run)
     return seen
 
 
@@ -113,7 +113,7 @@ def test_nothing_here_and_nothing_there(two_worlds: World, actions: list[str], p
     if not missing:
         open(here.path(), "wb").close()
     con = here.connect(initial_replication=policy)
-    assert actions == ["START"]
+    assert actions == ["CREATE"]
     assert two_worlds.bucket.listing() == []
     con.execute("CREATE TABLE t(x)")
     assert two_worlds.bucket.edges("app.db") == [(0, 1)]
@@ -151,7 +151,7 @@ def test_a_database_here_and_nothing_there(two_worlds: World, actions: list[str]
     stock.executemany("INSERT INTO t VALUES (randomblob(3000))", [()] * 20)
     stock.close()
     con = here.connect(initial_replication=policy)
-    assert actions == ["INITIAL"]
+    assert actions == ["INITIAL_UPLOAD"]
     assert two_worlds.bucket.edges("app.db") == [(0, 1)], "the whole database is one edge"
     assert con.execute("PRAGMA journal_mode").get == "wal"
     bottomless_wal.flush(con)

@@ -14,15 +14,15 @@ from tests.support.cluster import World, spawn
 
 # Opens argv[0], but stops once it has seen the local file and is about to see the bucket; goes on when the file argv[1] is there.
 SLOW = """
-from bottomless_wal.history.log import History
-real = History.edges
+from bottomless_wal.history.log import RemoteLog
+real = RemoteLog.edges
 def edges(self, *rest, **more):
     if not os.path.exists(argv[1]):
         print("looking", flush=True)
         while not os.path.exists(argv[1]):
             time.sleep(0.005)
     return real(self, *rest, **more)
-History.edges = edges
+RemoteLog.edges = edges
 con = connect(argv[0])
 con.set_busy_timeout(10000)
 con.execute("CREATE TABLE IF NOT EXISTS t(x)")

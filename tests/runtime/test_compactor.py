@@ -19,17 +19,17 @@ from bottomless_wal.core import failpoints
 from bottomless_wal.core.config import Config
 from bottomless_wal.core.errors import RestoreError, TransientError
 from bottomless_wal.history import compaction
-from bottomless_wal.history.log import History
+from bottomless_wal.history.log import RemoteLog
 from bottomless_wal.history.planner import plan
-from bottomless_wal.runtime.compactor import Upkeep
+from bottomless_wal.runtime.compactor import Compactor
 from bottomless_wal.storage import open_store
 from tests.support.cluster import World, refusal, replica_of, rows, until
 from tests.support.forkserver import fork
 from tests.support.log_builder import Past
 
 
-def history(world: World) -> History:
-    return History(open_store(Config.load(world.options, environ={})), "app.db")
+def history(world: World) -> RemoteLog:
+    return RemoteLog(open_store(Config.load(world.options, environ={})), "app.db")
 
 
 def commits(con: apsw.Connection, count: int) -> None:
@@ -113,7 +113,7 @@ def test_what_is_due_waits_for_a_commit(tmp_path: Path) -> None:
     """A minute after the first commits it would look whether there is a snapshot; an idle writer does not even that."""
     past = Past(tmp_path)
     now = [0.0]
-    upkeep = Upkeep(past.config.changed(compaction=True), past.history, clock=lambda: now[0], pause=lambda seconds: None)
+    upkeep = Compactor(past.config.changed(compaction=True), past.history, clock=lambda: now[0], pause=lambda seconds: None)
     waits: list[float | None] = []
     real = upkeep._cond.wait
 
@@ -178,7 +178,7 @@ def test_a_snapshot_is_made_when_the_commits_outweigh_the_last_one_and_then_it_p
     rng = random.Random(1)
     config = past.config.changed(compaction=True, retention=0.0, keep_snapshots=0)
     now = [0.0]
-    upkeep = Upkeep(config, past.history, clock=lambda: now[0], pause=lambda seconds: None)
+    upkeep = Compactor(config, past.history, clock=lambda: now[0], pause=lambda seconds: None)
     past.commit({n: past.page(n, 512) for n in range(1, 9)}, 8)
     for _ in range(20):
         past.commit({n: rng.randbytes(512) for n in range(1, 9)}, 8)
@@ -273,15 +273,15 @@ def test_a_command_killed_while_it_prunes_leaves_all_that_is_promised(world: Wor
     assert world.machine().connect(pages="off", ack="log").serialize("main") == image
 
 
-def keeper(past: Past, **options: Any) -> Upkeep:
+def keeper(past: Past, **options: Any) -> Compactor:
     """Upkeep that is turned by hand."""
     config = past.config.changed(compaction=True, **options)
-    upkeep = Upkeep(config, past.history, clock=lambda: past.clock, pause=lambda seconds: None)
+    upkeep = Compactor(config, past.history, clock=lambda: past.clock, pause=lambda seconds: None)
     upkeep._thread = threading.current_thread()
     return upkeep
 
 
-def turned(upkeep: Upkeep, head: int) -> None:
+def turned(upkeep: Compactor, head: int) -> None:
     upkeep.told(head)
     upkeep._turn()
 

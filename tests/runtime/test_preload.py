@@ -19,12 +19,12 @@ class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name not in sys.builtin_module_names:
             os.write(2, f"refused: import {name}\\n".encode())
-            raise ImportError(f"{name} is out of reach")
+            raise ImportError(f"{name} is out of failpoint")
 
 def audit(event, arguments):
     if event == "open" and isinstance(arguments[0], str) and arguments[0].startswith(homes) and not arguments[0].endswith(".py"):
         os.write(2, f"refused: open {arguments[0]}\\n".encode())
-        raise PermissionError(13, "out of reach", arguments[0])
+        raise PermissionError(13, "out of failpoint", arguments[0])
 
 def give_up():
     sys.meta_path.insert(0, Refuse())

@@ -30,7 +30,7 @@ from bottomless_wal.formats import keys, segment
 from bottomless_wal.formats.block import encode_block
 from bottomless_wal.formats.page import Page, page_hash
 from bottomless_wal.formats.page_object import PageTrailer, encode_page_object
-from bottomless_wal.formats.segment import Body, Commit, Header
+from bottomless_wal.formats.segment import Body, CommitRecord, SegmentHeader
 from tests.support.cluster import Machine, World, child, replica_of
 
 SECRET, TOKEN, PASSWORD = "wJalrXUtnFEMIsecretkey", "FwoGZXIvYXdzEsessiontoken", "hunter2password"
@@ -354,17 +354,17 @@ def test_a_file_that_is_replaced_keeps_its_mode(world: World, mode: int) -> None
 # --- a bucket that lies ----------------------------------------------------------------------------------------------------
 
 
-def hostile(pre: int, post: int, db_size: int, pages: list[Page], **changes: Any) -> Header:
+def hostile(pre: int, post: int, db_size: int, pages: list[Page], **changes: Any) -> SegmentHeader:
     """A header that is well formed, of pages of 512 bytes."""
     state = 0
     for page in pages:
         state ^= page.hash
-    header = Header(
+    header = SegmentHeader(
         pre=pre, post=post, pre_hash=0, post_hash=state, page_size=512, db_size=db_size, page_count=len(pages), reset=False, view_txid=0,
-        time_ms=0, writer=bytes(16), commits=(Commit(post, state, 0),),
+        time_ms=0, writer=bytes(16), commits=(CommitRecord(post, state, 0),),
     )  # fmt: skip
     header = replace(header, **changes)
-    return replace(header, commits=(Commit(post, header.post_hash, 0),)) if "commits" not in changes else header
+    return replace(header, commits=(CommitRecord(post, header.post_hash, 0),)) if "commits" not in changes else header
 
 
 def page(pgno: int, content: bytes = b"x") -> Page:
@@ -372,7 +372,7 @@ def page(pgno: int, content: bytes = b"x") -> Page:
     return Page(pgno, page_hash(pgno, data), data)
 
 
-def put(world: World, header: Header, pages: list[Page]) -> None:
+def put(world: World, header: SegmentHeader, pages: list[Page]) -> None:
     world.bucket.make()
     blocks = [encode_block(pages, 512)] if pages else []
     world.bucket.put(keys.segment_key(NAME, header.pre, header.post), segment.encode(header, blocks))

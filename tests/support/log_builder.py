@@ -12,12 +12,12 @@ from pathlib import Path
 
 from bottomless_wal.core.config import Config
 from bottomless_wal.formats.page import Page, page_hash, state_hash
-from bottomless_wal.formats.segment import Commit, Header
-from bottomless_wal.formats.wal import Position
-from bottomless_wal.history.log import History
+from bottomless_wal.formats.segment import CommitRecord, SegmentHeader
+from bottomless_wal.formats.wal import WalPosition
+from bottomless_wal.history.log import RemoteLog
 from bottomless_wal.history.restore import rebuild
 from bottomless_wal.history.scratch import scratch
-from bottomless_wal.history.segment_list import Edge
+from bottomless_wal.history.segment_list import SegmentInfo
 from bottomless_wal.replication.index import LocalIndex
 from bottomless_wal.storage import Store
 from bottomless_wal.storage.directory import DirectoryStore
@@ -53,11 +53,11 @@ class Past:
         self.store: Store = DirectoryStore(self.config)
         self.store.prepare()
         self.store.now = self.store.estimate = lambda: self.clock  # type: ignore[method-assign]
-        self.history = History(self.store, "app.db")
+        self.history = RemoteLog(self.store, "app.db")
 
-    def elsewhere(self) -> History:
+    def elsewhere(self) -> RemoteLog:
         """The same history, seen by who has stored nothing of it."""
-        return History(self.store, "app.db")
+        return RemoteLog(self.store, "app.db")
 
     @property
     def head(self) -> int:
@@ -79,10 +79,10 @@ class Past:
         post = self.head + 1
         staged = self.history.stage(post - 1, post, sent, size, level=1)
         now_ms = int(self.clock * 1000)
-        header = Header(
+        header = SegmentHeader(
             pre=post - 1, post=post, pre_hash=old.hash, post_hash=new.hash, page_size=size, db_size=db_size, page_count=len(sent),
-            reset=reset, view_txid=0, time_ms=now_ms, writer=bytes(16), commits=(Commit(post, new.hash, now_ms),),
-            positions=(Position(1, 2, post, 4, 5),), body=staged.body,
+            reset=reset, view_txid=0, time_ms=now_ms, writer=bytes(16), commits=(CommitRecord(post, new.hash, now_ms),),
+            positions=(WalPosition(1, 2, post, 4, 5),), body=staged.body,
         )  # fmt: skip
         assert self.history.append(header, staged.blocks).created
         self.states.append(new)
@@ -108,7 +108,7 @@ class Past:
         count = rng.randint(1, 6)
         self.commit({number: self.page(rng.getrandbits(60), size) for number in range(1, count + 1)}, count, page_size=size)
 
-    def image(self, txid: int, edges: Sequence[Edge] | None = None) -> bytes:
+    def image(self, txid: int, edges: Sequence[SegmentInfo] | None = None) -> bytes:
         """What a restore of `txid` gives, by `edges` if they were listed before. RestoreError as `rebuild`."""
         out = str(self.root / "restored.db")
         index = LocalIndex(out + "-index", beside=out)

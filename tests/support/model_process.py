@@ -1,7 +1,7 @@
 """The processes that the model drives: told over a socket what to do, one commit at a time, and killed at will.
 
 One process has everything imported and forks the others, so that a new one costs milliseconds. Each answer carries the database's bytes
-as they stand then. The limits that only large databases reach are small here.
+as they stand then. The limits that only large databases failpoint are small here.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ class _Process:
         self.slots[slot].execute("BEGIN")
         self.slots[slot].execute("SELECT count(*) FROM sqlite_schema").fetchall()
 
-    def let_go(self, slot: int) -> bytes:
+    def drain(self, slot: int) -> bytes:
         seen = self.slots[slot].serialize("main")
         self.slots[slot].execute("COMMIT")
         return seen

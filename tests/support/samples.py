@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from bottomless_wal.core.errors import CorruptionError
 from bottomless_wal.formats.block import encode_blocks
 from bottomless_wal.formats.page import Page, lock_page, page_hash
-from bottomless_wal.formats.segment import HEAD_SIZE, Body, Commit, Header
-from bottomless_wal.formats.wal import Position
+from bottomless_wal.formats.segment import HEAD_SIZE, Body, CommitRecord, SegmentHeader
+from bottomless_wal.formats.wal import WalPosition
 
 PAGE_SIZES = tuple(512 << n for n in range(8))
 WRITER = bytes(range(16))
@@ -40,7 +40,7 @@ def xor(pages: list[Page]) -> int:
     return state
 
 
-def header(pages: list[Page], page_size: int, **changes: object) -> Header:
+def header(pages: list[Page], page_size: int, **changes: object) -> SegmentHeader:
     """A sound header for `pages`: a commit 5 -> 6 unless `changes` say otherwise."""
     fields: dict[str, object] = {
         "pre": 5,
@@ -54,11 +54,11 @@ def header(pages: list[Page], page_size: int, **changes: object) -> Header:
         "view_txid": 5,
         "time_ms": 1_700_000_000_123,
         "writer": WRITER,
-        "positions": (Position(1, 2, 3, 4, 5),),
+        "positions": (WalPosition(1, 2, 3, 4, 5),),
     }
     fields.update(changes)
-    fields.setdefault("commits", (Commit(fields["post"], fields["post_hash"], fields["time_ms"]),))  # type: ignore[arg-type]
-    return Header(**fields)  # type: ignore[arg-type]
+    fields.setdefault("commits", (CommitRecord(fields["post"], fields["post_hash"], fields["time_ms"]),))  # type: ignore[arg-type]
+    return SegmentHeader(**fields)  # type: ignore[arg-type]
 
 
 def body_of(pages: list[Page], page_size: int, name: str = "body/x") -> tuple[bytes, Body]:
@@ -93,11 +93,11 @@ def flips(data: bytes, masks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 25
             yield at, patch(data, at, bytes((data[at] ^ mask,)))
 
 
-positions = st.builds(Position, *[st.integers(0, U32)] * 5)
+positions = st.builds(WalPosition, *[st.integers(0, U32)] * 5)
 
 
 @st.composite
-def segments(draw: st.DrawFn, *, body: bool = False) -> tuple[Header, list[Page]]:
+def segments(draw: st.DrawFn, *, body: bool = False) -> tuple[SegmentHeader, list[Page]]:
     """Sound headers with their pages: commits, merges, snapshots, resets; all page sizes; numbers up to their limits."""
     page_size = draw(st.sampled_from(PAGE_SIZES))
     lock = lock_page(page_size)
@@ -118,7 +118,7 @@ def segments(draw: st.DrawFn, *, body: bool = False) -> tuple[Header, list[Page]
     post_hash = xor(pages) if reset or pre == 0 else draw(st.integers(0, U64))
     txids = sorted(draw(st.sets(st.integers(pre + 1, min(pre + 1000, TXID)), min_size=1, max_size=5)))
     times = st.integers(0, TXID)
-    commits = [Commit(txid, draw(st.integers(0, U64)), draw(times)) for txid in txids]
+    commits = [CommitRecord(txid, draw(st.integers(0, U64)), draw(times)) for txid in txids]
     commits[-1] = commits[-1]._replace(post=post_hash)
     made = header(
         pages,

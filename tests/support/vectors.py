@@ -21,8 +21,8 @@ import zstandard
 from bottomless_wal.formats.block import encode_blocks
 from bottomless_wal.formats.page import Page, page_hash
 from bottomless_wal.formats.page_object import PageTrailer, encode_page_object
-from bottomless_wal.formats.segment import Body, Commit, Header, encode
-from bottomless_wal.formats.wal import Position
+from bottomless_wal.formats.segment import Body, CommitRecord, SegmentHeader, encode
+from bottomless_wal.formats.wal import WalPosition
 from tests.support.samples import body_of, content, header, page, xor
 
 FOLDER: Final = Path(__file__).resolve().parents[1] / "formats" / "vectors"
@@ -31,7 +31,7 @@ ZSTD: Final = ".".join(map(str, zstandard.ZSTD_VERSION))
 Meaning = dict[str, Any]
 
 
-def segment_meaning(made: Header, pages: list[Page]) -> Meaning:
+def segment_meaning(made: SegmentHeader, pages: list[Page]) -> Meaning:
     """The fields of the header, and of each page its number, its hash and the SHA-256 of its content."""
     fields = asdict(made) | {"writer": made.writer.hex(), "commits": list(map(list, made.commits))}
     fields["positions"] = [list(asdict(position).values()) for position in made.positions]
@@ -40,52 +40,52 @@ def segment_meaning(made: Header, pages: list[Page]) -> Meaning:
     return {"header": fields, "pages": [[each.pgno, each.hash, hashlib.sha256(each.data).hexdigest()] for each in pages]}
 
 
-def header_of(fields: Meaning) -> Header:
+def header_of(fields: Meaning) -> SegmentHeader:
     """The inverse of what `segment_meaning` does to a header."""
     body = fields["body"]
-    return Header(
+    return SegmentHeader(
         **fields
         | {
             "writer": bytes.fromhex(fields["writer"]),
-            "commits": tuple(Commit(*row) for row in fields["commits"]),
-            "positions": tuple(Position(*row) for row in fields["positions"]),
+            "commits": tuple(CommitRecord(*row) for row in fields["commits"]),
+            "positions": tuple(WalPosition(*row) for row in fields["positions"]),
             "body": None if body is None else Body(body[0], body[1], bytes.fromhex(body[2])),
         }
     )
 
 
-def commit() -> tuple[Header, list[Page]]:
+def commit() -> tuple[SegmentHeader, list[Page]]:
     pages = [page(1, 4096), page(7, 4096)]
-    marks = (Position(0x01020304, 0x05060708, 12, 0x0A0B0C0D, 0x0E0F1011), Position(0x01020304, 0x05060708, 15, 1, 2**32 - 1))
+    marks = (WalPosition(0x01020304, 0x05060708, 12, 0x0A0B0C0D, 0x0E0F1011), WalPosition(0x01020304, 0x05060708, 15, 1, 2**32 - 1))
     return header(pages, 4096, db_size=300, positions=marks), pages
 
 
-def snapshot() -> tuple[Header, list[Page]]:
+def snapshot() -> tuple[SegmentHeader, list[Page]]:
     pages = [page(n, 512, seed=n % 3) for n in range(1, 520)]  # two blocks
-    history = tuple(Commit(n, 0x0101010101010101 * n, 1_700_000_000_000 + n) for n in (1, 2, 40))
-    last = Commit(41, xor(pages), 1_700_000_000_041)
+    history = tuple(CommitRecord(n, 0x0101010101010101 * n, 1_700_000_000_000 + n) for n in (1, 2, 40))
+    last = CommitRecord(41, xor(pages), 1_700_000_000_041)
     made = header(
         pages, 512, pre=0, pre_hash=0, post=41, post_hash=xor(pages), view_txid=40, commits=(*history, last), positions=()
     )  # fmt: skip
     return made, pages
 
 
-def reset() -> tuple[Header, list[Page]]:
+def reset() -> tuple[SegmentHeader, list[Page]]:
     pages = [page(1, 65536)]
     return header(pages, 65536, post_hash=xor(pages), reset=True, positions=()), pages
 
 
-def emptied() -> tuple[Header, list[Page]]:
+def emptied() -> tuple[SegmentHeader, list[Page]]:
     return header([], 1024, pre=2**63 - 2, post=2**63 - 1, db_size=0, post_hash=0, positions=()), []
 
 
-def large() -> tuple[Header, list[Page]]:
+def large() -> tuple[SegmentHeader, list[Page]]:
     pages = [page(n, 1024) for n in (2, 3, 5, 1048576, 1048578)]  # page 1048577 is the lock page
     body = body_of(pages, 1024, "body/0000000000000005-0000000000000006-abc_DEF-0")[1]
     return header(pages, 1024, body=body), pages
 
 
-def inline(made: tuple[Header, list[Page]]) -> bytes:
+def inline(made: tuple[SegmentHeader, list[Page]]) -> bytes:
     blocks = [] if made[0].body is not None else list(encode_blocks(made[1], made[0].page_size))
     return encode(made[0], blocks)
 

@@ -217,7 +217,7 @@ def _lags(made: list[Any], stored: Iterator[tuple[float, set[str]]]) -> list[flo
 def lag(world: World) -> Iterator[Line]:
     """How far what is stored is behind the writer, and what keeping up costs in requests."""
     count, seconds = (250, 5) if world.quick else (1000, 20)
-    load = {"count": count, "seconds": seconds, "settle": 2.0, "tail": 2.0}
+    load = {"count": count, "seconds": seconds, "resolve_in_doubt": 2.0, "tail": 2.0}
 
     def measure(options: dict[str, Any] | None) -> tuple[list[float], int, str]:
         with world.site(latency=DISTANCE) as site:

@@ -121,7 +121,7 @@ def restore_commits(world: World) -> Iterator[Line]:
         peer = world.fresh() / "app.db"
         with Litestream(site, peer) as litestream:
             # As many in about the same time: it stores what has come together every second.
-            pace = {"count": count, "seconds": made["seconds"], "settle": 1, "tail": 2}
+            pace = {"count": count, "seconds": made["seconds"], "resolve_in_doubt": 1, "tail": 2}
             world.job("paced", path=str(peer), options=None, **pace)
             litestream.sync()
         yield from _restores(world, site, litestream, name, f"{count} small commits in {made['seconds']:.0f} s", rounds)

@@ -12,9 +12,9 @@ from pathlib import Path
 from bottomless_wal.core.errors import CorruptionError
 from bottomless_wal.formats import segment
 from bottomless_wal.formats.page_object import decode_page_object, encode_page_object
-from bottomless_wal.formats.wal import Position
+from bottomless_wal.formats.wal import WalPosition
 from bottomless_wal.formats.zstd import FormatError
-from bottomless_wal.replication.index import HEADER_SIZE, IndexHeader, Intent
+from bottomless_wal.replication.index import HEADER_SIZE, Attempt, IndexHeader
 
 __all__ = ["absurd_index", "damage", "hostile_page", "hostile_segment", "strange_keys"]
 
@@ -66,7 +66,7 @@ def absurd_index(rng: random.Random, data: bytes) -> bytes | None:
         if field in NUMBERS:
             header = replace(header, **{field: value if field in ("txid", "state", "view_txid") else value & 0xFFFFFFFF})
         elif field == "position":
-            known = header.position or Position(1, 2, 3, 4, 5)
+            known = header.position or WalPosition(1, 2, 3, 4, 5)
             restarted = replace(known, salt1=known.salt1 + 1 & 0xFFFFFFFF)
             told = rng.choice((None, replace(known, frame=value & 0xFFFFFFFF), replace(known, cks1=7), restarted))
             header = replace(header, position=told)
@@ -75,9 +75,9 @@ def absurd_index(rng: random.Random, data: bytes) -> bytes | None:
         elif field == "identity" and header.identity is not None:
             header = replace(header, identity=header.identity._replace(inode=value & 2**62, size=value & 2**40))
         elif field == "seal":
-            header = replace(header, seal_sequence=value)
+            header = replace(header, reset_sequence=value)
         else:
-            header = replace(header, intents=(Intent(rng.choice(ABSURD), rng.choice(ABSURD)), Intent(header.state, 0)))
+            header = replace(header, in_doubt=(Attempt(rng.choice(ABSURD), rng.choice(ABSURD)), Attempt(header.state, 0)))
     encoded = header.encode()
     return encoded + data[len(encoded) :]
 
@@ -98,8 +98,11 @@ def hostile_segment(rng: random.Random, data: bytes) -> bytes:
             {"view_txid": rng.choice((0, 2**63 - 1))},
             {"page_size": rng.choice((512, 2048, 65536))},
             {"time_ms": 2**63 - 1},
-            {"post_hash": 5, "commits": (segment.Commit(header.post, 5, 0),)},
-            {"commits": tuple(segment.Commit(header.pre + 1 + n, n, 0) for n in range(header.post - header.pre - 1)) + header.commits[-1:]},
+            {"post_hash": 5, "commits": (segment.CommitRecord(header.post, 5, 0),)},
+            {
+                "commits": tuple(segment.CommitRecord(header.pre + 1 + n, n, 0) for n in range(header.post - header.pre - 1))
+                + header.commits[-1:]
+            },
             {"body": segment.Body("body/" + "x" * rng.choice((1, 190)), 2**60, bytes(32))},
             {"body": header.body and replace(header.body, size=rng.choice((1, header.body.size + 1, 2**62)))},
         )
