@@ -29,8 +29,9 @@ from ..history.log import Head
 from ..history.page_table import PageTable, TableReplay
 from ..history.restore import Progress, rebuild, rebuild_from_pages
 from ..history.scratch import Scratch, scratch
-from ..sqlite.database_reader import LocalDatabase, SnapshotInvalidated
+from ..sqlite.database_reader import LocalDatabase
 from ..sqlite.own_connection import OwnConnection
+from ..sqlite.snapshot_reader import SnapshotInvalidated
 from .log_audit import LogAudit
 from .page_audit import Fault, ViewAudit
 from .problems import Problem, ProblemKind

@@ -20,7 +20,8 @@ from ..formats.page import Page, lock_page, page_hash
 from ..formats.wal import FRAME_HEADER_SIZE, WalHeader, WalPosition
 from ..history.log import EncodedPages, RemoteLog
 from ..history.page_table import IndexCorrupt
-from ..sqlite.database_reader import DatabaseShape, LocalDatabase, SnapshotInvalidated, WalState
+from ..sqlite.database_reader import LocalDatabase
+from ..sqlite.snapshot_reader import DatabaseShape, SnapshotInvalidated, WalState
 from ..sqlite.wal_reader import FrameMap
 from .index import IndexHeader, LocalIndex
 from .wal_position import position_of

@@ -17,7 +17,8 @@ from ..formats.page import page_hash
 from ..history.log import Head, RemoteLog
 from ..history.planner import ExcludedSegments, newest, plan
 from ..history.segment_list import SegmentInfo
-from ..sqlite.database_reader import LocalDatabase, SnapshotInvalidated
+from ..sqlite.database_reader import LocalDatabase
+from ..sqlite.snapshot_reader import SnapshotInvalidated
 from .index import UNKNOWN_SIZE, IndexHeader, LocalIndex, changed
 
 __all__ = ["rebuild_index_from_file", "rebuild_index_from_log"]

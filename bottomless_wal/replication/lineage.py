@@ -30,7 +30,8 @@ from ..formats.wal import WalPosition
 from ..history.log import Head, RemoteLog
 from ..history.planner import maximal_segments, newest, segments_reaching
 from ..history.segment_list import SegmentInfo
-from ..sqlite.database_reader import DatabaseShape, LocalDatabase
+from ..sqlite.database_reader import LocalDatabase
+from ..sqlite.snapshot_reader import DatabaseShape
 from .index import Identity, IndexHeader, IndexState, LocalIndex
 from .wal_position import position_of
 

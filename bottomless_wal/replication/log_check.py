@@ -31,7 +31,8 @@ from ..history.log import RemoteLog
 from ..history.page_table import IndexCorrupt
 from ..history.planner import ExcludedSegments, plan
 from ..history.segment_list import SegmentInfo
-from ..sqlite.database_reader import LocalDatabase, SnapshotInvalidated, WalState
+from ..sqlite.database_reader import LocalDatabase
+from ..sqlite.snapshot_reader import SnapshotInvalidated, WalState
 from .index import IndexHeader
 from .replicator import Replicator
 from .wal_position import position_of

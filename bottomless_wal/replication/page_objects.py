@@ -34,7 +34,8 @@ from ..formats import keys
 from ..formats.page import Page, page_hash
 from ..formats.page_object import PageTrailer, encode_page_object
 from ..history.log import RemoteLog
-from ..sqlite.database_reader import LocalDatabase, SnapshotInvalidated, WalState
+from ..sqlite.database_reader import LocalDatabase
+from ..sqlite.snapshot_reader import SnapshotInvalidated, WalState
 from .index import UNKNOWN_SIZE, Backlog, IndexHeader, LocalIndex
 
 __all__ = ["LOCK_SUFFIX", "PageObjects", "Turn"]

@@ -23,7 +23,7 @@ from ..history.page_table import IndexCorrupt
 from ..history.planner import segments_reaching
 from ..history.restore import Progress
 from ..history.segment_list import SegmentInfo
-from ..sqlite.database_reader import SnapshotInvalidated
+from ..sqlite.snapshot_reader import SnapshotInvalidated
 from .index import Identity, IndexHeader, IndexState, boot_id
 from .lineage import Lineage, LocalState, Place, classify, earlier_txid, local_state
 from .log_check import find_gap

@@ -23,8 +23,8 @@ from ..history.planner import newest
 from ..history.restore import Progress, Rebuilt, rebuild, rebuild_from_pages
 from ..history.scratch import Scratch, scratch
 from ..history.segment_list import SegmentInfo
-from ..sqlite.database_reader import SnapshotInvalidated
 from ..sqlite.replace import exclusive_access, open_elsewhere, quarantine_sidecar_files, replace_atomically
+from ..sqlite.snapshot_reader import SnapshotInvalidated
 from .index import UNKNOWN_SIZE, Identity, IndexHeader, IndexState, changed
 from .index_rebuild import rebuild_index_from_file, rebuild_index_from_log
 from .lineage import LocalState, Place

@@ -32,7 +32,8 @@ from ..formats.segment import WRITER_ID_SIZE, CommitRecord, SegmentHeader
 from ..formats.wal import WalPosition
 from ..history.log import FENCE_HORIZON_SECONDS, RemoteLog
 from ..history.page_table import IndexCorrupt
-from ..sqlite.database_reader import DatabaseShape, LocalDatabase, SnapshotInvalidated, WalState
+from ..sqlite.database_reader import LocalDatabase
+from ..sqlite.snapshot_reader import DatabaseShape, SnapshotInvalidated, WalState
 from .changes import Change, stage_difference, stage_frames, stage_whole
 from .fencing import Fencing
 from .index import Identity, IndexHeader, IndexState, LocalIndex, WalResetRecord, boot_id, changed

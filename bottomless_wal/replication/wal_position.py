@@ -13,7 +13,8 @@ from enum import Enum, auto
 from ..core.failpoints import failpoint
 from ..core.logs import get_logger
 from ..formats.wal import WalHeader, WalPosition
-from ..sqlite.database_reader import LocalDatabase, SnapshotInvalidated, WalState
+from ..sqlite.database_reader import LocalDatabase
+from ..sqlite.snapshot_reader import SnapshotInvalidated, WalState
 from ..sqlite.wal_reader import WalFile
 from .index import Identity, IndexHeader, LocalIndex
 

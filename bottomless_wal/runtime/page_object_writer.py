@@ -25,7 +25,8 @@ from ..core.threads import is_held_here, mark_own_thread
 from ..history.page_table import IndexCorrupt
 from ..replication.index import IndexHeader, LocalIndex
 from ..replication.replicator import Replicator
-from ..sqlite.database_reader import LocalDatabase, SnapshotInvalidated
+from ..sqlite.database_reader import LocalDatabase
+from ..sqlite.snapshot_reader import SnapshotInvalidated
 
 __all__ = ["PageObjectWriter", "view_is_missing"]
 

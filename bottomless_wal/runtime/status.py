@@ -12,7 +12,7 @@ import apsw
 from ..core.errors import BottomlessError, ConfigError, CorruptionError, ReplicationError, RestoreError
 from ..formats.page import repr_in_hex
 from ..replication.index import LocalIndex
-from ..sqlite.database_reader import WalState
+from ..sqlite.snapshot_reader import WalState
 from .replica import Replica
 
 __all__ = ["Status", "status_of"]
