@@ -28,6 +28,7 @@ from ..history.page_table import IndexCorrupt
 from ..replication.index import IndexHeader, LocalIndex
 from ..replication.replicator import Replicator
 from ..sqlite.database_reader import LocalDatabase
+from . import commit_errors
 from .page_object_writer import PageObjectWriter, view_is_missing
 
 __all__ = ["CommitWorker"]
@@ -140,10 +141,13 @@ class CommitWorker:
                     self._wake.notify()
                 while not (self._done >= sequence or (not for_pages and self._is_logged(place))):
                     if self._failed >= sequence or self._fatal is not None:
-                        raise self._failure()
+                        raise commit_errors.for_another_waiter(self._fatal or self._error)
                     if self._thread is None or not self._thread.is_alive():
                         raise self.shut_down()
-                    self._require_lock(began)
+                    if self._locking is not None:
+                        waited = self._clock() - max(self._locking, began)
+                        if waited > max(self._config.retry_timeout, 1.0):
+                            raise commit_errors.lock_is_held(self._local.path, waited)
                     self._cond.wait(1.0)
             finally:
                 self._waiting -= 1
@@ -153,10 +157,8 @@ class CommitWorker:
         return self._done >= sequence
 
     def shut_down(self) -> ReplicationError:
-        """What a commit raises when nothing will send it."""
-        return ReplicationError(
-            f"the commit to {self._local.path} stands, but replication has been shut down", hint="The next open sends it."
-        )
+        """Return what a commit raises when nothing will send it."""
+        return commit_errors.shut_down(self._local.path)
 
     def flush(self, timeout: float | None = None) -> None:
         """Until everything committed is in the log and the page view is complete.
@@ -179,7 +181,7 @@ class CommitWorker:
         with self._lock:
             while self._flush_done < sequence:
                 if self._failed >= sequence or self._fatal is not None:
-                    raise self._failure()
+                    raise commit_errors.for_another_waiter(self._fatal or self._error)
                 if self._thread is None or not self._thread.is_alive():
                     raise ReplicationError(f"{self._local.path} was closed before it was flushed", hint="The next open sends the rest.")
                 if end is None:
@@ -272,18 +274,6 @@ class CommitWorker:
         """Does the worker wait for a lock that the running thread holds? Then nothing that is submitted here can be waited for."""
         return self._filler.is_held_here()
 
-    def _require_lock(self, since: float) -> None:
-        """Raises ReplicationError when the worker has waited for another process for as long as a store would be waited for."""
-        if self._locking is None:
-            return
-        waited = self._clock() - max(self._locking, since)
-        if waited > max(self._config.retry_timeout, 1.0):
-            raise ReplicationError(
-                f"another process has held the lock of {self._local.path} for {waited:.0f} s: the commit stands, and is not stored",
-                hint="It is stopped, or uploads something large (with ack=pages, the page view). The commit stays pending, and goes as "
-                "soon as it lets go.",
-            )
-
     def _is_logged(self, place: WalPosition | None) -> bool:
         logged = self._logged
         return (
@@ -297,15 +287,6 @@ class CommitWorker:
         with self._lock:
             self._logged = position
             self._cond.notify_all()
-
-    def _failure(self) -> BottomlessError:
-        """A new exception for each waiter: one raised in several threads would mix up their tracebacks."""
-        error = self._fatal or self._error
-        if error is None:
-            raise AssertionError("a failed ticket without an error")
-        fresh = error.copy()
-        fresh.__cause__ = error.__cause__
-        return fresh
 
     def _run(self) -> None:
         mark_own_thread()
@@ -384,9 +365,9 @@ class CommitWorker:
                 self._filler.sweep()
             goal = header.txid if flushing and behind else None
         except BottomlessError as failure:
-            error = self._as_replication_error(failure)
+            error = commit_errors.not_stored(self._local.path, failure)
         except OSError as failure:
-            error = self._as_replication_error(StoreError(f"{self._index.path}: {failure}", hint="Is the disk full?"))
+            error = commit_errors.not_stored(self._local.path, StoreError(f"{self._index.path}: {failure}", hint="Is the disk full?"))
         except apsw.Error as failure:
             error = ReplicationError(
                 f"commits to {self._local.path} stand, but could not be read for replication: {failure}",
@@ -395,11 +376,7 @@ class CommitWorker:
             error.__cause__ = failure
         except Exception as failure:
             logger.exception("replication of %s failed in a way that was not foreseen", self._local.path)
-            error = ReplicationError(
-                f"commits to {self._local.path} stand, but are not stored: {failure!r}",
-                hint="They stay pending. Please report the log of this process.",
-            )
-            error.__cause__ = failure
+            error = commit_errors.unforeseen(self._local.path, failure)
         with self._lock:
             self._locking = None
             if self._config.ack == "local":
@@ -458,15 +435,3 @@ class CommitWorker:
             if self._stopping:
                 self._retry_at = None
         self._cond.notify_all()
-
-    def _as_replication_error(self, failure: BottomlessError) -> BottomlessError:
-        if isinstance(failure, ReplicationError | FencedError | ConflictError):
-            return failure
-        error = failure.copy(
-            f"commits to {self._local.path} stand, but are not stored: {failure.message}",
-            kind=ReplicationError,
-            hint="They stay pending, and are sent with the next commit, flush() or open. Do not repeat the statement. " + failure.hint,
-            path=self._local.path,
-        )
-        error.__cause__ = failure
-        return error
