@@ -80,9 +80,9 @@ class CommitWorker:
         """A commit was submitted, and no batch has begun since: what stands by now will go with that one."""
         self._alone = False  # no thread can be started: who waits does the work
         self._tickets = count(1)
-        self._submitted = 0  # the last ticket given out
-        self._done = 0  # tickets up to here were covered
-        self._failed = 0  # tickets up to here have failed ...
+        self._submitted = 0  # the last sequence number given out
+        self._done = 0  # sequence numbers up to here were covered
+        self._failed = 0  # sequence numbers up to here have failed ...
         self._error: BottomlessError | None = None  # ... with this
         self._fatal: BottomlessError | None = None
         self._logged: WalPosition | None = None
@@ -104,7 +104,7 @@ class CommitWorker:
     # --- committers ----------------------------------------------------------------------------------------------------
 
     def submit(self, *, must_run: bool = False) -> int:
-        """There is something to replicate. Returns a ticket for `wait`. `must_run`: nobody will, and so an end of all sending is told now.
+        """There is something to replicate. Returns its sequence number, for `wait`. `must_run`: nobody will, and so an end of all sending is told now.
 
         Raises:
             ReplicationError: nobody will send what was submitted: at exit, when the replica was closed already.
@@ -125,7 +125,7 @@ class CommitWorker:
         return sequence
 
     def wait(self, sequence: int, place: WalPosition | None, *, for_pages: bool) -> None:
-        """Until what `ticket` stands for is in the log (`place`: where its commit ends in the WAL), and in the view if `for_pages`.
+        """Until what `sequence` stands for is in the log (`place`: where its commit ends in the WAL), and in the view if `for_pages`.
 
         Raises:
             ReplicationError: it is not, and stays pending. FencedError, ConflictError: it will never be.
@@ -153,7 +153,7 @@ class CommitWorker:
                 self._waiting -= 1
 
     def has_done(self, sequence: int) -> bool:
-        """Return whether what `ticket` stands for is stored, as far as `ack` asks."""
+        """Return whether what `sequence` stands for is stored, as far as `ack` asks."""
         return self._done >= sequence
 
     def shut_down(self) -> ReplicationError:
@@ -185,7 +185,10 @@ class CommitWorker:
                 if self._thread is None or not self._thread.is_alive():
                     raise ReplicationError(f"{self._local.path} was closed before it was flushed", hint="The next open sends the rest.")
                 if end is None:
-                    self._require_lock(began)
+                    if self._locking is not None:
+                        waited = self._clock() - max(self._locking, began)
+                        if waited > max(self._config.retry_timeout, 1.0):
+                            raise commit_errors.lock_is_held(self._local.path, waited)
                 left = 1.0 if end is None else end - self._clock()
                 if left <= 0:
                     raise ReplicationError(
@@ -393,7 +396,7 @@ class CommitWorker:
             self._filler.follow(behind, (sequence, goal) if goal is not None else None)
 
     def _filled(self, sequence: int, failure: Exception | None) -> None:
-        """The filler: the page view is as complete as the flush `ticket` (0: none) wanted it; or it could not be filled."""
+        """The filler: the page view is as complete as the flush `sequence` (0: none) wanted it; or it could not be filled."""
         with self._lock:
             if failure is None:
                 self._flush_done = max(self._flush_done, sequence)

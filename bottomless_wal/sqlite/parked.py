@@ -100,7 +100,7 @@ class _Tracer:
 
     def __init__(self, before: ExecTracer | None) -> None:
         self._before = before
-        self.is_paused: list[_Held] = []
+        self.held: list[_Held] = []
 
     def __call__(self, source: apsw.Cursor | apsw.Connection, sql: str, bindings: Any) -> bool:
         connection = source if isinstance(source, apsw.Connection) else source.connection
@@ -116,7 +116,7 @@ class _Tracer:
             if tracer is self:
                 connection.exec_trace = self._before
             late = [parked for parked in _parked.pop(pointer, {}).values() if parked.is_due()]
-            self.is_paused.clear()
+            self.held.clear()
             for other in late[1:]:
                 logger.error("also: %s", other.copy())
             if late:
@@ -176,8 +176,8 @@ def clear() -> None:
 
 def is_received(error: BaseException) -> bool:
     """Return whether `error` has reached Python code beyond our VFS."""
-    maximal_segments = error.__traceback__
-    if maximal_segments is None:
+    traceback = error.__traceback__
+    if traceback is None:
         return True  # the code that received it has taken the traceback off
-    frame = maximal_segments.tb_frame
+    frame = traceback.tb_frame
     return frame.f_globals.get("__name__") != RAISING_MODULE and not frame.f_code.co_filename.endswith(".c")
