@@ -104,10 +104,13 @@ class CommitWorker:
     # --- committers ----------------------------------------------------------------------------------------------------
 
     def submit(self, *, must_run: bool = False) -> int:
-        """There is something to replicate. Returns its sequence number, for `wait`. `must_run`: nobody will, and so an end of all sending is told now.
+        """Ask for a batch, and return the sequence number that `wait` needs.
+
+        Args:
+            must_run: no caller will wait, so an end of all sending is raised here.
 
         Raises:
-            ReplicationError: nobody will send what was submitted: at exit, when the replica was closed already.
+            ReplicationError: no batch will run any more: the interpreter exits, and the replica is closed.
         """
         with self._lock:
             self._replicator.is_paused = False

@@ -64,7 +64,7 @@ class Parked:
         tracer = connection.exec_trace if connection is not None else None
         if isinstance(tracer, _Tracer):
             held = _Held(error)
-            tracer.is_paused.append(held)
+            tracer.held.append(held)
             there = weakref.ref(held)
             self._raised = lambda: found.error if (found := there()) is not None else None
         else:

@@ -60,11 +60,11 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert rows(con) == 3
     con.close()
     assert here.content() == lost.content()
-    quarantine_sidecar_files = [name for name in here.files() if "stale" in name]
+    set_aside = [name for name in here.files() if "stale" in name]
     if ending == "-shm":
-        assert quarantine_sidecar_files == []
+        assert set_aside == []
     else:
-        assert [here.files()[name] for name in quarantine_sidecar_files] == [leftover], "nothing is thrown away"
+        assert [here.files()[name] for name in set_aside] == [leftover], "nothing is thrown away"
     world.comes_back(here)
 
 
