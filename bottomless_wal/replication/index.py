@@ -161,8 +161,8 @@ class LocalIndex(FileLock):
     def move(self, header: IndexHeader, position: WalPosition | None) -> tuple[IndexHeader, bool]:
         """Return (`header` at `position`, whether the WAL was restarted meanwhile); it is not saved.
 
-        A WAL reset record shows the restart. It refers to the WAL of the position on disk. Once the position is in
-        another WAL, the meaning of the record's witness flag is lost.
+        A WAL reset record shows the restart. It refers to the WAL of the position on disk. Once that position is
+        in another WAL, the record can no longer be interpreted, so it is applied first.
         """
         record = self.last_reset_record()
         if (
