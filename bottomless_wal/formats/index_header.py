@@ -32,13 +32,13 @@ All numbers are big-endian:
                   identity of the main file 40, CRC-32
      16384  24 a page  entries, page 1 first: u64 page hash, u64 txid of the last change, u64 check: the XOR of the two
 
-An identity is *settled* if it was recorded at a later tick of the file system's clock than the file's own timestamps.
-Only then does an equal identity prove that the file was not written since. Timestamps may be coarse, and a write
-within the same tick does not change them.
+An identity is *settled* if it was recorded at a later tick of the file system's clock than the
+file's own timestamps. Only then does an equal identity prove that the file was not written since.
+Timestamps may be coarse, and a write within the same tick does not change them.
 
-A state hash is computed from the hashes of the entries. A wrong one, once stored in a segment, could never be restored.
-The entries therefore have checks. The WAL reset record has its own checksum, because it is written under SQLite's write
-lock, and the header under the index's lock.
+A state hash is computed from the hashes of the entries. A wrong one, once stored in a segment,
+could never be restored. The entries therefore have checks. The WAL reset record has its own
+checksum, because it is written under SQLite's write lock, and the header under the index's lock.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ UNKNOWN_SIZE: Final = 0xFFFFFFFF
 class Identity(NamedTuple):
     """Metadata of a file, as `stat` returns it.
 
-    A write changes it, unless the write falls into the same tick of the file system's clock as the file's timestamps.
+    A write changes it, unless the write falls into the same tick of the file system's clock as the
+    file's timestamps.
     """
 
     device: int
@@ -108,21 +109,27 @@ class Identity(NamedTuple):
     def is_settled_by(self, witness: Identity | None) -> bool:
         """Return whether `witness` was written to at a later tick than this file.
 
-        `witness` is a file of the same file system. Every later write to this file is then of a later tick, too, and changes
-        its timestamps.
+        `witness` is a file of the same file system. Every later write to this file is then of a
+        later tick, too, and changes its timestamps.
         """
         return witness is not None and witness.device == self.device and witness.ctime_ns > max(self.mtime_ns, self.ctime_ns)
 
 
 class Attempt(NamedTuple):
-    """An attempt to store a commit: the state hash after it, and a random number that identifies it."""
+    """An attempt to store a commit.
+
+    It has the state hash after the commit, and a random number that identifies it.
+    """
 
     post_hash: int
     attempt: int
 
 
 class Backlog(NamedTuple):
-    """Page objects still to be put: pages `cursor` and beyond that commits in (after, upto] changed last."""
+    """Page objects still to be put.
+
+    They are of pages `cursor` and beyond that commits in (after, upto] changed last.
+    """
 
     after: int
     upto: int
@@ -132,9 +139,10 @@ class Backlog(NamedTuple):
 class WalResetRecord(NamedTuple):
     """Record of a restart of the WAL: the WAL with the salts `before` ended.
 
-    `before` None: there was no WAL. `after` is the position in the WAL that follows; None: there is none. `covered`: the
-    position of the index covered all of the old WAL. `anywhere`: no position of the index proves anything any more, whatever
-    it was. `is_witnessed`: every reset from that WAL to `after` left a WAL reset record, so that what follows came from it.
+    `before` None: there was no WAL. `after` is the position in the WAL that follows; None: there is
+    none. `covered`: the position of the index covered all of the old WAL. `anywhere`: no position
+    of the index proves anything any more, whatever it was. `is_witnessed`: every reset from that
+    WAL to `after` left a WAL reset record, so that what follows came from it.
     """
 
     sequence: int
@@ -175,7 +183,10 @@ class WalResetRecord(NamedTuple):
 
 
 class IndexState(Enum):
-    """State of the main file as the index records it, from the header's fields (`IndexHeader.index_state`)."""
+    """State of the main file as the index records it.
+
+    The header's fields give it (`IndexHeader.index_state`).
+    """
 
     NEW = auto()  # nothing is stored yet
     BEING_REPLACED = auto()  # the file is an earlier state, to be replaced by the head
@@ -203,7 +214,9 @@ else:
 @repr_in_hex("state")
 @dataclass(frozen=True)
 class IndexHeader:
-    """The index's header, as a value. `position` None: there is no WAL, the main file holds everything.
+    """The index's header, as a value.
+
+    `position` None: there is no WAL, the main file holds everything.
 
     Methods that change it return a new one. Only the index of `replication` saves it.
     """
@@ -251,14 +264,18 @@ class IndexHeader:
         return self.view_txid if self.backlog is None else min(self.view_txid, self.backlog.after)
 
     def apply(self, record: WalResetRecord | None) -> IndexHeader:
-        """Return the header with a WAL reset record applied, if the record is newer than the header."""
+        """Return the header with a WAL reset record applied.
+
+        A record that is not newer than the header changes nothing.
+        """
         if record is None or record.sequence <= self.reset_sequence:
             return self
         new = changed(self, reset_sequence=record.sequence, successor=None)
         here = None if self.position is None else (self.position.salt1, self.position.salt2)
         if record.anywhere or (record.before == here and not record.covered):
             if record.after is None and record.before == here and None not in (self.identity, record.identity):
-                # The WAL was removed with commits that are not stored. They are in this file, unchanged since the record.
+                # The WAL was removed with commits that are not stored. They are in this file,
+                # unchanged since the record.
                 return changed(new, needs_scan=True, position=None, identity=record.identity, is_settled=record.is_settled)
             if record.before == here and record.is_witnessed:
                 return changed(new, needs_scan=True, successor=record.after)
@@ -276,15 +293,23 @@ class IndexHeader:
         return self if self.needs_scan else changed(self, needs_scan=True)
 
     def with_intent(self, intent: Attempt) -> IndexHeader:
-        """Return the header with one more in-doubt attempt; if there are too many, the oldest is dropped."""
+        """Return the header with one more in-doubt attempt.
+
+        If there are too many, the oldest is dropped.
+        """
         return changed(self, in_doubt=(*self.in_doubt[-(MAX_IN_DOUBT - 1) :], intent))
 
     def pages_put(self, upto: int) -> IndexHeader:
-        """Return the header after the page objects of all commits up to `upto` were put, except the backlog."""
+        """Return the header with the view txid at `upto`.
+
+        The page objects of all commits up to there were put, except the backlog.
+        """
         return changed(self, view_txid=upto)
 
     def pages_postponed(self, upto: int) -> IndexHeader:
-        """Return the header with the page objects of commits in (view txid, upto] added to the backlog.
+        """Return the header with the commits in (view txid, upto] in the backlog.
+
+        Their page objects were not put.
 
         The view txid then counts them as seen.
         """

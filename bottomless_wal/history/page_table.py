@@ -1,15 +1,15 @@
 """Keep the page hashes of one database state in a file: 24 bytes a page.
 
-There is one entry for each page, in page number order, from a fixed offset of the file on. All integers are
-big-endian:
+There is one entry for each page, in page number order, from a fixed offset of the file on. All
+integers are big-endian:
 
       0  page hash                 8
       8  txid that last changed    8
      16  check: page hash XOR txid 8
 
-A page that was never written has an entry of zeros. `TableReplay` applies segments to a table. It is the only
-place that follows a segment's list of page hashes, growth and shrinking included. Nothing here is synced: a
-table is a cache of the log.
+A page that was never written has an entry of zeros. `TableReplay` applies segments to a table. It
+is the only place that follows a segment's list of page hashes, growth and shrinking included.
+Nothing here is synced: a table is a cache of the log.
 """
 
 from __future__ import annotations
@@ -36,11 +36,16 @@ _REPLAY_BATCH_PAGES: Final = 4096
 
 
 class IndexCorrupt(Exception):
-    """A page table, or its index, is missing, damaged or inconsistent, and must be rebuilt."""
+    """A page table, or its index, is missing, damaged or inconsistent.
+
+    It must be rebuilt.
+    """
 
 
 class PageTable:
-    """The entries in the file that `descriptor` returns, from byte `offset` on. `path` is for messages.
+    """The entries in the file that `descriptor` returns, from byte `offset` on.
+
+    `path` is for messages.
 
     Raises:
         OSError: as the system does.
@@ -68,7 +73,10 @@ class PageTable:
         return _big_endian(hashes) + missing, _big_endian(txids) + missing
 
     def batches(self, first: int, last: int) -> Iterator[tuple[int, Sequence[int], Sequence[int]]]:
-        """Yield (first page, page hashes, txids) of the pages `first` to `last`, a bounded number at once."""
+        """Yield (first page, page hashes, txids) of the pages `first` to `last`.
+
+        Each item has a bounded number of pages.
+        """
         for start in range(first, last + 1, BATCH_PAGES):
             yield start, *self.entries(start, min(BATCH_PAGES, last - start + 1))
 
@@ -117,8 +125,8 @@ class PageTable:
 class TableReplay:
     """Apply segments to a table, one after the other, from the empty database on.
 
-    `state_hash` is the XOR of the hashes of all pages. It is computed, not read from a segment. `page_size` is in
-    bytes, `db_size` in pages.
+    `state_hash` is the XOR of the hashes of all pages. It is computed, not read from a segment.
+    `page_size` is in bytes, `db_size` in pages.
     """
 
     def __init__(self, table: PageTable) -> None:
@@ -193,7 +201,10 @@ class TableReplay:
 
 
 def entry_is_valid(data: bytes) -> bool:
-    """Return whether `PageTable.record` wrote one of the entries in `data` (whole entries)."""
+    """Return whether `PageTable.record` wrote one of the entries in `data`.
+
+    Only whole entries count.
+    """
     rows = array("Q", data[: len(data) // ENTRY_SIZE * ENTRY_SIZE])
     return any(known and txid and known ^ txid == check for known, txid, check in zip(rows[0::3], rows[1::3], rows[2::3], strict=True))
 
@@ -205,7 +216,10 @@ def _big_endian(numbers: array[int]) -> array[int]:
 
 
 def _runs(pgnos: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield half-open ranges of positions in `pgnos` with consecutive numbers, cut to a bounded length."""
+    """Yield half-open ranges of positions in `pgnos` with consecutive numbers.
+
+    The ranges are cut to a bounded length.
+    """
     start = 0
     for at in range(1, len(pgnos) + 1):
         if at == len(pgnos) or pgnos[at] != pgnos[at - 1] + 1 or at - start == BATCH_PAGES:

@@ -1,1 +1,1 @@
-"""Replicate one local database to its remote log: store commits, and recover at open."""
+"""Replicate one local database to its remote log, and recover it at open."""

@@ -2,9 +2,9 @@
 
 The source is the frames after a position, or the difference between a whole snapshot and the index.
 
-Both give a `Change`: the pages whose hash differs from the index's, staged for upload, and the state after
-them. This module does not write to the index. Memory: a few bytes a page. The pages themselves are held
-only while they are few.
+Both give a `Change`: the pages whose hash differs from the index's, staged for upload, and the
+state after them. This module does not write to the index. Memory: a few bytes a page. The pages
+themselves are held only while they are few.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ class Change:
 
 
 class _Collector:
-    """Collect the number and hash of each page, and the pages themselves while they are few."""
+    """Collect the number and hash of each page.
+
+    The pages themselves are kept only while they are few.
+    """
 
     def __init__(self, page_size: int, again: Callable[[int], bytes]) -> None:
         self.pgnos = array("I")
@@ -121,7 +124,8 @@ def stage_frames(
             some = pgnos[start : start + 4096]
             for pgno, old in zip(some, index.pages.hashes(some), strict=True):
                 if not old and pgno <= header.db_size:
-                    # The state hash is computed from the old hashes. A wrong one, once stored, could never be restored.
+                    # The state hash is computed from the old hashes. A wrong one, once stored,
+                    # could never be restored.
                     raise IndexCorrupt(f"{index.path} has lost the hash of page {pgno}")
                 data = local.frame_page(wal, newest.get(pgno))
                 new = page_hash(pgno, data)
@@ -142,15 +146,16 @@ def stage_frames(
 
 
 def _newest_frames(local: LocalDatabase, wal: WalHeader, after: int, upto: int) -> tuple[FrameMap, list[WalPosition], int]:
-    """Return (last frame of each page, end of each commit, database size) of the commits after `after`.
+    """Return (last frame of each page, ends of commits, database size) after `after`.
 
     Only whole commits count. The database size is that after the last of them.
     """
     newest = FrameMap(wal)
     commits: list[WalPosition] = []
     db_size = 0
-    # From the beginning of a WAL on, frames may be read that an earlier scan has covered. All of them together
-    # lead to the present state. Cut into pieces, the first piece would lead back to an earlier state.
+    # From the beginning of a WAL on, frames may be read that an earlier scan has covered. All of
+    # them together lead to the present state. Cut into pieces, the first piece would lead back to
+    # an earlier state.
     enough = _PIECE_BYTES // (FRAME_HEADER_SIZE + wal.page_size) if after else upto + 1
     for frame, found in local.frame_headers(wal, after + 1, upto):
         newest.add(found.pgno, frame)
@@ -186,8 +191,8 @@ def stage_difference(
 ) -> Change | None:
     """Stage the pages of the snapshot that differ from the index.
 
-    Call it within `LocalDatabase.snapshot`. Returns None when there is no difference, but an empty change if an
-    attempt is in doubt.
+    Call it within `LocalDatabase.snapshot`. Returns None when there is no difference, but an empty
+    change if an attempt is in doubt.
 
     Raises:
         IndexCorrupt: the index's entries do not give the state of its header.
@@ -215,7 +220,8 @@ def stage_difference(
     staged = history.stage(header.txid, header.txid + 1, changed(), shape.page_size, level=level)
     scan.finish()
     if indexed != header.state:
-        # A power loss tore the entries. The difference from them is not the difference from the log.
+        # A power loss tore the entries. The difference from them is not the difference from the
+        # log.
         raise IndexCorrupt(f"{index.path} contradicts itself")
     if unexplained:
         raise _unexplained(local.path, unexplained, header.txid)
@@ -225,7 +231,10 @@ def stage_difference(
 
 
 class _Scan:
-    """One pass over a whole snapshot. It computes the hash of each page, and the state hash."""
+    """One pass over a whole snapshot.
+
+    It computes the hash of each page, and the state hash.
+    """
 
     def __init__(self, local: LocalDatabase, tip: WalState, shape: DatabaseShape) -> None:
         self.passed = _Collector(shape.page_size, lambda pgno: _page_again(local, tip, pgno, shape.page_size))
@@ -281,7 +290,7 @@ def _unexplained(path: str, pgno: int, txid: int) -> ConflictError:
 
 
 def _frames_since(local: LocalDatabase, position: WalPosition | None, tip: WalState) -> FrameMap | None:
-    """Return the frames of the WAL if it contains the index's position; None otherwise.
+    """Return the WAL's frames if the WAL contains the index's position, else None.
 
     Every page that has changed since then has a frame after the position.
     """

@@ -1,14 +1,17 @@
 """Resolve in-doubt attempts, and detect a second writer.
 
-A segment is stored under a key that must not exist yet. If the key exists, the segment is this replica's earlier attempt,
-whose answer was lost, or a second writer's commit. The segment itself shows which.
+A segment is stored under a key that must not exist yet. If the key exists, the segment is this
+replica's earlier attempt, whose answer was lost, or a second writer's commit. The segment itself
+shows which.
 
 Invariants:
 
-* *Own attempts are recognised by attempt number and content*. A segment is this replica's if and only if its pre hash matches,
-  and its attempt number and post hash are one of the in-doubt attempts in the index.
-* A replica that a second writer has overtaken stops (`Fencing.error`). It overwrites neither segments nor page objects.
-* A segment that was stored where the history had been pruned is not part of it. `verify_still_head` detects and deletes it.
+* *Own attempts are recognised by attempt number and content*. A segment is an own attempt if and
+  only if its pre hash matches, and the index lists its attempt number and post hash as in doubt.
+* A replica that a second writer has overtaken stops (`Fencing.error`). It overwrites neither
+  segments nor page objects.
+* A segment that was stored where the history had been pruned is not part of it. `verify_still_head`
+  detects and deletes it.
 """
 
 from __future__ import annotations
@@ -41,8 +44,9 @@ _PAUSE_SECONDS: Final = 2.0
 class Fencing:
     """Distinguish own attempts from those of a second writer.
 
-    The caller must hold the lock of `index`, except for `is_recent_head`. `on_logged(position)` is called after each attempt
-    that is adopted. `error` is set once a second writer has stored a commit.
+    The caller must hold the lock of `index`, except for `is_recent_head`. `on_logged(position)` is
+    called after each attempt that is adopted. `error` is set once a second writer has stored a
+    commit.
     """
 
     def __init__(
@@ -65,20 +69,24 @@ class Fencing:
         self._stored_last = (0, 0.0)  # (txid, when)
 
     def note_stored(self, txid: int, when: float) -> None:
-        """Record that this process stored `txid` as the head, at `when` of the monotonic clock."""
+        """Record that this process stored `txid` as the head.
+
+        `when` is a time of the monotonic clock.
+        """
         self._stored_last = (txid, when)
 
     def resolve_in_doubt(self) -> None:
         """Resolve an in-doubt attempt during recovery at open.
 
-        The attempt is adopted if it is stored and this replica's. A second writer's segment is left to the policy.
+        The attempt is adopted if it is stored and this replica's. A second writer's segment is left
+        to the policy.
         """
         header = self._index.load()
         if header is None or header.remote_id != self._home or not header.in_doubt:
             return
         if len(self._history.edges(since=header.txid)) > 1:
-            # The history is ahead of this index. The index is an old copy (after a power loss), or a second
-            # writer has stored commits. No attempt is in doubt then.
+            # The history is ahead of this index. The index is an old copy (after a power loss), or
+            # a second writer has stored commits. No attempt is in doubt then.
             return
         found = self._history.segment(header.txid, header.txid + 1)
         if found is not None and self._is_own(header, found.header):
@@ -87,7 +95,8 @@ class Fencing:
     @staticmethod
     def _is_own(header: IndexHeader, edge: SegmentHeader) -> bool:
         """Return whether `edge` is one of the in-doubt attempts."""
-        # The first segment of a log that restarts, from page objects alone, leads from 0 to the state of the header.
+        # The first segment of a log that restarts, from page objects alone, leads from 0 to the
+        # state of the header.
         return edge.pre_hash == (header.state if edge.pre else 0) and Attempt(edge.post_hash, edge.attempt) in header.in_doubt
 
     def stored(self, pre: int, post: int) -> Segment:
@@ -105,7 +114,7 @@ class Fencing:
         return found
 
     def adopt_in_doubt(self, header: IndexHeader, found: Segment) -> None:
-        """Update the index from a stored segment that is an earlier attempt of this replica.
+        """Update the index from a stored segment that is an own earlier attempt.
 
         Raises:
             FencedError: the segment is a second writer's.
@@ -152,7 +161,8 @@ class Fencing:
     def require_head(self, header: IndexHeader) -> None:
         """Check that the index is at the head.
 
-        Off the commit path no create-only write detects a second writer. Call this before page objects are put or deleted there.
+        Off the commit path no create-only write detects a second writer. Call this before page
+        objects are put or deleted there.
 
         Raises:
             FencedError: the history has continued without this replica.
@@ -183,8 +193,8 @@ class Fencing:
     def require_body(self, edge: SegmentHeader, body: Body) -> None:
         """Check that the body of a stored segment still exists.
 
-        The process may have been suspended between the upload of the body and its segment. A body that no segment names is
-        garbage after a while.
+        The process may have been suspended between the upload of the body and its segment. A body
+        that no segment names is garbage after a while.
 
         Raises:
             ReplicationError: the body was deleted; the segment is deleted, too.
@@ -207,7 +217,8 @@ class Fencing:
         If none does, it was stored at the head, and not where the history had been pruned.
 
         Raises:
-            FencedError: a segment does. If none continues from the stored segment itself, that one is a stray: it is deleted.
+            FencedError: a segment does. If none continues from the stored segment itself, that one
+                is a stray: it is deleted.
         """
         beyond = self._history.edges(since=edge.post)
         if not beyond:

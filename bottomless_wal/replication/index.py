@@ -1,23 +1,25 @@
-"""Keep the local index, `<db>-bottomless`: the record of what is already in the log.
+"""Keep the local index `<db>-bottomless`: the record of what is in the log.
 
-Like SQLite's `-shm` the index is only a cache. When it is missing, stale, dirty or damaged, one scan of the
-database rebuilds it. Its file is also the replicator's lock between threads and processes. `index_header`
-describes the bytes.
+Like SQLite's `-shm` the index is only a cache. When it is missing, stale, dirty or damaged, one
+scan of the database rebuilds it. Its file is also the replicator's lock between threads and
+processes. `index_header` describes the bytes.
 
 Invariants:
 
-* Only this module saves a header. Each method that takes a header and is documented to save it changes it,
-  saves it and returns it.
-* Entries are written before the header that depends on them. A crash between the two leaves entries of
-  txid + 1 under a header of txid with in-doubt attempts. The stored segment is then adopted, which writes
-  the entries again.
-* All reads and writes hold the index's lock, except for the *WAL reset record*. A WAL restart writes it while
-  it holds SQLite's write lock, and that lock alone: a restart must never wait for an upload.
-* The file is accessed by plain pread and pwrite. A mapping of a truncated file would kill the process.
-* An identity of the main file is settled (see `index_header`) only if this file was touched before the main
-  file's timestamps were read, and had a later tick by then.
-* Correctness does not depend on this file. It is therefore synced only at a clean close. After a power loss
-  the boot id differs.
+* Only this module saves a header. Each method that takes a header and is documented to save it
+  changes it, saves it and returns it.
+* Entries are written before the header that depends on them. A crash between the two leaves entries
+  of txid + 1 under a header of txid with in-doubt attempts. The stored segment is then adopted,
+  which writes the entries again.
+* All reads and writes hold the index's lock, except for the *WAL reset record*. A WAL restart
+  writes it while it holds SQLite's write lock, and that lock alone: a restart must never wait for
+  an upload.
+* The file is accessed by plain pread and pwrite. A mapping of a truncated file would kill the
+  process.
+* An identity of the main file is settled (see `index_header`) only if this file was touched before
+  the main file's timestamps were read. This file must also have a later tick by then.
+* Correctness does not depend on this file. It is therefore synced only at a clean close. After a
+  power loss the boot id differs.
 """
 
 from __future__ import annotations
@@ -84,7 +86,8 @@ R = TypeVar("R")
 def boot_id() -> bytes:
     """Return 16 bytes that change when the machine restarts.
 
-    On a system without a boot id, every call returns different bytes. No index is then taken as proved.
+    On a system without a boot id, every call returns different bytes. No index is then taken as
+    proved.
     """
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
@@ -96,9 +99,9 @@ def boot_id() -> bytes:
 def is_index(data: bytes) -> bool:
     """Return whether a file that begins with `data` is an index, intact or damaged.
 
-    Otherwise it is a file of another program. An index may be empty, or short and all zeros after a power loss.
-    In all other cases one of these is intact: the magic, the header's checksum with the magic corrected, the
-    checksum of the WAL reset record, or the check of a page's entry.
+    Otherwise it is a file of another program. An index may be empty, or short and all zeros after a
+    power loss. In all other cases one of these is intact: the magic, the header's checksum with the
+    magic corrected, the checksum of the WAL reset record, or the check of a page's entry.
 
     Args:
         data: the first 17 KiB of the file.
@@ -131,9 +134,12 @@ class LocalIndex(FileLock):
         return is_index(os.pread(fd, _LOOK_SIZE, 0))
 
     def load(self) -> IndexHeader | None:
-        """Return the header with the last WAL reset record applied; None if the file is empty or damaged.
+        """Return the header with the last WAL reset record applied.
 
-        The result is saved. The next record then refers to the position that is on disk, and to no other.
+        Returns None if the file is empty or damaged.
+
+        The result is saved. The next record then refers to the position that is on disk, and to no
+        other.
         """
         header, record = _read(self._fd)
         if header is not None and record is not None and record.sequence > header.reset_sequence:
@@ -145,7 +151,10 @@ class LocalIndex(FileLock):
         return _read(self._fd)[1]
 
     def _save(self, header: IndexHeader) -> IndexHeader:
-        """Save the header in one write: a killed process leaves the old one or the new one."""
+        """Save the header in one write.
+
+        A killed process leaves the old header or the new one.
+        """
         data = header.encode()
         if os.pwrite(self._fd, data, 0) != len(data):
             raise OSError(f"short write to {self.path}")
@@ -154,15 +163,18 @@ class LocalIndex(FileLock):
     # --- changes of the header that are left to be saved -----------------------------------------------------------------
 
     def identify(self, header: IndexHeader, main: str) -> IndexHeader:
-        """Return `header` with the present identity of the main file at `main`; it is not saved."""
+        """Return `header`, not saved, with the present identity of the file at `main`."""
         identity, is_settled = _identify(self.path, self._fd, main, _TICK_LOOKS)
         return changed(header, identity=identity, is_settled=is_settled)
 
     def move(self, header: IndexHeader, position: WalPosition | None) -> tuple[IndexHeader, bool]:
-        """Return (`header` at `position`, whether the WAL was restarted meanwhile); it is not saved.
+        """Return (`header` at `position`, whether the WAL was restarted meanwhile).
 
-        A WAL reset record shows the restart. It refers to the WAL of the position on disk. Once that position is
-        in another WAL, the record can no longer be interpreted, so it is applied first.
+        The header is not saved.
+
+        A WAL reset record shows the restart. It refers to the WAL of the position on disk. Once
+        that position is in another WAL, the record can no longer be interpreted, so it is applied
+        first.
         """
         record = self.last_reset_record()
         if (
@@ -175,7 +187,10 @@ class LocalIndex(FileLock):
         return (changed(header, position=position) if record.after is not None else header), True
 
     def scanned(self, header: IndexHeader, position: WalPosition | None, main: str) -> IndexHeader:
-        """Return `header`, not saved, after the log has what a scan of `main` found, up to `position`."""
+        """Return `header`, not saved, as it is after a scan of `main`.
+
+        The log must have what the scan found, up to `position`.
+        """
         header, has_gone_on = self.move(header, position)
         if has_gone_on:
             return header.needing_scan()
@@ -204,7 +219,7 @@ class LocalIndex(FileLock):
         return header
 
     def mark_being_replaced(self, header: IndexHeader, state: int) -> IndexHeader:
-        """Save that the file, which is at the earlier `state`, is to be replaced by the head."""
+        """Save that the head is to replace the file, which is at the earlier `state`."""
         return self._save(changed(header, state=state, needs_scan=True))
 
     def mark_restored(self, header: IndexHeader, main: str, change_counter: int) -> IndexHeader:
@@ -212,7 +227,10 @@ class LocalIndex(FileLock):
         return self._save(changed(self.identify(header, main), change_counter=change_counter))
 
     def disown(self, header: IndexHeader) -> IndexHeader:
-        """Save that the file does not come from the state of `header`; `reclaim` undoes it."""
+        """Save that the file does not come from the state of `header`.
+
+        `reclaim` undoes it.
+        """
         return self._save(changed(header, identity=None, needs_scan=True))
 
     def reclaim(self, header: IndexHeader) -> IndexHeader:
@@ -237,8 +255,8 @@ class LocalIndex(FileLock):
         The last in-doubt attempt is this one.
         """
         if header.txid == 0:
-            # If the answer is lost and the WAL is removed before the next open, this identity proves that the file
-            # continues from what was stored.
+            # If the answer is lost and the WAL is removed before the next open, this identity
+            # proves that the file continues from what was stored.
             header = changed(self.identify(header, main), change_counter=change_counter, needs_scan=True)
         last = header.in_doubt[-1] if header.in_doubt else None
         if last is None or not last.attempt or last.post_hash != post_hash:  # else it is a retry of the same attempt
@@ -264,7 +282,9 @@ class LocalIndex(FileLock):
         change_counter: int,
         noted: Sequence[Attempt] = (),
     ) -> IndexHeader:
-        """Update the index from a stored segment: page hashes first, then the header that depends on them.
+        """Update the index from a stored segment.
+
+        Page hashes are written first, then the header that depends on them.
 
         The attempts in `noted` stay in doubt.
         """
@@ -288,7 +308,10 @@ class LocalIndex(FileLock):
         )
 
     def advance_page_objects(self, header: IndexHeader, upto: int | None = None) -> IndexHeader:
-        """Save that the page objects of all commits up to `upto` were put (None: as `header` says)."""
+        """Save that the page objects of all commits up to `upto` were put.
+
+        None: up to the view txid of `header`.
+        """
         view_txid = header.view_txid if upto is None else upto
         return self._save(changed(header, view_txid=view_txid, view_size=max(header.view_size, header.db_size)))
 
@@ -304,7 +327,10 @@ class LocalIndex(FileLock):
         return self._save(header.pages_postponed(header.txid))
 
     def advance_backlog(self, header: IndexHeader, before: Backlog, cursor: int, db_size: int) -> IndexHeader:
-        """Save that the pages of the backlog `before` were put up to `cursor`, of `db_size` pages."""
+        """Save that the pages of the backlog `before` were put up to `cursor`.
+
+        `db_size` is the size of the database in pages at that state.
+        """
         backlog = header.backlog
         if backlog == before:
             backlog = before._replace(cursor=cursor) if cursor <= db_size else None
@@ -345,16 +371,17 @@ class LocalIndex(FileLock):
     ) -> None:
         """Write the next WAL reset record of the index at `path`, if the index exists.
 
-        The caller must hold SQLite's write lock, so that it is the only writer of records. If the header cannot be
-        read, the record requests a scan.
+        The caller must hold SQLite's write lock, so that it is the only writer of records. If the
+        header cannot be read, the record requests a scan.
 
         Args:
             path: the index.
             main: the main file.
-            judge: called with the present header and the identity of the file at `main`. It returns (position
-                after the restart, covered, witnessed), or None to write nothing.
-            is_last: the WAL is removed, and from then on the identity alone shows whether the file was written to.
-                It is worth waiting some milliseconds until the identity is settled: the lock keeps writers out.
+            judge: called with the present header and the identity of the file at `main`. It returns
+                (position after the restart, covered, witnessed), or None to write nothing.
+            is_last: the WAL is removed, and from then on the identity alone shows whether the file
+                was written to. It is worth waiting some milliseconds until the identity is settled:
+                the lock keeps writers out.
         """
 
         def write(fd: int) -> None:
@@ -381,7 +408,10 @@ class LocalIndex(FileLock):
 
     @staticmethod
     def ask_for_scan(path: str) -> None:
-        """Write a WAL reset record that invalidates any position. Otherwise as `write_reset_record`."""
+        """Write a WAL reset record that invalidates any position.
+
+        Otherwise as `write_reset_record`.
+        """
 
         def write(fd: int) -> None:
             header, last = _read(fd)
@@ -406,13 +436,17 @@ def _header(fd: int) -> IndexHeader | None:
 
 
 def _identify(path: str, fd: int, main: str, looks: int) -> tuple[Identity | None, bool]:
-    """Return (identity of the file at `main`, whether it is settled); `fd` is the index at `path`."""
+    """Return (identity of the file at `main`, whether it is settled).
+
+    `fd` is the index at `path`.
+    """
     identity = None
     for look in range(looks):
         if look >= _TICK_LOOKS:
             time.sleep(_LOOK_SECONDS)
         os.utime(fd)
-        # Keep this order: a write after the second stat is of the witness's tick, or of a later one.
+        # Keep this order: a write after the second stat is of the witness's tick, or of a later
+        # one.
         witness = Identity.of(path)
         identity = Identity.of(main)
         if identity is None or identity.is_settled_by(witness):
@@ -421,7 +455,10 @@ def _identify(path: str, fd: int, main: str, looks: int) -> tuple[Identity | Non
 
 
 def _with_file(path: str, flags: int, function: Callable[[int], R]) -> R | None:
-    """Call `function` with a descriptor of the file at `path`; return None if it is not a regular file."""
+    """Call `function` with a descriptor of the file at `path`.
+
+    Returns None if it is not a regular file.
+    """
     try:
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
@@ -435,9 +472,9 @@ def _with_file(path: str, flags: int, function: Callable[[int], R]) -> R | None:
 
 
 def _with_own_file(path: str, write: Callable[[int], None]) -> None:
-    """Call `write` with the index at `path`, unless a file of another program has replaced it.
+    """Call `write` with the index at `path`, unless it is not an index any more.
 
-    Such a file has no readable header. The next batch therefore classifies the local state anew.
+    Such a file has no readable header. The next batch therefore classifies the local state again.
     """
 
     def checked(fd: int) -> None:

@@ -1,7 +1,8 @@
 """Rebuild the local index of a state that is the head.
 
-The page hashes come from the tables of the log alone, or from the local file if that is the head. Either way
-they are accepted only if they give the head's state hash. The header is returned, not saved.
+The page hashes come from the tables of the log alone, or from the local file if that is the head.
+Either way they are accepted only if they give the head's state hash. The header is returned, not
+saved.
 """
 
 from __future__ import annotations
@@ -146,7 +147,10 @@ def rebuild_index_from_file(
 
 
 def _note_missed(history: RemoteLog, index: LocalIndex, chain: Sequence[SegmentInfo], head: Head) -> bool:
-    """Record which segments of `chain` changed each page last. Return False if one of them is gone."""
+    """Record which segments of `chain` changed each page last.
+
+    Returns False if one of them is gone.
+    """
     for edge in chain:
         segment = history.segment(edge.pre, edge.post)
         if segment is None:

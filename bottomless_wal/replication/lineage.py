@@ -1,6 +1,7 @@
 """Classify a local state against the history of its database.
 
-The evidence is the content: the state hash, the position in the WAL, and the records of the local index.
+The evidence is the content: the state hash, the position in the WAL, and the records of the local
+index.
 
     AT_HEAD   the state hash is that of the head
     BEHIND    a segment lists the state hash, or the position in the WAL: after a power loss, or in an
@@ -12,11 +13,12 @@ The evidence is the content: the state hash, the position in the WAL, and the re
               ended. Or it is the next WAL after that one, and the main file below it is the head
     DIVERGED  anything else
 
-AHEAD is checked before BEHIND: local commits may have led back to bytes of an earlier state. An old disk
-image or an old backup does not have the evidence for AHEAD: a WAL, a recorded identity or a recorded state.
+AHEAD is checked before BEHIND: local commits may have led back to bytes of an earlier state. An old
+disk image or an old backup does not have the evidence for AHEAD: a WAL, a recorded identity or a
+recorded state.
 
-An old backup beside a newer WAL can pass for AHEAD. The scan that follows detects it: a page has changed
-that has no frame in the WAL. The state is then looked up as BEHIND after all.
+An old backup beside a newer WAL can pass for AHEAD. The scan that follows detects it: a page has
+changed that has no frame in the WAL. The state is then looked up as BEHIND after all.
 """
 
 from __future__ import annotations
@@ -59,7 +61,10 @@ class Lineage(Enum):
 
 
 class Place(NamedTuple):
-    """The relation of a local state to a history; its txid if it is BEHIND and the log lists it."""
+    """The relation of a local state to a history.
+
+    `txid`: the txid of a state that is BEHIND, if the log lists it.
+    """
 
     relation: Lineage
     txid: int | None = None
@@ -84,7 +89,8 @@ def local_state(local: LocalDatabase, known: IndexHeader | None) -> LocalState:
 
     Args:
         local: the local database.
-        known: an index header that is proved. It makes the scan unnecessary when nothing is pending.
+        known: an index header that is proved. It makes the scan unnecessary when nothing is
+            pending.
 
     Raises:
         SnapshotInvalidated, CorruptionError: as `LocalDatabase.pages`.
@@ -141,7 +147,8 @@ def classify(
     txid = earlier_txid(found, segments_reaching(edges, head.txid), history, width)
     if txid is not None:
         return Place(Lineage.BEHIND, txid)
-    # Load it again: the search took time, and a WAL restart writes its WAL reset record without the index's lock.
+    # Load it again: the search took time, and a WAL restart writes its WAL reset record without the
+    # index's lock.
     header = _header_of(index, remote_id)
     if header is not None and header.index_state is IndexState.BEING_REPLACED and header.state == found.state:
         return Place(Lineage.BEHIND)  # a fast-forward was interrupted after its WAL was removed
@@ -156,17 +163,20 @@ def _header_of(index: LocalIndex, remote_id: bytes) -> IndexHeader | None:
 
 
 def _end_of(head: Head, edges: Sequence[SegmentInfo], history: RemoteLog) -> WalPosition | None:
-    """Return the WAL position at which the commit of the head ended; None if its segment lists none."""
+    """Return the WAL position at which the commit of the head ended.
+
+    Returns None if its segment does not list it.
+    """
     last = newest(edges)
     header = history.header(last.pre, last.post)
     return header.positions[-1] if header is not None and header.post == head.txid and header.positions else None
 
 
 def _outruns(found: LocalState, ended: WalPosition | None, local: LocalDatabase) -> bool:
-    """Return whether the local WAL holds the commit of the head, and further commits after it.
+    """Return whether the local WAL holds the head's commit, and later commits.
 
-    The local state then continues from the head, even if it has the same bytes as an earlier state. An old
-    disk image or an old backup does not have such a WAL.
+    The local state then continues from the head, even if it has the same bytes as an earlier state.
+    An old disk image or an old backup does not have such a WAL.
     """
     if ended is None or found.position is None:
         return False
@@ -174,9 +184,10 @@ def _outruns(found: LocalState, ended: WalPosition | None, local: LocalDatabase)
 
 
 def _was_left_so(found: LocalState, head: Head, header: IndexHeader, local: LocalDatabase) -> bool:
-    """Return whether the file is as it was when its WAL was removed with commits not stored.
+    """Return whether the file is as its removed WAL left it, with unstored commits.
 
-    The index was at the head at that time. The commits may have led back to the bytes of an earlier state.
+    The index was at the head at that time. The commits may have led back to the bytes of an earlier
+    state.
     """
     if (header.txid, header.state) != (head.txid, head.state):
         return False
@@ -185,21 +196,21 @@ def _was_left_so(found: LocalState, head: Head, header: IndexHeader, local: Loca
 
 
 def _is_known_pending(found: LocalState, head: Head, header: IndexHeader) -> bool:
-    """Return whether the index recorded this state as reached from the head by local commits.
+    """Return whether the index recorded this state as pending after the head.
 
-    An attempt to store the state failed, or a close left it pending. The content is sufficient evidence,
-    whatever happened to the timestamps and the WAL. A file that a reset is about to make the head has no
-    identity in the index.
+    An attempt to store the state failed, or a close left it pending. The content is sufficient
+    evidence, whatever happened to the timestamps and the WAL. A file that a reset is about to make
+    the head has no identity in the index.
     """
     is_at_head = (header.txid, header.state) == (head.txid, head.state)
     return is_at_head and header.identity is not None and any(found.state == intent.post_hash for intent in header.in_doubt)
 
 
 def earlier_txid(found: LocalState, edges: Iterable[SegmentInfo], history: RemoteLog, width: int) -> int | None:
-    """Return the txid that `edges` list for the local state; None if they do not list it.
+    """Return the txid that `edges` list for the local state, or None.
 
-    A position in a WAL identifies the segment that holds the commit. The txid at the end of that segment is
-    returned.
+    A position in a WAL identifies the segment that holds the commit. The txid at the end of that
+    segment is returned.
 
     Args:
         found: the local state.
@@ -245,11 +256,11 @@ def _listed(edges: Sequence[SegmentInfo], history: RemoteLog, width: int) -> Ite
 
 
 def _descends(found: LocalState, head: Head, header: IndexHeader, local: LocalDatabase) -> bool:
-    """Return whether the index was at the head, and this file provably continues from there.
+    """Return whether the index was at the head, and this file continues from there.
 
-    The proof is a WAL that continues, or the recorded identity. Without either, an old backup that was copied
-    over the file looks the same as a file that another program has written to. The change counter seldom
-    moves in WAL mode.
+    The proof is a WAL that continues, or the recorded identity. Without either, an old backup that
+    was copied over the file looks the same as a file that another program has written to. The
+    change counter seldom moves in WAL mode.
     """
     now = Identity.of(local.path)
     if header.identity is None or now is None or (header.txid, header.state) != (head.txid, head.state):
@@ -264,7 +275,8 @@ def _descends(found: LocalState, head: Head, header: IndexHeader, local: LocalDa
         if wal is not None and wal.position() == header.successor:
             return True  # every restart since then left a record, and no commit after it is stored
     if known is None:
-        # There was no WAL. One that exists now was started on the file as it was then, or on the head.
+        # There was no WAL. One that exists now was started on the file as it was then, or on the
+        # head.
         return header.identifies(local.path) or (position is not None and _is_head_without_wal(head, local))
     if position is None:
         return False  # the WAL that contained the position was removed without a WAL reset record
@@ -277,9 +289,10 @@ def _descends(found: LocalState, head: Head, header: IndexHeader, local: LocalDa
 def _continues(head: Head, ended: WalPosition | None, local: LocalDatabase) -> bool:
     """Return whether the local WAL continues from the commit of the head.
 
-    It does if it begins with the same frames with which the commit of the head ended. It also does if it is
-    the next WAL after that one, and the main file is the head. The second case occurs when the first commit
-    to a restarted WAL was not stored, and a power loss destroyed the local index or left an older one on disk.
+    It does if it begins with the same frames with which the commit of the head ended. It also does
+    if it is the next WAL after that one, and the main file is the head. The second case occurs when
+    the first commit to a restarted WAL was not stored. In addition, a power loss destroyed the
+    local index, or left an older one on disk.
     """
     if ended is None:
         return False
@@ -290,7 +303,10 @@ def _continues(head: Head, ended: WalPosition | None, local: LocalDatabase) -> b
 
 
 def _is_head_without_wal(head: Head, local: LocalDatabase) -> bool:
-    """Return whether the main file alone, before any checkpoint of its WAL, is the head."""
+    """Return whether the main file alone is the head.
+
+    It is not if a checkpoint of its WAL has begun.
+    """
     with local.read_transaction():
         tip = local.tip()
         if tip.header is None or tip.backfilled or tip.header.page_size != head.page_size:

@@ -1,6 +1,7 @@
 """Check that the log still leads to its head.
 
-Objects may expire, or be deleted, below a head that commits continue from. No commit would detect that.
+Objects may expire, or be deleted, below a head that commits continue from. No commit would detect
+that.
 
     open     check the keys, and the first segment of the chain to the head: a few requests
     daily    a thorough check by the upkeep's thread: every segment of the chain, and its body; also at once if
@@ -10,12 +11,13 @@ Objects may expire, or be deleted, below a head that commits continue from. No c
 
 Invariants:
 
-* A gap is an error that names the first missing or wrong object. It stays in `LogCheck.error`, and so in
-  `status()`, until it is mended.
-* The snapshot is read in a read transaction of its own, outside the index's lock, so commits continue. It is
-  stored only if the pages that were read give the state hash that the log has at that txid.
-* A chain that pruning by another process interrupts at that moment is not a gap. The log is listed again
-  before a gap is reported.
+* A gap is an error that names the first missing or wrong object. It stays in `LogCheck.error`, and
+  so in `status()`, until it is mended.
+* The snapshot is read in a read transaction of its own, outside the index's lock, so commits
+  continue. It is stored only if the pages that were read give the state hash that the log has at
+  that txid.
+* A chain that pruning by another process interrupts at that moment is not a gap. The log is listed
+  again before a gap is reported.
 """
 
 from __future__ import annotations
@@ -68,8 +70,9 @@ class Finding(Enum):
 class LogCheck:
     """Check the log of one open database, and mend it.
 
-    `reader` opens a second reader of the local file. `finding` is the result of the last check. `error` is the gap
-    that a thorough check has found, until it is mended. `repairs` counts the snapshots that mended a gap.
+    `reader` opens a second reader of the local file. `finding` is the result of the last check.
+    `error` is the gap that a thorough check has found, until it is mended. `repairs` counts the
+    snapshots that mended a gap.
     """
 
     def __init__(self, replicator: Replicator, reader: Callable[[], LocalDatabase]) -> None:
@@ -84,7 +87,8 @@ class LogCheck:
         """Check with few requests whether a chain leads to the head.
 
         Args:
-            listed: all segments of the log, as the open has just listed them; None if they are too many for one request.
+            listed: all segments of the log, as the open has just listed them; None if they are too
+                many for one request.
             txid: the head's.
 
         Raises:
@@ -104,7 +108,8 @@ class LogCheck:
         Raises:
             BottomlessError: the log could not be read, or not be mended; `error` has the gap.
         """
-        # If the open had too many objects to check, keys and base are sufficient here. The segments are checked once a day.
+        # If the open had too many objects to check, keys and base are sufficient here. The segments
+        # are checked once a day.
         self.error = find_gap(self._history, throttle, is_thorough=self.finding is not Finding.OPEN)
         self.finding = Finding.SOUND if self.error is None else Finding.GAP
         if self.error is None:
@@ -163,7 +168,7 @@ class LogCheck:
         )
 
     def _pinned_state(self, reader: LocalDatabase, held: contextlib.ExitStack) -> tuple[IndexHeader, WalState] | None:
-        """Store what is pending, then hold a snapshot in `reader` of the state that the index is at.
+        """Store what is pending, then hold a snapshot of that state in `reader`.
 
         Returns None if a commit came in between.
         """
@@ -185,7 +190,8 @@ class LogCheck:
         Returns False if the local files changed meanwhile.
 
         Raises:
-            ReplicationError: the segment exists, and is not sound. The state after the next commit can be stored.
+            ReplicationError: the segment exists, and is not sound. The state after the next commit
+                can be stored.
         """
         history, state = self._history, 0
         key = keys.segment_key(history.name, 0, header.txid)
@@ -225,7 +231,8 @@ class LogCheck:
             commits=(CommitRecord(header.txid, header.state, time_ms),),
             body=staged.body,
         )
-        # If the key exists, another process stored it first; the check that follows shows whether it mends the log.
+        # If the key exists, another process stored it first; the check that follows shows whether
+        # it mends the log.
         return history.append(made, staged.blocks).created
 
 
@@ -235,8 +242,8 @@ class LogCheck:
 def find_gap(history: RemoteLog, throttle: Callable[[], None] = _on, *, is_thorough: bool = True) -> RestoreError | None:
     """Return why the head of `history` cannot be restored.
 
-    Returns None if every segment of some chain to the head exists and fits. Pages are not read: `verify` with
-    `deep` does that.
+    Returns None if every segment of some chain to the head exists and fits. Pages are not read:
+    `verify` with `deep` does that.
 
     Raises:
         StoreError: the log could not be read.
@@ -300,7 +307,9 @@ def _first_wrong(
 
 
 def _sound_header(history: RemoteLog, edge: SegmentInfo) -> SegmentHeader | str:
-    """Return the header of `edge`, or what is missing: the segment itself, or the body that it names.
+    """Return the header of `edge`, or a message that names what is missing.
+
+    Missing is the segment itself, or the body that it names.
 
     Raises:
         CorruptionError: it is damaged.

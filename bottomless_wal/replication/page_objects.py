@@ -1,4 +1,4 @@
-"""Put the page objects: the latest committed content of every page, one object each.
+"""Put the page objects: one object with the latest content of every page.
 
 They are written after the log.
 
@@ -8,16 +8,17 @@ They are written after the log.
 
 Invariants:
 
-* Only what is in the log is put. A page is put only while its hash is the one that the local index recorded from a
-  stored segment. A page that has changed locally since is skipped, and stays due. The commit that carries the change
-  puts it. If the page was changed back before the change was stored, no commit carries it, and a later turn puts it.
-* Only one operation per key runs at a time. Putting or deleting page objects requires the *view lock*,
-  `<db>-bottomless-view`, which is taken before the index's lock. A turn of `page_object_writer` releases the index's
-  lock during its requests, so that commits continue.
-* "The view is complete up to v" (`IndexHeader.view_complete`) means: the object of every page that has not changed
-  since v is current. It is never claimed early. Only the log is authoritative.
-* Objects past the end of a database that has shrunk are deleted later, off the commit path. There a late DELETE cannot
-  hit a page that has come back.
+* Only what is in the log is put. A page is put only while its hash is the one that the local index
+  recorded from a stored segment. A page that has changed locally since is skipped, and stays due.
+  The commit that carries the change puts it. If the page was changed back before the change was
+  stored, no commit carries it, and a later turn puts it.
+* Only one operation per key runs at a time. Putting or deleting page objects requires the *view
+  lock*, `<db>-bottomless-view`, which is taken before the index's lock. A turn of
+  `page_object_writer` releases the index's lock during its requests, so that commits continue.
+* "The view is complete up to v" (`IndexHeader.view_complete`) means: the object of every page that
+  has not changed since v is current. It is never claimed early. Only the log is authoritative.
+* Objects past the end of a database that has shrunk are deleted later, off the commit path. There a
+  late DELETE cannot hit a page that has come back.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ _MISSED_BYTES: Final = 16 << 20
 
 
 class Turn(NamedTuple):
-    """Pages of the backlog to put now, as of the state in `header`. The next turn starts at `cursor`."""
+    """Pages of the backlog to put now, as of the state in `header`.
+
+    The next turn starts at `cursor`.
+    """
 
     pages: list[Page]
     header: IndexHeader
@@ -82,7 +86,8 @@ class PageObjects:
     ) -> IndexHeader:
         """Put the pages of the commit that the index has just recorded.
 
-        This happens only with ack=pages, where the committer waits for it. Otherwise a turn does it.
+        This happens only with ack=pages, where the committer waits for it. Otherwise a turn does
+        it.
 
         Args:
             header: the index's header, at that commit.
@@ -111,13 +116,16 @@ class PageObjects:
         return self.index.advance_page_objects(header, header.txid)
 
     def postpone(self, header: IndexHeader) -> IndexHeader:
-        """Leave the page objects of a commit that carries the whole database to the background."""
+        """Leave the page objects of the commit just recorded to the background.
+
+        The commit carries the whole database.
+        """
         if self.config.pages == "commit":
             return self.index.postpone_page_objects(header, view_size=UNKNOWN_SIZE)
         return header
 
     def catch_up(self, header: IndexHeader) -> IndexHeader:
-        """Put the page objects that earlier commits have missed; do nothing unless ack=pages.
+        """Put the page objects that earlier commits have missed, if ack=pages.
 
         A committer may be waiting for them. Call it within a read transaction.
 
@@ -141,11 +149,16 @@ class PageObjects:
         return self.config.pages != "off" and (header.backlog is not None or header.view_txid < header.txid)
 
     def locked_to_commit(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the view lock if commits put page objects themselves (ack=pages). Take it before the index's lock."""
+        """Hold the view lock if commits put page objects themselves (ack=pages).
+
+        Take it before the index's lock.
+        """
         return self.lock.locked() if self.config.ack == "pages" else contextlib.nullcontext()
 
     def choose(self, header: IndexHeader, tip: WalState, *, most: int) -> Turn | None:
-        """Choose up to `most` pages to put next, from the backlog and from the commits until now.
+        """Choose up to `most` pages to put next.
+
+        They are of the backlog, and of what commits have left until now.
 
         Call it within a read transaction.
 
@@ -153,7 +166,8 @@ class PageObjects:
             SnapshotInvalidated: see `LocalDatabase.page`.
         """
         if header.backlog is None:
-            # A pass has a fixed end. Pages that change meanwhile wait for the next pass; otherwise no pass would ever end.
+            # A pass has a fixed end. Pages that change meanwhile wait for the next pass; otherwise
+            # no pass would ever end.
             header = self.index.postpone_page_objects(header)
         backlog = header.backlog
         if backlog is None:
@@ -170,7 +184,8 @@ class PageObjects:
                     break
         passed: list[int] = []
         pages = list(self._current(header, tip, chosen, passed))
-        # A skipped page may be changed back before the change is stored. Then no commit carries it, and this backlog must put it.
+        # A skipped page may be changed back before the change is stored. Then no commit carries it,
+        # and this backlog must put it.
         return Turn(pages, header, backlog, min(passed, default=cursor))
 
     def put_turn(self, turn: Turn) -> None:
@@ -190,7 +205,7 @@ class PageObjects:
         return self.index.advance_backlog(header, turn.backlog, turn.cursor, turn.header.db_size)
 
     def finish(self, header: IndexHeader) -> None:
-        """Put what the last commits have left; if it is much, it joins the backlog instead.
+        """Put what the last commits have left, or add it to the backlog if it is much.
 
         Call it within a read transaction.
 
@@ -228,7 +243,9 @@ class PageObjects:
         self.index.record_sweep(header)
 
     def _put_missed(self, header: IndexHeader, *, upto: int) -> IndexHeader:
-        """Put the pages of the commits in (view txid, upto]; if they are too many, they join the backlog.
+        """Put the pages of the commits in (view txid, upto].
+
+        If they are too many, they join the backlog.
 
         The header is not saved.
         """
@@ -267,8 +284,9 @@ class PageObjects:
             if page is not None and page_hash(pgno, page.data) == known:
                 yield page
             elif tip.header is not None and not self.local.unchanged(tip.header):
-                # A read transaction does not protect the frames of a WAL that is wholly checkpointed. The frame that was read
-                # belongs to another page, and this page did not change.
+                # A read transaction does not protect the frames of a WAL that is wholly
+                # checkpointed. The frame that was read belongs to another page, and this page did
+                # not change.
                 raise SnapshotInvalidated(f"the WAL of {self.local.path} was restarted while page objects were put")
             else:
                 passed.append(pgno)

@@ -1,7 +1,7 @@
 """Open a database: bring the local file and the remote history together.
 
-As with Git's fast-forward, the relation of the two decides. `recovery_plan` has the table of actions, and
-`recovery_actions` carries them out.
+As with Git's fast-forward, the relation of the two decides. `recovery_plan` has the table of
+actions, and `recovery_actions` carries them out.
 
 Invariants:
 
@@ -46,7 +46,10 @@ _LISTED: Final = 1000  # objects that one request lists; a short log is listed c
 
 
 class Recovery:
-    """Recovery at open of one database. The index of `replicator` must be locked by the caller."""
+    """Recovery at open of one database.
+
+    The caller must hold the lock of the index of `replicator`.
+    """
 
     def __init__(self, replicator: Replicator, *, policy: str, progress: Progress | None = None) -> None:
         self.replicator = replicator
@@ -65,14 +68,19 @@ class Recovery:
 
     @property
     def goes_on(self) -> bool:
-        """Return whether the log continues from a head whose segments this open has not checked.
+        """Return whether the log continues from a head that this open has not checked.
+
+        The segments that lead to the head were not checked.
 
         This open has neither restored the head nor stored the whole database.
         """
         return self.action in (Action.RESUME, Action.CATCH_UP, Action.KEEP_LOCAL)
 
     def run(self, *, reset: bool = False) -> IndexHeader:
-        """Run the recovery; run it again if other processes changed the WAL meanwhile. See `_run`."""
+        """Run the recovery.
+
+        Runs `_run` again if other processes changed the WAL meanwhile.
+        """
         for _ in range(_LOOKS):
             try:
                 return self._run(reset=reset)
@@ -93,12 +101,14 @@ class Recovery:
         """Carry out the row of the table that applies.
 
         Args:
-            reset: make the local file the head, whatever its relation to the history. Never done with an empty file.
+            reset: make the local file the head, whatever its relation to the history. Never done
+                with an empty file.
 
         Raises:
             ConflictError: the policy is `error` and the local file is not a state of the history.
             ConflictError: the local file must be replaced, and a process has it open.
-            RestoreError: the head cannot be restored. No segments may lead from the local file's state to it.
+            RestoreError: the head cannot be restored. No segments may lead from the local file's
+                state to it.
             StoreError, CorruptionError: nothing was changed.
         """
         path = self.local.path
@@ -129,7 +139,8 @@ class Recovery:
     def _remote(self, found: Situation, empty: bool) -> Remote:
         if found.known_head is not None:
             return Remote.HISTORY
-        # Listing the page objects fails if the bucket is missing. It must not pass for an empty one.
+        # Listing the page objects fails if the bucket is missing. It must not pass for an empty
+        # one.
         return Remote.PAGES if empty and self._has_pages() else Remote.NOTHING
 
     def _place(self, found: Situation, known: IndexHeader | None) -> Situation:
@@ -166,7 +177,8 @@ class Recovery:
         try:
             return self._actions.catch_up(found)
         except ConflictError:
-            # A page changed that has no frame in the WAL: the local file does not come from the head after all.
+            # A page changed that has no frame in the WAL: the local file does not come from the
+            # head after all.
             leading = segments_reaching(found.edges, found.head.txid)
             txid = earlier_txid(found.local, leading, self.history, self.replicator.config.concurrency)
             if txid is not None:

@@ -42,7 +42,9 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """The findings of recovery at open. The optional fields are set where the action needs them.
+    """The findings of recovery at open.
+
+    The optional fields are set where the action needs them.
 
     `listed_ms`: when the listing showed `head` as the head, in milliseconds since 1970.
     """
@@ -70,16 +72,25 @@ class Situation:
 
     @property
     def earlier(self) -> int | None:
-        """Return the txid of the earlier state that the local file is at; None if the log does not list it."""
+        """Return the txid of the earlier state that the local file is at.
+
+        Returns None if the log does not list it.
+        """
         return self.place.txid if self.place is not None else None
 
     def now(self, path: str) -> Situation:
-        """Return this situation with the identity that the file at `path` has after a change made here."""
+        """Return this situation with the present identity of the file at `path`.
+
+        Call it after a change to the file that was made here.
+        """
         return replace(self, identity=Identity.of(path))
 
 
 class Actions:
-    """The actions of recovery at open. The index of `replicator` must be locked by the caller."""
+    """The actions of recovery at open.
+
+    The caller must hold the lock of the index of `replicator`.
+    """
 
     def __init__(self, replicator: Replicator, progress: Progress | None) -> None:
         self.replicator = replicator
@@ -90,7 +101,8 @@ class Actions:
 
     def start(self, found: Situation) -> IndexHeader:
         """Start with an empty index: the first commit is 0 -> 1."""
-        # Leave the files beside an empty database file to SQLite: another process may be creating the database now.
+        # Leave the files beside an empty database file to SQLite: another process may be creating
+        # the database now.
         if not os.path.exists(self.local.path):
             quarantine_sidecar_files(self.local.path)
         self.replicator.is_paused = True
@@ -149,23 +161,27 @@ class Actions:
         self._convert()
         self.replicator.is_paused = True
         header = self._learn(self.replicator.fresh(), found)
-        # Without an identity the file is not AHEAD of the head until a commit is stored. The next open applies the policy again.
+        # Without an identity the file is not AHEAD of the head until a commit is stored. The next
+        # open applies the policy again.
         return self.index.mark_open(header.needing_scan())
 
     def fast_forward(self, found: Situation) -> IndexHeader:
         """Replace the local file, which is an earlier state, by the head.
 
-        The file is at `found.earlier`. None: a fast-forward was interrupted, so the txid is not known.
+        The file is at `found.earlier`. None: a fast-forward was interrupted, so the txid is not
+        known.
         """
-        # The position in the WAL may be the only evidence that this is an earlier state, and it is lost before the file is
-        # replaced. The state hash in the index takes its place (see `lineage`).
+        # The position in the WAL may be the only evidence that this is an earlier state, and it is
+        # lost before the file is replaced. The state hash in the index takes its place (see
+        # `lineage`).
         txid, state = found.earlier, found.local.state
         self.local.close()
         with exclusive_access(self.local.path):
             pass  # fail before the index changes: a process that has the file open needs the index
         header = self.index.mark_being_replaced(self.replicator.unknown(), state)
         self.index.pages.clear()
-        # Checkpoint before the WAL is removed: a crash in between then leaves an earlier state, not a torn file.
+        # Checkpoint before the WAL is removed: a crash in between then leaves an earlier state, not
+        # a torn file.
         with self._plain() as connection:
             connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
             connection.execute("PRAGMA schema_version").fetchall()  # a connection that has never read checkpoints nothing
@@ -186,7 +202,10 @@ class Actions:
         return self._restore(found)
 
     def _restore(self, found: Situation, header: IndexHeader | None = None, place: str = "") -> IndexHeader:
-        """Replace the local file by the head. `place` describes the state of a file that is not empty."""
+        """Replace the local file by the head.
+
+        `place` describes the state of a file that is not empty.
+        """
         width, path = self.replicator.config.concurrency, shlex.quote(self.local.path)
         with self._alone(found), scratch(self.local.path, self.index.pages) as into:
             header = header or self.replicator.fresh()
@@ -205,7 +224,8 @@ class Actions:
             rebuilt = rebuild_from_pages(self.history, into, width=self.replicator.config.concurrency, progress=self.progress)
             if rebuilt is None:
                 raise StoreError(f"the page objects of {self.history.name!r} vanished while they were looked at", hint="Try again.")
-            # Without an identity the next open after a crash stores the first segment of the new log, at this txid.
+            # Without an identity the next open after a crash stores the first segment of the new
+            # log, at this txid.
             header = self.index.begin_rebased(header, rebuilt.txid, rebuilt.state)
             self.local.close()
             replace_atomically(into.path, into.fd, self.local.path)
@@ -215,7 +235,10 @@ class Actions:
     # --- their parts ---------------------------------------------------------------------------------------------------
 
     def _say_what_is_gone(self) -> None:
-        """Log an error if the index records a history and the bucket has none: its objects were deleted or expired."""
+        """Log an error if the index records a history and the bucket has none.
+
+        The objects of the history were deleted, or have expired.
+        """
         before = self.index.load()
         if before is not None and before.remote_id == self.replicator.remote_id and before.txid:
             logger.error(
@@ -251,18 +274,22 @@ class Actions:
             connection.close()
 
     def _take_over(self, found: Situation) -> IndexHeader:
-        """Rebuild an index that was lost or stale. The local file is the head, or comes from it."""
+        """Rebuild an index that was lost or stale.
+
+        The local file is the head, or comes from it.
+        """
         local, head = found.local, found.head
         before = self.index.load()
         header = self.replicator.unknown()
-        # After a crash or a store error this header keeps the evidence that the file comes from the head.
-        # It also requests that the entries are rebuilt.
+        # After a crash or a store error this header keeps the evidence that the file comes from the
+        # head. It also requests that the entries are rebuilt.
         header = self.index.identify(header.at(*head), self.local.path)
         if before is not None and before.remote_id != header.remote_id:
             before = None
         position = before.position if before is not None and before.txid <= head.txid else None
         if before is None and local.state != head.state:
-            # The evidence is the WAL, which begins with the head's frames. Every page that differs has a frame after them.
+            # The evidence is the WAL, which begins with the head's frames. Every page that differs
+            # has a frame after them.
             last = self.history.header(*newest(found.edges)[:2])
             position = last.positions[-1] if last is not None and last.positions else None
         change_counter = min(local.change_counter, before.change_counter) if before is not None else local.change_counter
@@ -285,7 +312,9 @@ class Actions:
 
     @contextlib.contextmanager
     def _alone(self, found: Situation) -> Iterator[None]:
-        """Hold exclusive access to the file, which must be unchanged since the decision was made.
+        """Hold exclusive access to the file.
+
+        The file must be unchanged since the decision was made.
 
         Raises:
             SnapshotInvalidated: the file has changed.
@@ -297,7 +326,10 @@ class Actions:
             yield
 
     def _begin_at(self, header: IndexHeader) -> IndexHeader:
-        """Store the first segment of a new log, the snapshot 0 -> txid of `header`. The txids continue."""
+        """Store the first segment of a new log: the snapshot 0 -> txid of `header`.
+
+        The txids continue.
+        """
         return self.index.mark_open(self.replicator.upload_rebased(header))
 
     def _put_in_place(self, into: Scratch, rebuilt: Rebuilt, header: IndexHeader, proved_ms: int) -> IndexHeader:
@@ -313,7 +345,8 @@ class Actions:
             proved_ms=proved_ms,
         )
         header = self.index.identify(header, path)
-        # Until a connection of this process reads, a write by another program changes nothing but the timestamps.
+        # Until a connection of this process reads, a write by another program changes nothing but
+        # the timestamps.
         is_untouched = header.identity is not None and header.identity[1:4] == (
             made.st_ino,
             rebuilt.page_size * rebuilt.db_size,
@@ -331,7 +364,10 @@ class Actions:
 
 
 def cut_off(path: str, place: str, cause: RestoreError) -> RestoreError:
-    """Return the error for a local file at `path`, at `place`, that cannot be moved to the head."""
+    """Return the error for a local file that cannot be moved to the head.
+
+    The file at `path` is at `place` of its history.
+    """
     quoted = shlex.quote(path)
     return RestoreError(
         f"{path} is at {place} of its history and cannot be moved forward to the head: {cause.message.rstrip('.')}. "

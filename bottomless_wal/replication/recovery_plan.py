@@ -1,4 +1,6 @@
-"""Decide what recovery at open does, from the relation of the local state to the remote history.
+"""Decide what recovery at open does.
+
+The relation of the local state to the remote history decides.
 
 The logic is Git's fast-forward logic, as a pure function.
 

@@ -1,6 +1,9 @@
-"""Store local commits as segments, one batch at a time, under the local index's lock.
+"""Store local commits as segments, one batch at a time.
 
-A batch passes through these states. If the process is killed between two of them, the next batch of any process recovers:
+A batch holds the local index's lock.
+
+A batch passes through these states. If the process is killed between two of them, the next batch of
+any process recovers:
 
     check     resolve an in-doubt attempt; compare the index's position with the wal-index
     read      read the new frames, the last of each page; if the position proves nothing, scan the whole snapshot
@@ -15,12 +18,13 @@ A batch passes through these states. If the process is killed between two of the
 Two rules make this correct:
 
 * *A position is used only if it is proved* (`wal_position`). Otherwise the database is scanned.
-* *Own attempts are recognised by attempt number and content* (`fencing`). Any other segment with the next key is from a
-  second writer.
+* *Own attempts are recognised by attempt number and content* (`fencing`). Any other segment with
+  the next key is from a second writer.
 
-A new attempt number is drawn for each attempt with new content. A second machine that makes the same change at the same
-moment is therefore a second writer. A copied directory shares with its original only the attempts made before the copy.
-Those are attempts to store one and the same commit.
+A new attempt number is drawn for each attempt with new content. A second machine that makes the
+same change at the same moment is therefore a second writer. A copied directory shares with its
+original only the attempts made before the copy. Those are attempts to store one and the same
+commit.
 """
 
 from __future__ import annotations
@@ -57,16 +61,24 @@ _SUSPECT_SECONDS: Final = 2.0
 
 
 def remote_id_of(config: Config, name: str) -> bytes:
-    """Return 16 bytes that identify the history of an index: endpoint, bucket and database name."""
+    """Return 16 bytes that identify the history of an index.
+
+    They are a hash of endpoint, bucket and database name.
+    """
     return hashlib.sha256("\0".join((config.endpoint, config.bucket, name)).encode()).digest()[:16]
 
 
 class IndexAdvanced(SnapshotInvalidated):
-    """The index has changed because an earlier attempt was adopted: start the batch again."""
+    """The index has changed because an earlier attempt was adopted.
+
+    Start the batch again.
+    """
 
 
 class Replicator:
-    """Write the log of one database. The caller must hold the lock of `index`, but for the constructor.
+    """Write the log of one database.
+
+    The caller must hold the lock of `index`, except for the constructor.
 
     `on_logged(position)` is called after each stored segment, still under the lock.
     """
@@ -115,7 +127,8 @@ class Replicator:
         Raises:
             FencedError: a second writer has stored a commit; this and all later batches fail.
             FilesLostError: the file at the path is not the one that is open, or it was truncated.
-            ReplicationError: the log is stored, but page objects are not; or the local files kept changing.
+            ReplicationError: the log is stored, but page objects are not; or the local files kept
+                changing.
             StoreError, CorruptionError: the log is not stored; everything stays pending.
         """
         if self.fencing.error is not None:
@@ -173,7 +186,8 @@ class Replicator:
                 if found in (PositionStatus.CURRENT, PositionStatus.BEHIND):
                     header = self._refresh_identity(header, tip)
                     if header.in_doubt and tip.frames == (header.position.frame if header.position is not None else 0):
-                        # An in-doubt attempt may still be stored. Only a put of the present state shows what the head is.
+                        # An in-doubt attempt may still be stored. Only a put of the present state
+                        # shows what the head is.
                         break
                     header, is_done = self._frames(header, tip)
                     if is_done:
@@ -209,7 +223,10 @@ class Replicator:
     # --- scans ---------------------------------------------------------------------------------------------------------
 
     def upload_initial(self, header: IndexHeader) -> IndexHeader:
-        """Store the whole database as the segment 0 -> 1. Its page objects are put in the background."""
+        """Store the whole database as the segment 0 -> 1.
+
+        Its page objects are put in the background.
+        """
         with self._scan() as (record, tip, shape):
             header = header.apply(record)
             return self._commit(header, self._whole(tip, shape, pre=0, post=1), scanned=True, background=True)
@@ -227,7 +244,8 @@ class Replicator:
     def upload_rebased(self, header: IndexHeader) -> IndexHeader:
         """Store the whole database as the segment 0 -> txid of `header`.
 
-        This is the first segment of a new log, and the txids continue. Its page objects are put in the background.
+        This is the first segment of a new log, and the txids continue. Its page objects are put in
+        the background.
         """
         with self._scan() as (record, tip, shape):
             header = header.apply(record)
@@ -254,9 +272,12 @@ class Replicator:
 
     @contextlib.contextmanager
     def _scan(self) -> Iterator[tuple[WalResetRecord | None, WalState, DatabaseShape]]:
-        """Hold a snapshot of the database for a scan. Yield it with the WAL reset record to apply."""
-        # Read the record before the snapshot. Up to here the WAL reset records describe what the snapshot will contain.
-        # A later one must be applied.
+        """Hold a snapshot of the database for a scan.
+
+        Yields the WAL reset record to apply, the snapshot and its shape.
+        """
+        # Read the record before the snapshot. Up to here the WAL reset records describe what the
+        # snapshot will contain. A later one must be applied.
         record = self.index.last_reset_record()
         with self.local.snapshot() as tip:
             if self.local.wal.header() != tip.header:
@@ -280,8 +301,9 @@ class Replicator:
 
         With `background`, the page objects are left to the background.
 
-        Commits that together changed nothing are stored, too. An earlier attempt may still be stored, and a second writer may
-        have stored a commit. Only the put, which competes for the next key, proves that the acknowledged state is the head.
+        Commits that together changed nothing are stored, too. An earlier attempt may still be
+        stored, and a second writer may have stored a commit. Only the put, which competes for the
+        next key, proves that the acknowledged state is the head.
         """
         failpoint("before intent")
         header = self.index.add_in_doubt(header, change.post_hash, main=self.local.path, change_counter=change.change_counter)
@@ -335,8 +357,8 @@ class Replicator:
     def note_pending(self) -> None:
         """Record the state hash of what a close leaves pending.
 
-        By this hash the next open recognises that the file continues from the head. Unlike the other methods, this one takes the
-        index's lock itself.
+        By this hash the next open recognises that the file continues from the head. Unlike the
+        other methods, this one takes the index's lock itself.
         """
         with self.index.locked():
             header = self.header()
@@ -350,8 +372,9 @@ class Replicator:
     def _refresh_identity(self, header: IndexHeader, tip: WalState) -> IndexHeader:
         """Record the change of the main file by checkpoints.
 
-        A change that no checkpoint explains was made by other means than SQLite: scan. A checkpoint writes first and updates the
-        wal-index afterwards. A change is therefore suspect only after it has stayed unexplained for a while.
+        A change that no checkpoint explains was made by other means than SQLite: scan. A checkpoint
+        writes first and updates the wal-index afterwards. A change is therefore suspect only after
+        it has stayed unexplained for a while.
         """
         identity = Identity.of(self.local.path)
         if identity == header.identity:
@@ -366,7 +389,8 @@ class Replicator:
             logger.warning("%s was changed by other means than SQLite: scanning", self.local.path)
             header = header.needing_scan()
         if _was_cut(header, identity):
-            # A checkpoint truncates the file only if the database has shrunk. Otherwise pages were lost that no frame may hold.
+            # A checkpoint truncates the file only if the database has shrunk. Otherwise pages were
+            # lost that no frame may hold.
             logger.warning("%s is shorter than it was at txid %d: scanning", self.local.path, header.txid)
             header = header.needing_scan()
         self._backfilled, self._suspect = tip[:3], None
@@ -377,7 +401,10 @@ class Replicator:
 
 
 def _was_cut(header: IndexHeader, identity: Identity | None) -> bool:
-    """Return whether the main file is shorter than it was, and shorter than the database of the index."""
+    """Return whether the main file is shorter than before and than the database.
+
+    Both earlier sizes are those that the index records.
+    """
     if header.identity is None or identity is None:
         return False
     return identity.size < min(header.identity.size, header.db_size * header.page_size)

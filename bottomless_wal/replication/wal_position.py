@@ -1,12 +1,15 @@
-"""Compare the index's position with the present WAL: a position is used only if it is proved.
+"""Compare the index's position with the present WAL.
 
-It is proved if the WAL in the file has its salts, and the frame that it names still has its checksum. A WAL that
-was restarted, cut or replaced proves nothing, unless a *WAL reset record* carried the position across.
+A position is used only if it is proved.
 
-The record is written by the connection that is about to write a new WAL header, or to truncate or delete the
-WAL. That connection holds SQLite's write lock, and everything was checkpointed to the main file. The record
-says whether the position covered all of the old WAL (`write_wal_reset_record`). In all other cases the database
-is scanned.
+It is proved if the WAL in the file has its salts, and the frame that it names still has its
+checksum. A WAL that was restarted, cut or replaced proves nothing, unless a *WAL reset record*
+carried the position across.
+
+The record is written by the connection that is about to write a new WAL header, or to truncate or
+delete the WAL. That connection holds SQLite's write lock, and everything was checkpointed to the
+main file. The record shows whether the position covered all of the old WAL
+(`write_wal_reset_record`). In all other cases the database is scanned.
 """
 
 from __future__ import annotations
@@ -46,9 +49,9 @@ def position_status(local: LocalDatabase, header: IndexHeader, tip: WalState) ->
         return PositionStatus.RETRY
     if wal is None:
         if position is None:
-            # Without a WAL the main file holds everything, and only its identity can prove that it is unchanged.
-            # The identity need not be settled: since the open checked it, an own connection has the file open, and all
-            # writes go to the WAL.
+            # Without a WAL the main file holds everything, and only its identity can prove that it
+            # is unchanged. The identity need not be settled: since the open checked it, an own
+            # connection has the file open, and all writes go to the WAL.
             return PositionStatus.CURRENT if Identity.of(local.path) == header.identity is not None else PositionStatus.INVALID
         return PositionStatus.RETRY if position.frame == 0 else PositionStatus.INVALID
     if position is None:
@@ -83,19 +86,23 @@ def position_of(local: LocalDatabase, tip: WalState) -> WalPosition | None:
 
 
 def write_wal_reset_record(index_path: str, path: str, new: WalHeader | None) -> None:
-    """Record whether the index's position survives a restart of the WAL, which is about to lose its frames.
+    """Record whether the index's position survives a restart of the WAL.
 
-    The caller holds SQLite's write lock, and everything committed is in the main file. No other lock is taken, so
-    this never waits for an upload.
+    The WAL is about to lose its frames.
 
-    The position is carried across only if it has the salts of the header still in the file, and no frame there
-    continues it. The identity of the main file is carried across with it: nothing writes to that file between here
-    and the next commit. A batch that runs meanwhile may have covered more. The next batch then scans without need.
+    The caller holds SQLite's write lock, and everything committed is in the main file. No other
+    lock is taken, so this never waits for an upload.
+
+    The position is carried across only if it has the salts of the header still in the file, and no
+    frame there continues it. The identity of the main file is carried across with it: nothing
+    writes to that file between here and the next commit. A batch that runs meanwhile may have
+    covered more. The next batch then scans without need.
 
     Args:
         index_path: the index.
         path: the main file.
-        new: the new WAL header, which is about to be written; None if the WAL is truncated or deleted.
+        new: the new WAL header, which is about to be written; None if the WAL is truncated or
+            deleted.
     """
     wal = WalFile(path + "-wal")
 
@@ -112,8 +119,8 @@ def write_wal_reset_record(index_path: str, path: str, new: WalHeader | None) ->
             covered = wal.position(old, position.frame) == position and not wal.continues(position, old)
         if not covered and not header.needs_scan:
             logger.info("the WAL of %s is restarted before all of it is stored: a scan is needed", path)
-        # Compare with the last WAL that the index recorded. Salts alone prove nothing, because SQLite may draw them at
-        # random for any new WAL.
+        # Compare with the last WAL that the index recorded. Salts alone prove nothing, because
+        # SQLite may draw them at random for any new WAL.
         last = header.successor or position
         known = None if last is None else (last.salt1, last.salt2)
         is_witnessed = known == (None if old is None else (old.salt1, old.salt2))
