@@ -1,13 +1,13 @@
-"""The bytes of the local index: its header, and the seal that a restart of the WAL leaves in it. No I/O.
+"""Encode and decode the local index: its header and its WAL reset record. No I/O.
 
 All numbers are big-endian:
 
     offset  size  field
          0     8  magic "BWALIDX3"
-         8     4  flags: 1 needs scan, 2 closed cleanly, 4 the WAL is gone, 8 identity known, 16 identity settled,
+         8     4  flags: 1 needs scan, 2 closed cleanly, 4 no WAL, 8 identity known, 16 identity settled,
                   32 successor known
         12     4  page size in bytes, 0 before the first commit
-        16    16  home: hash of the endpoint, the bucket and the database's name in it
+        16    16  remote id: hash of the endpoint, the bucket and the database's name in it
         32    16  writer id, for messages only
         48    16  boot id of the machine
         64     8  txid
@@ -18,22 +18,27 @@ All numbers are big-endian:
         96    20  ... except those of a backlog: pages of commits in (from, to], from the cursor on (u64, u64, u32)
        116     4  view size: no page object beyond this number exists
        120     8  milliseconds since 1970, the server's, at which txid was last proved to be the head
-       128    20  WAL position (wal.Position)
+       128    20  WAL position (wal.WalPosition)
        148    40  identity of the main file: device, inode, size, mtime_ns, ctime_ns
-       188    20  successor: the beginning of the WAL that seals saw follow, where the position could not be carried across (wal.Position)
-       208     8  sequence number of the last seal that this header takes into account
-       216     4  number of intents
-       220   16n  intents, one for each attempt to put txid + 1 whose outcome is unknown: post hash u64, attempt nonce u64
+       188    20  successor: the beginning of the WAL that, by its WAL reset records, followed, where the position
+                  could not be carried across (wal.WalPosition)
+       208     8  sequence number of the last WAL reset record that this header takes into account
+       216     4  number of in-doubt attempts
+       220   16n  in-doubt attempts: attempts to put txid + 1 whose outcome is unknown.
+                  Each is a post hash u64 and an attempt nonce u64
              4  CRC-32 of everything before
-     15872    84  the seal: sequence u64, flags u32 (1 covered, 2 from gone, 4 to gone, 8 from anywhere, 16 identity known,
-                  32 identity settled, 64 witnessed), salts u32 u32, position 20, identity of the main file 40, CRC-32
+     15872    84  WAL reset record: sequence u64, flags u32 (1 covered, 2 from no WAL, 4 to no WAL, 8 from anywhere,
+                  16 identity known, 32 identity settled, 64 witnessed), salts u32 u32, position 20,
+                  identity of the main file 40, CRC-32
      16384  24 a page  entries, page 1 first: u64 page hash, u64 txid of the last change, u64 check: the XOR of the two
 
-An identity is *settled* when it was recorded at a later tick of the file system's clock than the file's own timestamps. Only then does an
-equal identity prove that nothing was written since: timestamps may be coarse, and a write within the same tick leaves them as they are.
+An identity is *settled* if it was recorded at a later tick of the file system's clock than the
+file's own timestamps. Only then does an equal identity prove that the file was not written since.
+Timestamps may be coarse, and a write within the same tick does not change them.
 
-A state hash is built on the hashes of the entries: a wrong one, once stored in a segment, could never be restored. Hence the checks.
-The seal has its own checksum, because it is written by whoever holds SQLite's write lock, and the header by whoever holds the index's.
+A state hash is computed from the hashes of the entries. A wrong one, once stored in a segment,
+could never be restored. The entries therefore have checks. The WAL reset record has its own
+checksum, because it is written under SQLite's write lock, and the header under the index's lock.
 """
 
 from __future__ import annotations
@@ -76,11 +81,15 @@ _NEEDS_SCAN, _CLEAN, _GONE, _IDENTITY, _SETTLED, _SUCCESSOR = 1, 2, 4, 8, 16, 32
 _NO_POSITION: Final = bytes(20)
 RESET_RECORD_SIZE: Final = _SEAL.size + 4
 UNKNOWN_SIZE: Final = 0xFFFFFFFF
-"""As `IndexHeader.view_size`: there may be objects past the end."""
+"""As `IndexHeader.view_size`: page objects may exist past the end."""
 
 
 class Identity(NamedTuple):
-    """What `stat` says of a file. A write changes it, unless it falls into the tick of the file system's clock that the file is of."""
+    """Metadata of a file, as `stat` returns it.
+
+    A write changes it, unless the write falls into the same tick of the file system's clock as the
+    file's timestamps.
+    """
 
     device: int
     inode: int
@@ -90,7 +99,7 @@ class Identity(NamedTuple):
 
     @classmethod
     def of(cls, path: str) -> Identity | None:
-        """The identity of the file at `path`, or None when there is none."""
+        """Return the identity of the file at `path`, or None if it does not exist."""
         try:
             st = os.stat(path)
         except FileNotFoundError:
@@ -98,22 +107,29 @@ class Identity(NamedTuple):
         return cls(st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
 
     def is_settled_by(self, witness: Identity | None) -> bool:
-        """Return whether `witness`, a file of the same file system, was written to at a later tick than this file.
+        """Return whether `witness` was written to at a later tick than this file.
 
-        Every later write to this file is then of a later tick, too, and changes its timestamps.
+        `witness` is a file of the same file system. Every later write to this file is then of a
+        later tick, too, and changes its timestamps.
         """
         return witness is not None and witness.device == self.device and witness.ctime_ns > max(self.mtime_ns, self.ctime_ns)
 
 
 class Attempt(NamedTuple):
-    """An attempt to store a commit: the state hash after it, and the random number by which the attempt is told from any other's."""
+    """An attempt to store a commit.
+
+    It has the state hash after the commit, and a random number that identifies it.
+    """
 
     post_hash: int
     attempt: int
 
 
 class Backlog(NamedTuple):
-    """Page objects still to be put: of pages last changed by commits in (after, upto], page `cursor` and beyond."""
+    """Page objects still to be put.
+
+    They are of pages `cursor` and beyond that commits in (after, upto] changed last.
+    """
 
     after: int
     upto: int
@@ -121,11 +137,12 @@ class Backlog(NamedTuple):
 
 
 class WalResetRecord(NamedTuple):
-    """What a restart of the WAL leaves behind: the WAL with the salts `before` ended, and `after` is the position in what follows.
+    """Record of a restart of the WAL: the WAL with the salts `before` ended.
 
-    `covered`: the position that the index had then covered all of that WAL. `before` None: there was no WAL; `after` None: there
-    is none now. `anywhere`: whatever the index's position was, it proves nothing any more. `is_witnessed`: every reset from that
-    WAL to `after` left a seal, so that what follows came from it.
+    `before` None: there was no WAL. `after` is the position in the WAL that follows; None: there is
+    none. `covered`: the position of the index covered all of the old WAL. `anywhere`: no position
+    of the index proves anything any more, whatever it was. `is_witnessed`: every reset from that
+    WAL to `after` left a WAL reset record, so that what follows came from it.
     """
 
     sequence: int
@@ -138,7 +155,7 @@ class WalResetRecord(NamedTuple):
     is_witnessed: bool = False
 
     def encode(self) -> bytes:
-        """The record's bytes."""
+        """Return the record's bytes."""
         flags = self.covered | (self.before is None) << 1 | (self.after is None) << 2 | self.anywhere << 3
         flags |= (self.identity is not None) << 4 | self.is_settled << 5 | self.is_witnessed << 6
         after = self.after.pack() if self.after else _NO_POSITION
@@ -147,7 +164,7 @@ class WalResetRecord(NamedTuple):
 
     @classmethod
     def decode(cls, data: bytes) -> WalResetRecord | None:
-        """The inverse; None for anything that `encode` did not write."""
+        """Decode the result of `encode`; return None for any other bytes."""
         if len(data) != _SEAL.size + 4 or zlib.crc32(data[:-4]) != struct.unpack_from(">I", data, _SEAL.size)[0]:
             return None
         sequence, flags, salt1, salt2, position, *identity = _SEAL.unpack_from(data)
@@ -166,13 +183,18 @@ class WalResetRecord(NamedTuple):
 
 
 class IndexState(Enum):
-    """What an index says of the main file. The fields of the header tell it (`IndexHeader.index_state`)."""
+    """State of the main file as the index records it.
+
+    The header's fields give it (`IndexHeader.index_state`).
+    """
 
     NEW = auto()  # nothing is stored yet
     BEING_REPLACED = auto()  # the file is an earlier state, to be replaced by the head
-    UNPROVED = auto()  # the index is at a txid, and nothing tells that the file came from there: a reset, or a restore from page objects
-    NEEDS_SCAN = auto()  # the file came from the txid; only a scan can tell what has changed since
-    IN_STEP = auto()  # the file came from the txid, and the position tells what has changed since
+    # The index is at a txid, and nothing proves that the file came from there.
+    # Left by a reset, or by a restore from page objects.
+    UNPROVED = auto()
+    NEEDS_SCAN = auto()  # the file came from the txid; only a scan can find what has changed since
+    IN_STEP = auto()  # the file came from the txid, and the position shows what has changed since
 
 
 if TYPE_CHECKING:
@@ -180,7 +202,10 @@ if TYPE_CHECKING:
 else:
 
     def changed(header: IndexHeader, /, **changes: Any) -> IndexHeader:
-        """Return `header` with `changes`, as `dataclasses.replace`, which takes 20 times as long: every commit makes some."""
+        """Return `header` with `changes`.
+
+        `dataclasses.replace` takes 20 times as long, and every commit makes some changes.
+        """
         made = object.__new__(IndexHeader)
         made.__dict__.update(header.__dict__, **changes)
         return made
@@ -189,9 +214,11 @@ else:
 @repr_in_hex("state")
 @dataclass(frozen=True)
 class IndexHeader:
-    """The index's header, as a value. `position` None: there is no WAL, the main file holds everything.
+    """The index's header, as a value.
 
-    What changes it returns a new one; only the index of `replication` saves it.
+    `position` None: there is no WAL, the main file holds everything.
+
+    Methods that change it return a new one. Only the index of `replication` saves it.
     """
 
     remote_id: bytes
@@ -217,7 +244,7 @@ class IndexHeader:
 
     @property
     def index_state(self) -> IndexState:
-        """What this header says of the main file."""
+        """Return the state of the main file as this header records it."""
         if self.txid == 0:
             return IndexState.BEING_REPLACED if self.state else IndexState.NEW
         if not self.needs_scan:
@@ -225,23 +252,30 @@ class IndexHeader:
         return IndexState.UNPROVED if self.identity is None else IndexState.NEEDS_SCAN
 
     def identifies(self, path: str) -> bool:
-        """Return whether the file at `path` is, proved by a settled identity, as it was when this header was written."""
+        """Return whether the file at `path` is unchanged since this header was written.
+
+        A settled identity must prove it.
+        """
         return self.is_settled and self.identity is not None and self.identity == Identity.of(path)
 
     @property
     def view_complete(self) -> int:
-        """The txid up to which the page view holds everything."""
+        """Return the txid up to which the page objects are complete."""
         return self.view_txid if self.backlog is None else min(self.view_txid, self.backlog.after)
 
     def apply(self, record: WalResetRecord | None) -> IndexHeader:
-        """Follow what a restart of the WAL has left behind since this header was written."""
+        """Return the header with a WAL reset record applied.
+
+        A record that is not newer than the header changes nothing.
+        """
         if record is None or record.sequence <= self.reset_sequence:
             return self
         new = changed(self, reset_sequence=record.sequence, successor=None)
         here = None if self.position is None else (self.position.salt1, self.position.salt2)
         if record.anywhere or (record.before == here and not record.covered):
             if record.after is None and record.before == here and None not in (self.identity, record.identity):
-                # The WAL went with commits that are not stored: they are in this very file, as we left it.
+                # The WAL was removed with commits that are not stored. They are in this file,
+                # unchanged since the record.
                 return changed(new, needs_scan=True, position=None, identity=record.identity, is_settled=record.is_settled)
             if record.before == here and record.is_witnessed:
                 return changed(new, needs_scan=True, successor=record.after)
@@ -251,30 +285,41 @@ class IndexHeader:
         return new
 
     def at(self, txid: int, state: int, page_size: int, db_size: int) -> IndexHeader:
-        """Stand at a state of the history."""
+        """Return the header at the given state of the history."""
         return changed(self, txid=txid, state=state, page_size=page_size, db_size=db_size)
 
     def needing_scan(self) -> IndexHeader:
-        """Ask for a scan: the position proves nothing."""
+        """Return the header with a scan requested: the position proves nothing."""
         return self if self.needs_scan else changed(self, needs_scan=True)
 
     def with_intent(self, intent: Attempt) -> IndexHeader:
-        """Note one intent more; where there are too many, the oldest goes."""
+        """Return the header with one more in-doubt attempt.
+
+        If there are too many, the oldest is dropped.
+        """
         return changed(self, in_doubt=(*self.in_doubt[-(MAX_IN_DOUBT - 1) :], intent))
 
     def pages_put(self, upto: int) -> IndexHeader:
-        """The page objects of all commits up to `upto` were put, but for those of the backlog."""
+        """Return the header with the view txid at `upto`.
+
+        The page objects of all commits up to there were put, except the backlog.
+        """
         return changed(self, view_txid=upto)
 
     def pages_postponed(self, upto: int) -> IndexHeader:
-        """Commits in (view txid, upto] whose page objects nobody has put: they join the backlog, and count as seen."""
+        """Return the header with the commits in (view txid, upto] in the backlog.
+
+        Their page objects were not put.
+
+        The view txid then counts them as seen.
+        """
         if self.view_txid >= upto:
             return self
         after = self.view_txid if self.backlog is None else min(self.backlog.after, self.view_txid)
         return changed(self, backlog=Backlog(after, upto, 1), view_txid=upto)
 
     def encode(self) -> bytes:
-        """The header's bytes, at most HEADER_SIZE."""
+        """Return the header's bytes, at most HEADER_SIZE."""
         flags = self.needs_scan * _NEEDS_SCAN | self.clean * _CLEAN | (self.position is None) * _GONE
         flags |= (self.identity is not None) * _IDENTITY | self.is_settled * _SETTLED
         flags |= (self.successor is not None) * _SUCCESSOR
@@ -304,7 +349,7 @@ class IndexHeader:
 
     @classmethod
     def decode(cls, data: bytes) -> IndexHeader | None:
-        """The inverse of `encode`; None for anything that it did not write."""
+        """Decode the result of `encode`; return None for any other bytes."""
         if len(data) < _FIXED.size + 4 or not data.startswith(MAGIC):
             return None
         (

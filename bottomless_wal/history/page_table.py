@@ -1,13 +1,15 @@
-"""Page hashes of one database state, kept in a file: 24 bytes a page, whatever the size of the database.
+"""Keep the page hashes of one database state in a file: 24 bytes a page.
 
-One entry for each page, in the order of page numbers, from a fixed offset of the file on. All integers are big-endian:
+There is one entry for each page, in page number order, from a fixed offset of the file on. All
+integers are big-endian:
 
       0  page hash                 8
       8  txid that last changed    8
      16  check: page hash XOR txid 8
 
-A page that was never written has an entry of zeros. `TableReplay` applies segments to a table: it is the one place that follows a segment's
-list of page hashes, growth and shrinking included. Nothing here is synced: a table is a cache of the log.
+A page that was never written has an entry of zeros. `TableReplay` applies segments to a table. It
+is the only place that follows a segment's list of page hashes, growth and shrinking included.
+Nothing here is synced: a table is a cache of the log.
 """
 
 from __future__ import annotations
@@ -34,13 +36,19 @@ _REPLAY_BATCH_PAGES: Final = 4096
 
 
 class IndexCorrupt(Exception):
-    """A page table, or the index that it belongs to, is missing, damaged or contradicts itself: it has to be rebuilt."""
+    """A page table, or its index, is missing, damaged or inconsistent.
+
+    It must be rebuilt.
+    """
 
 
 class PageTable:
-    """The entries in the file that `descriptor` returns, from byte `offset` on. `path` is for messages.
+    """The entries in the file that `descriptor` returns, from byte `offset` on.
 
-    Raises OSError as the system does.
+    `path` is for messages.
+
+    Raises:
+        OSError: as the system does.
     """
 
     def __init__(self, path: str, descriptor: Callable[[], int], *, offset: int = 0) -> None:
@@ -49,7 +57,9 @@ class PageTable:
         self._offset = offset
 
     def entries(self, first: int, count: int) -> tuple[Sequence[int], Sequence[int]]:
-        """Return (page hashes, txids) of `count` pages from page `first` on; zeros for pages that were never written.
+        """Return (page hashes, txids) of `count` pages from page `first` on.
+
+        Pages that were never written have zeros.
 
         Raises:
             IndexCorrupt: a check does not match.
@@ -63,13 +73,16 @@ class PageTable:
         return _big_endian(hashes) + missing, _big_endian(txids) + missing
 
     def batches(self, first: int, last: int) -> Iterator[tuple[int, Sequence[int], Sequence[int]]]:
-        """Yield (first page, page hashes, txids) of the pages `first` to `last`, a bounded number at once."""
+        """Yield (first page, page hashes, txids) of the pages `first` to `last`.
+
+        Each item has a bounded number of pages.
+        """
         for start in range(first, last + 1, BATCH_PAGES):
             yield start, *self.entries(start, min(BATCH_PAGES, last - start + 1))
 
     def state_hash(self, db_size: int) -> int:
         """Return the state hash that the entries of a database of `db_size` pages give."""
-        # Behind the end of the file there are zeros only, whatever size a header tells.
+        # The entries past the end of the file are zeros, whatever size a header has.
         db_size = min(db_size, max(0, os.fstat(self._descriptor()).st_size - self._offset) // ENTRY_SIZE)
         state = 0
         for _, hashes, _ in self.batches(1, db_size):
@@ -95,13 +108,16 @@ class PageTable:
                 raise OSError(f"short write to {self._path}")
 
     def remove(self, first: int, last: int, txid: int) -> None:
-        """Record that the pages `first` to `last` went with `txid`. A page that comes back must not find the hash that it had before."""
+        """Record that the commit `txid` removed the pages `first` to `last`.
+
+        A page that comes back must not find the hash that it had before.
+        """
         for start in range(first, last + 1, BATCH_PAGES):
             count = min(BATCH_PAGES, last - start + 1)
             self.record(range(start, start + count), [0] * count, txid)
 
     def clear(self) -> None:
-        """Forget all entries; what stands before them in the file stays."""
+        """Remove all entries; what precedes them in the file stays."""
         fd = self._descriptor()
         os.ftruncate(fd, min(self._offset, os.fstat(fd).st_size))
 
@@ -109,7 +125,8 @@ class PageTable:
 class TableReplay:
     """Apply segments to a table, one after the other, from the empty database on.
 
-    `state_hash` is the XOR of the hashes of all pages, computed, not read from a segment; `page_size` in bytes, `db_size` in pages.
+    `state_hash` is the XOR of the hashes of all pages. It is computed, not read from a segment.
+    `page_size` is in bytes, `db_size` in pages.
     """
 
     def __init__(self, table: PageTable) -> None:
@@ -120,13 +137,16 @@ class TableReplay:
         self.clear()
 
     def clear(self) -> None:
-        """Go back to the empty database."""
+        """Reset the table to the empty database."""
         self._table.clear()
         self._cached_first = 0
         self.state_hash = self.page_size = self.db_size = 0
 
     def apply(self, name: str, header: SegmentHeader, rows: Iterable[tuple[int, int]]) -> None:
-        """Apply a whole segment whose pages have the (number, hash) in `rows`. Otherwise as `begin`, `add` and `finish`."""
+        """Apply a whole segment whose pages have the (number, hash) in `rows`.
+
+        Otherwise as `begin`, `add` and `finish`.
+        """
         self.begin(header)
         source = iter(rows)
         while batch := list(islice(source, _REPLAY_BATCH_PAGES)):
@@ -166,11 +186,11 @@ class TableReplay:
         self.db_size = header.db_size
 
     def page_hash(self, pgno: int) -> int:
-        """Return the hash of page `pgno`. Fast when asked in ascending order."""
+        """Return the hash of page `pgno`. Fast if called in ascending order."""
         return self._entry(pgno)[0]
 
     def txid(self, pgno: int) -> int:
-        """Return the end (txid) of the segment that carried page `pgno` last."""
+        """Return the txid at the end of the segment that last carried page `pgno`."""
         return self._entry(pgno)[1]
 
     def _entry(self, pgno: int) -> tuple[int, int]:
@@ -181,7 +201,10 @@ class TableReplay:
 
 
 def entry_is_valid(data: bytes) -> bool:
-    """Return whether one of the entries in `data` (whole entries) was written by `PageTable.record`."""
+    """Return whether `PageTable.record` wrote one of the entries in `data`.
+
+    Only whole entries count.
+    """
     rows = array("Q", data[: len(data) // ENTRY_SIZE * ENTRY_SIZE])
     return any(known and txid and known ^ txid == check for known, txid, check in zip(rows[0::3], rows[1::3], rows[2::3], strict=True))
 
@@ -193,7 +216,10 @@ def _big_endian(numbers: array[int]) -> array[int]:
 
 
 def _runs(pgnos: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield half-open ranges of positions in `pgnos` whose numbers follow each other, cut to a bounded length."""
+    """Yield half-open ranges of positions in `pgnos` with consecutive numbers.
+
+    The ranges are cut to a bounded length.
+    """
     start = 0
     for at in range(1, len(pgnos) + 1):
         if at == len(pgnos) or pgnos[at] != pgnos[at - 1] + 1 or at - start == BATCH_PAGES:

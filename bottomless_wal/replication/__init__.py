@@ -1,1 +1,1 @@
-"""Keep one local database and its remote log in step: commits become segments, and an open finds out where the file stands."""
+"""Replicate one local database to its remote log, and recover it at open."""

@@ -1,7 +1,10 @@
-"""What is to become the next commit, read and encoded: the frames after a position, or the difference of a whole snapshot.
+"""Read and encode the next commit from the WAL frames or from a scan.
 
-Both give a `Change`: the pages whose hash differs from the index's, staged for upload, and the state they lead to. Nothing is written
-to the index here. Memory: a few bytes a page, and the pages themselves only while they are few.
+The source is the frames after a position, or the difference between a whole snapshot and the index.
+
+Both give a `Change`: the pages whose hash differs from the index's, staged for upload, and the
+state after them. This module does not write to the index. Memory: a few bytes a page. The pages
+themselves are held only while they are few.
 """
 
 from __future__ import annotations
@@ -30,15 +33,18 @@ __all__ = ["Change", "stage_difference", "stage_frames", "stage_whole"]
 
 logger = get_logger(__name__)
 
-_PIECE_BYTES: Final = 64 << 20  # of frames in one commit, unless one transaction alone is larger
-_LOOKED_UP_BYTES: Final = 1 << 20  # of pages of a scan that are held while their hashes are looked up
-_KEPT_BYTES: Final = 4 << 20  # of pages kept for the page view, instead of being read twice
-_MOST_POSITIONS: Final = 1 << 16  # that a scanned commit lists, the last ones
+_PIECE_BYTES: Final = 64 << 20  # of frames in one commit, unless a single transaction is larger
+_LOOKED_UP_BYTES: Final = 1 << 20  # of pages that a scan holds while it reads their hashes in the index
+_KEPT_BYTES: Final = 4 << 20  # of pages kept for the page objects, so that they are not read twice
+_MOST_POSITIONS: Final = 1 << 16  # positions that a scanned commit lists: the last ones
 
 
 @dataclass(slots=True)
 class Change:
-    """The next segment, `pre` -> `post`. `pages` gives its pages once more; it raises SnapshotLost if they are no longer there."""
+    """The next segment, `pre` -> `post`.
+
+    `pages` yields its pages again. It raises SnapshotInvalidated if they do not exist any more.
+    """
 
     staged: EncodedPages
     pre: int
@@ -56,7 +62,10 @@ class Change:
 
 
 class _Collector:
-    """Keeps number and hash of each page that passes, and the page itself while they are few."""
+    """Collect the number and hash of each page.
+
+    The pages themselves are kept only while they are few.
+    """
 
     def __init__(self, page_size: int, again: Callable[[int], bytes]) -> None:
         self.pgnos = array("I")
@@ -89,10 +98,13 @@ class _Collector:
 def stage_frames(
     local: LocalDatabase, index: LocalIndex, history: RemoteLog, header: IndexHeader, tip: WalState, *, level: int
 ) -> Change | None:
-    """The commits after the header's position, up to a bounded number of frames. None: only a scan can tell the difference.
+    """Stage the commits after the header's position, up to a bounded number of frames.
+
+    Returns None if only a scan can find the difference.
 
     Raises:
-        SnapshotLost: the WAL was restarted while it was read.
+        IndexCorrupt: the index has lost the hash of a page.
+        SnapshotInvalidated: the WAL was restarted while it was read.
     """
     wal, position = tip.header, header.position
     if wal is None or position is None:
@@ -102,7 +114,7 @@ def stage_frames(
     newest, commits, db_size = _newest_frames(local, wal, position.frame, tip.frames)
     lock = lock_page(wal.page_size)
     if any(not newest.get(pgno) for pgno in range(header.db_size + 1, db_size + 1) if pgno != lock):
-        return None  # it grew by pages that are in no frame
+        return None  # the database grew by pages that are in no frame
     pgnos = newest.pages(db_size)
     counter, state = header.change_counter, header.state ^ _tail(index, header, db_size)
     passed = _Collector(wal.page_size, lambda pgno: local.frame_page(wal, newest.get(pgno)))
@@ -113,7 +125,8 @@ def stage_frames(
             some = pgnos[start : start + 4096]
             for pgno, old in zip(some, index.pages.hashes(some), strict=True):
                 if not old and pgno <= header.db_size:
-                    # A state hash is built on the old ones: a wrong one, once stored, could never be restored.
+                    # The state hash is computed from the old hashes. A wrong one, once stored,
+                    # could never be restored.
                     raise IndexCorrupt(f"{index.path} has lost the hash of page {pgno}")
                 data = local.frame_page(wal, newest.get(pgno))
                 new = page_hash(pgno, data)
@@ -134,12 +147,16 @@ def stage_frames(
 
 
 def _newest_frames(local: LocalDatabase, wal: WalHeader, after: int, upto: int) -> tuple[FrameMap, list[WalPosition], int]:
-    """(page -> its last frame, where each commit ends, database size after the last), of whole commits beyond `after`."""
+    """Return (last frame of each page, ends of commits, database size) after `after`.
+
+    Only whole commits count. The database size is that after the last of them.
+    """
     newest = FrameMap(wal)
     commits: list[WalPosition] = []
     db_size = 0
-    # From the beginning of a WAL on, frames may be read that an earlier scan has covered: whole, they lead to the state that is
-    # there; cut into pieces, the first of them would lead back.
+    # From the beginning of a WAL on, frames may be read that an earlier scan has covered. All of
+    # them together lead to the present state. Cut into pieces, the first piece would lead back to
+    # an earlier state.
     enough = _PIECE_BYTES // (FRAME_HEADER_SIZE + wal.page_size) if after else upto + 1
     for frame, found in local.frame_headers(wal, after + 1, upto):
         newest.add(found.pgno, frame)
@@ -156,10 +173,12 @@ def _newest_frames(local: LocalDatabase, wal: WalHeader, after: int, upto: int) 
 def stage_whole(
     local: LocalDatabase, history: RemoteLog, tip: WalState, shape: DatabaseShape, *, pre: int, post: int, reset: bool, level: int
 ) -> Change:
-    """All pages of the snapshot, as the segment `pre` -> `post`. Call it within `LocalDatabase.snapshot`.
+    """Stage all pages of the snapshot as the segment `pre` -> `post`.
+
+    Call it within `LocalDatabase.snapshot`.
 
     Raises:
-        SnapshotLost, CorruptionError: as `LocalDatabase.pages`.
+        SnapshotInvalidated, CorruptionError: as `LocalDatabase.pages`.
     """
     scan = _Scan(local, tip, shape)
     pages = (scan.passed.add(page) for some in scan.batches() for page in some)
@@ -171,14 +190,15 @@ def stage_whole(
 def stage_difference(
     local: LocalDatabase, index: LocalIndex, history: RemoteLog, header: IndexHeader, tip: WalState, shape: DatabaseShape, *, level: int
 ) -> Change | None:
-    """The pages of the snapshot that differ from the index. Call it within `LocalDatabase.snapshot`.
+    """Stage the pages of the snapshot that differ from the index.
 
-    None when there is no difference; but an empty change where an attempt is in doubt.
+    Call it within `LocalDatabase.snapshot`. Returns None when there is no difference, but an empty
+    change if an attempt is in doubt.
 
     Raises:
-        IndexCorrupt: the index's entries are not the state that its header tells.
-        ConflictError: a page changed that the WAL, which is the same as before, has no frame of.
-        SnapshotLost, CorruptionError: as `LocalDatabase.pages`.
+        IndexCorrupt: the index's entries do not give the state of its header.
+        ConflictError: a page changed that has no frame in the WAL, which is the same as before.
+        SnapshotInvalidated, CorruptionError: as `LocalDatabase.pages`.
     """
     scan = _Scan(local, tip, shape)
     indexed = _tail(index, header, shape.db_size)
@@ -201,7 +221,8 @@ def stage_difference(
     staged = history.stage(header.txid, header.txid + 1, changed(), shape.page_size, level=level)
     scan.finish()
     if indexed != header.state:
-        # Entries that a power loss tore: what differs from them is not what differs from the log.
+        # A power loss tore the entries. The difference from them is not the difference from the
+        # log.
         raise IndexCorrupt(f"{index.path} contradicts itself")
     if unexplained:
         raise _unexplained(local.path, unexplained, header.txid)
@@ -211,7 +232,10 @@ def stage_difference(
 
 
 class _Scan:
-    """One pass over a whole snapshot: the hash of each page, and of all of them."""
+    """One pass over a whole snapshot.
+
+    It computes the hash of each page, and the state hash.
+    """
 
     def __init__(self, local: LocalDatabase, tip: WalState, shape: DatabaseShape) -> None:
         self.passed = _Collector(shape.page_size, lambda pgno: _page_again(local, tip, pgno, shape.page_size))
@@ -220,7 +244,7 @@ class _Scan:
         self._began = time.monotonic()
 
     def batches(self) -> Iterator[list[Page]]:
-        """All pages, some at a time."""
+        """Yield all pages, a bounded number at a time."""
         source, most = self._local.pages(self._tip, self._shape), max(1, _LOOKED_UP_BYTES // self._shape.page_size)
         while some := [Page(pgno, page_hash(pgno, data), data) for pgno, data in islice(source, most)]:
             for page in some:
@@ -228,7 +252,11 @@ class _Scan:
             yield some
 
     def finish(self) -> None:
-        """Raise SnapshotLost unless what was read is one state."""
+        """Check that the pages that were read are of one state.
+
+        Raises:
+            SnapshotInvalidated: the WAL was restarted during the scan.
+        """
         local, wal = self._local, self._tip.header
         if wal is not None and not local.unchanged(wal):
             raise SnapshotInvalidated(f"the WAL of {local.path} was restarted while it was scanned")
@@ -236,12 +264,15 @@ class _Scan:
         logger.info("%s: scanned %d pages in %.2f s, %d differ", local.path, self._shape.db_size, seconds, len(self.passed.pgnos))
 
     def change(self, staged: EncodedPages, pre: int, post: int, *, reset: bool) -> Change:
-        """What passed, as the segment `pre` -> `post`, with the position of each commit that the WAL holds."""
+        """Return the scanned pages as the segment `pre` -> `post`.
+
+        The change lists the position of each commit that the WAL holds.
+        """
         local, tip, shape, passed = self._local, self._tip, self._shape, self.passed
         position = position_of(local, tip)
         positions: tuple[WalPosition, ...] = (position,) if position is not None else ()
         if tip.header is not None and tip.frames:
-            # Each of them is a state that a power loss may lead back to.
+            # A power loss may lead back to each of these states.
             rows = local.frame_headers(tip.header, 1, tip.frames)
             positions = tuple(row.position(frame) for frame, row in rows if row.db_size)[-_MOST_POSITIONS:]
         return Change(
@@ -260,7 +291,10 @@ def _unexplained(path: str, pgno: int, txid: int) -> ConflictError:
 
 
 def _frames_since(local: LocalDatabase, position: WalPosition | None, tip: WalState) -> FrameMap | None:
-    """The frames of the WAL, if it is the one that the index's position stands in: then what has changed since has a frame beyond it."""
+    """Return the WAL's frames if the WAL contains the index's position, else None.
+
+    Every page that has changed since then has a frame after the position.
+    """
     wal = tip.header
     if position is None or wal is None or (position.salt1, position.salt2) != (wal.salt1, wal.salt2) or position.frame > tip.frames:
         return None
@@ -275,7 +309,11 @@ def _page_again(local: LocalDatabase, tip: WalState, pgno: int, page_size: int) 
 
 
 def _tail(index: LocalIndex, header: IndexHeader, db_size: int) -> int:
-    """XOR of the hashes of the pages that a shrinking database loses. Raises IndexCorrupt when one of them is not there."""
+    """Return the XOR of the hashes of the pages that a shrinking database loses.
+
+    Raises:
+        IndexCorrupt: the index has lost one of them.
+    """
     gone, lock = 0, lock_page(header.page_size or 512)
     for first in range(db_size + 1, header.db_size + 1, 65536):
         for pgno, old in enumerate(index.pages.entries(first, min(65536, header.db_size - first + 1))[0], first):

@@ -1,14 +1,17 @@
-"""Whose is the next txid: attempts whose outcome is unknown, and other writers.
+"""Resolve in-doubt attempts, and detect a second writer.
 
-A segment is stored under a key that nobody may have taken. A key that is taken is our own earlier attempt, whose answer was lost, or a
-rival's commit: the segment itself tells which.
+A segment is stored under a key that must not exist yet. If the key exists, the segment is this
+replica's earlier attempt, whose answer was lost, or a second writer's commit. The segment itself
+shows which.
 
 Invariants:
 
-* *Own attempts are told by attempt number and content*: a segment is ours if and only if its pre hash is ours, and its attempt number and
-  post hash are one of the attempts in doubt that the index lists.
-* A replica that was overtaken stops (`Fencing.error`) and overwrites nothing, neither segments nor page objects.
-* A segment that was stored where the history had been pruned is no part of it: `verify_still_head` finds out and deletes it.
+* *Own attempts are recognised by attempt number and content*. A segment is an own attempt if and
+  only if its pre hash matches, and the index lists its attempt number and post hash as in doubt.
+* A replica that a second writer has overtaken stops (`Fencing.error`). It overwrites neither
+  segments nor page objects.
+* A segment that was stored where the history had been pruned is not part of it. `verify_still_head`
+  detects and deletes it.
 """
 
 from __future__ import annotations
@@ -39,9 +42,11 @@ _PAUSE_SECONDS: Final = 2.0
 
 
 class Fencing:
-    """Tells own attempts from those of other writers. Every method but `is_recent_head` expects `index` to be locked by the caller.
+    """Distinguish own attempts from those of a second writer.
 
-    `on_logged(position)` is called after each attempt that is adopted. `error` is set once another writer has gone on.
+    The caller must hold the lock of `index`, except for `is_recent_head`. `on_logged(position)` is
+    called after each attempt that is adopted. `error` is set once a second writer has stored a
+    commit.
     """
 
     def __init__(
@@ -64,28 +69,42 @@ class Fencing:
         self._stored_last = (0, 0.0)  # (txid, when)
 
     def note_stored(self, txid: int, when: float) -> None:
-        """Note that this process stored `txid` as the head, at `when` of the monotonic clock."""
+        """Record that this process stored `txid` as the head.
+
+        `when` is a time of the monotonic clock.
+        """
         self._stored_last = (txid, when)
 
     def resolve_in_doubt(self) -> None:
-        """Boot's look at an attempt whose outcome is unknown: adopted when it is stored and ours; a rival's is left to the policy."""
+        """Resolve an in-doubt attempt during recovery at open.
+
+        The attempt is adopted if it is stored and this replica's. A second writer's segment is left
+        to the policy.
+        """
         header = self._index.load()
         if header is None or header.remote_id != self._home or not header.in_doubt:
             return
         if len(self._history.edges(since=header.txid)) > 1:
-            return  # the history is further than this index: an old copy of it (a power loss), or a rival; no attempt is open
+            # The history is ahead of this index. The index is an old copy (after a power loss), or
+            # a second writer has stored commits. No attempt is in doubt then.
+            return
         found = self._history.segment(header.txid, header.txid + 1)
         if found is not None and self._is_own(header, found.header):
             self.adopt_in_doubt(header, found)
 
     @staticmethod
     def _is_own(header: IndexHeader, edge: SegmentHeader) -> bool:
-        """Return whether `edge` is one of the attempts in doubt."""
-        # (The edge with which a log begins anew, from page objects alone, leads from nothing to the state that the header tells.)
+        """Return whether `edge` is one of the in-doubt attempts."""
+        # The first segment of a log that restarts, from page objects alone, leads from 0 to the
+        # state of the header.
         return edge.pre_hash == (header.state if edge.pre else 0) and Attempt(edge.post_hash, edge.attempt) in header.in_doubt
 
     def stored(self, pre: int, post: int) -> Segment:
-        """Return the segment whose key was taken. Raises ReplicationError when it is not there."""
+        """Return the segment whose key exists.
+
+        Raises:
+            ReplicationError: the segment was not found.
+        """
         found = self._history.segment(pre, post)
         if found is None:
             raise ReplicationError(
@@ -95,7 +114,11 @@ class Fencing:
         return found
 
     def adopt_in_doubt(self, header: IndexHeader, found: Segment) -> None:
-        """The stored edge is our own earlier attempt: the index follows it. Or it is a rival's: FencedError."""
+        """Update the index from a stored segment that is an own earlier attempt.
+
+        Raises:
+            FencedError: the segment is a second writer's.
+        """
         edge = found.header
         if not self._is_own(header, edge):
             self._fence(
@@ -103,7 +126,7 @@ class Fencing:
                 f"{header.txid}, and the history has gone on without it"
             )
         logger.info("%s: %s is our own, from an attempt whose answer was lost", self._local.path, found.name)
-        self.verify_still_head(edge)  # when it was stored nobody knows: perhaps where the history had been pruned
+        self.verify_still_head(edge)  # the time of the put is unknown: the history may have been pruned there
         failpoint("within adopt")
         position = edge.positions[-1] if edge.positions else None
         with self._local.read_transaction():
@@ -124,7 +147,7 @@ class Fencing:
         for pgno, known_hash in self._history.tables(found):
             pgnos.append(pgno)
             hashes.append(known_hash)
-        # What was reached after it, locally, goes on from it.
+        # Later local states continue from this segment.
         own = header.in_doubt.index(Attempt(edge.post_hash, edge.attempt))
         noted = [Attempt(later.post_hash, 0) for later in header.in_doubt[own + 1 :]]
         header = self._index.record_segment(
@@ -136,33 +159,46 @@ class Fencing:
         self._page_objects.put(header, (page for block in self._history.blocks(found) for page in block))
 
     def require_head(self, header: IndexHeader) -> None:
-        """Off the commit path no create-only write tells of a rival: before page objects are put or deleted there, look.
+        """Check that the index is at the head.
+
+        Off the commit path no create-only write detects a second writer. Call this before page
+        objects are put or deleted there.
 
         Raises:
-            FencedError: the history has gone on without this replica.
+            FencedError: the history has continued without this replica.
         """
         beyond = self._history.edges(since=header.txid)
         if len(beyond) == 1 and header.in_doubt:
             found = self._history.segment(header.txid, header.txid + 1)
             if found is not None and self._is_own(header, found.header):
-                return  # our own attempt, which the next batch adopts
+                return  # an own attempt, which the next batch adopts
         if beyond:
             self._fence(
                 f"{self._local.path} is at txid {header.txid}, and another writer has gone on to {max(edge.post for edge in beyond)}"
             )
 
     def require_recent_head(self, header: IndexHeader) -> None:
-        """As `require_head`, unless this process has just stored the head itself."""
+        """Do as `require_head`, unless this process has just stored the head itself."""
         if not self.is_recent_head(header):
             self.require_head(header)
 
     def is_recent_head(self, header: IndexHeader) -> bool:
-        """Has this process stored this state itself, just now? Who was stopped since then may have been overtaken."""
+        """Return whether this process has just stored this state itself.
+
+        A process that was suspended since then may have been overtaken.
+        """
         txid, stored = self._stored_last
         return txid >= header.txid and time.monotonic() - stored <= _PAUSE_SECONDS
 
     def require_body(self, edge: SegmentHeader, body: Body) -> None:
-        """We were stopped between the upload of a body and its segment: a body that nobody names is garbage after a while."""
+        """Check that the body of a stored segment still exists.
+
+        The process may have been suspended between the upload of the body and its segment. A body
+        that no segment names is garbage after a while.
+
+        Raises:
+            ReplicationError: the body was deleted; the segment is deleted, too.
+        """
         if self._history.store.read(keys.log_prefix(self._history.name) + body.name, 0, 1) is None:
             self._delete_stray_segment(edge)
             raise ReplicationError(
@@ -171,15 +207,18 @@ class Fencing:
             )
 
     def _delete_stray_segment(self, edge: SegmentHeader) -> None:
-        """Deletes a segment of our own that nobody was told of."""
+        """Delete a segment of this replica that was not acknowledged."""
         self._history.forget(edge.pre, edge.post)
         self._history.store.delete([keys.segment_key(self._history.name, edge.pre, edge.post)])
 
     def verify_still_head(self, edge: SegmentHeader) -> None:
-        """Nothing lies beyond the edge that we have stored: it was stored at the head, not where the history had been pruned.
+        """Check that no segment follows the one that this replica has stored.
+
+        If none does, it was stored at the head, and not where the history had been pruned.
 
         Raises:
-            FencedError: something does. If nothing leads on from the edge itself, it is no part of the history, and is withdrawn.
+            FencedError: a segment does. If none continues from the stored segment itself, that one
+                is a stray: it is deleted.
         """
         beyond = self._history.edges(since=edge.post)
         if not beyond:
@@ -201,7 +240,7 @@ class Fencing:
             header = self._history.header(other.pre, other.post)
         except CorruptionError as error:
             logger.warning("%s", error.message)
-            return True  # nobody can tell any more
+            return True  # the evidence is damaged: keep the segment
         return header is not None and header.pre_hash == edge.post_hash
 
     def _fence(self, message: str) -> None:

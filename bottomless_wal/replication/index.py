@@ -1,18 +1,25 @@
-"""The local index: what of this database is already in the log, kept in `<db>-bottomless` beside it.
+"""Keep the local index `<db>-bottomless`: the record of what is in the log.
 
-Like SQLite's `-shm` it is only a cache: when it is missing, stale, dirty or damaged, one scan of the database rebuilds it.
-Its file is also the replicator's lock between threads and processes. The bytes are told by `index_header`.
+Like SQLite's `-shm` the index is only a cache. When it is missing, stale, dirty or damaged, one
+scan of the database rebuilds it. Its file is also the replicator's lock between threads and
+processes. `index_header` describes the bytes.
 
 Invariants:
 
-* Only this module saves a header: each method that takes one and says so changes it, saves it and returns it.
-* Entries are written before the header that counts on them. A crash between the two leaves entries of txid + 1 under a
-  header of txid with intents: the stored segment is then adopted, which writes them again.
-* Whoever reads or writes holds the lock; but for the *seal*, which a WAL restart leaves behind while it holds SQLite's write lock,
-  and that lock alone: it must never wait for an upload. Plain pread and pwrite: a truncated mapping would kill the process.
-* An identity of the main file is settled (see `index_header`) only if this file was touched, and seen to be of a later tick, before
-  the main file's timestamps were read.
-* Nothing here is needed for correctness, and so nothing is synced but at a clean close: after a power loss the boot id differs.
+* Only this module saves a header. Each method that takes a header and is documented to save it
+  changes it, saves it and returns it.
+* Entries are written before the header that depends on them. A crash between the two leaves entries
+  of txid + 1 under a header of txid with in-doubt attempts. The stored segment is then adopted,
+  which writes the entries again.
+* All reads and writes hold the index's lock, except for the *WAL reset record*. A WAL restart
+  writes it while it holds SQLite's write lock, and that lock alone: a restart must never wait for
+  an upload.
+* The file is accessed by plain pread and pwrite. A mapping of a truncated file would kill the
+  process.
+* An identity of the main file is settled (see `index_header`) only if this file was touched before
+  the main file's timestamps were read. This file must also have a later tick by then.
+* Correctness does not depend on this file. It is therefore synced only at a clean close. After a
+  power loss the boot id differs.
 """
 
 from __future__ import annotations
@@ -67,17 +74,21 @@ __all__ = [
 
 logger = get_logger(__name__)
 
-_TICK_LOOKS: Final = 2  # the second one tells, where the kernel keeps fine timestamps for files that were looked at
+_TICK_LOOKS: Final = 2  # the second is sufficient if the kernel keeps fine timestamps for files that were read by stat
 _PATIENT_LOOKS: Final = 25
 _LOOK_SECONDS: Final = 0.001  # a kernel's tick is 1 to 10 ms
-_MAGIC: Final = MAGIC[:-1]  # of every version
+_MAGIC: Final = MAGIC[:-1]  # common to all versions
 _LOOK_SIZE: Final = HEADER_SIZE + 64 * ENTRY_SIZE
 
 R = TypeVar("R")
 
 
 def boot_id() -> bytes:
-    """16 bytes that change when the machine restarts; where the system does not tell, others at each call: nothing is believed then."""
+    """Return 16 bytes that change when the machine restarts.
+
+    On a system without a boot id, every call returns different bytes. No index is then taken as
+    proved.
+    """
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return bytes.fromhex(file.read().strip().replace("-", ""))
@@ -86,15 +97,19 @@ def boot_id() -> bytes:
 
 
 def is_index(data: bytes) -> bool:
-    """Return whether a file that begins with `data` (its first 17 KiB) is an index, a damaged one too, and not a file of another program.
+    """Return whether a file that begins with `data` is an index, intact or damaged.
 
-    An index may be empty, or short and all zeros after a power loss. Otherwise one of these is intact: the magic, the header's checksum
-    with the magic put right, the seal's checksum, or the check of a page's entry.
+    Otherwise it is a file of another program. An index may be empty, or short and all zeros after a
+    power loss. In all other cases one of these is intact: the magic, the header's checksum with the
+    magic corrected, the checksum of the WAL reset record, or the check of a page's entry.
+
+    Args:
+        data: the first 17 KiB of the file.
     """
     if data[: len(_MAGIC)] == _MAGIC[: len(data)]:
         return True
     if not any(data) and len(data) < _LOOK_SIZE:
-        return True  # of a longer file, which may begin with zeros as others do, an entry must tell
+        return True  # a longer file may begin with zeros, as other files do: an entry must be valid
     if IndexHeader.decode(MAGIC + data[len(MAGIC) : HEADER_SIZE]) is not None:
         return True
     if WalResetRecord.decode(data[RESET_RECORD_OFFSET : RESET_RECORD_OFFSET + RESET_RECORD_SIZE]) is not None:
@@ -105,7 +120,10 @@ def is_index(data: bytes) -> bool:
 class LocalIndex(FileLock):
     """The file `<db>-bottomless`: lock, header and entries.
 
-    `path` is the index's own path. Every method but `locked` expects the lock to be held. Raises OSError as the system does.
+    `path` is the index's own path. Every method but `locked` expects the lock to be held.
+
+    Raises:
+        OSError: as the system does.
     """
 
     def __init__(self, path: str, *, beside: str) -> None:
@@ -116,9 +134,12 @@ class LocalIndex(FileLock):
         return is_index(os.pread(fd, _LOOK_SIZE, 0))
 
     def load(self) -> IndexHeader | None:
-        """The header, with what the last seal says; None when the file is empty or damaged.
+        """Return the header with the last WAL reset record applied.
 
-        It is saved so: the next seal speaks of the position that is on the disk, and of no other.
+        Returns None if the file is empty or damaged.
+
+        The result is saved. The next record then refers to the position that is on disk, and to no
+        other.
         """
         header, record = _read(self._fd)
         if header is not None and record is not None and record.sequence > header.reset_sequence:
@@ -126,11 +147,14 @@ class LocalIndex(FileLock):
         return header
 
     def last_reset_record(self) -> WalResetRecord | None:
-        """What the last restart of the WAL has left; None when there was none."""
+        """Return the record of the last restart of the WAL; None if there was none."""
         return _read(self._fd)[1]
 
     def _save(self, header: IndexHeader) -> IndexHeader:
-        """Write the header in one write: a killed process leaves the old one or the new one."""
+        """Save the header in one write.
+
+        A killed process leaves the old header or the new one.
+        """
         data = header.encode()
         if os.pwrite(self._fd, data, 0) != len(data):
             raise OSError(f"short write to {self.path}")
@@ -139,14 +163,18 @@ class LocalIndex(FileLock):
     # --- changes of the header that are left to be saved -----------------------------------------------------------------
 
     def identify(self, header: IndexHeader, main: str) -> IndexHeader:
-        """Return `header` with what the main file at `main` is now; not saved."""
+        """Return `header`, not saved, with the present identity of the file at `main`."""
         identity, is_settled = _identify(self.path, self._fd, main, _TICK_LOOKS)
         return changed(header, identity=identity, is_settled=is_settled)
 
     def move(self, header: IndexHeader, position: WalPosition | None) -> tuple[IndexHeader, bool]:
-        """Return (`header` at `position`, not saved; whether a seal tells that the WAL has gone on meanwhile).
+        """Return (`header` at `position`, whether the WAL was restarted meanwhile).
 
-        A seal speaks of the WAL that the position on the disk is in: once that is another, nobody can tell what the seal has witnessed.
+        The header is not saved.
+
+        A WAL reset record shows the restart. It refers to the WAL of the position on disk. Once
+        that position is in another WAL, the record can no longer be interpreted, so it is applied
+        first.
         """
         record = self.last_reset_record()
         if (
@@ -154,28 +182,34 @@ class LocalIndex(FileLock):
             or record.sequence <= header.reset_sequence
             or _salts(position) in (_salts(header.position), _salts(record.after))
         ):
-            return changed(header, position=position), False  # there is none, or it is for the next load, or of before
+            return changed(header, position=position), False  # no record, or one for the next load, or an older one
         header = header.apply(record)
         return (changed(header, position=position) if record.after is not None else header), True
 
     def scanned(self, header: IndexHeader, position: WalPosition | None, main: str) -> IndexHeader:
-        """Return `header`, not saved, once the log has what a scan of `main` found, up to `position`."""
+        """Return `header`, not saved, as it is after a scan of `main`.
+
+        The log must have what the scan found, up to `position`.
+        """
         header, has_gone_on = self.move(header, position)
         if has_gone_on:
             return header.needing_scan()
         return self.identify(changed(header, needs_scan=False, successor=None), main)
 
     def adopted(self, header: IndexHeader, position: WalPosition | None) -> IndexHeader:
-        """Return `header`, not saved, where an attempt is adopted that led to `position` (None: it is not in the WAL that is there)."""
+        """Return `header`, not saved, after an attempt was adopted that led to `position`.
+
+        None: the position is not in the present WAL.
+        """
         header, has_gone_on = self.move(header, position)
         if position is None or has_gone_on:
             return header.needing_scan()
-        return changed(header, successor=None)  # the position tells; and what it covers, a power loss must not undo
+        return changed(header, successor=None)  # the position is proof enough; and a power loss must not undo what it covers
 
     # --- changes of the header that are saved ------------------------------------------------------------------------------
 
     def mark_open(self, header: IndexHeader) -> IndexHeader:
-        """Save that the database is in use: only a clean close says otherwise."""
+        """Save that the database is in use; only a clean close clears that."""
         return self._save(changed(header, boot=boot_id(), clean=False))
 
     def mark_closed(self, header: IndexHeader) -> IndexHeader:
@@ -185,7 +219,7 @@ class LocalIndex(FileLock):
         return header
 
     def mark_being_replaced(self, header: IndexHeader, state: int) -> IndexHeader:
-        """Save that the file, which is at the earlier `state`, is to be replaced by the head."""
+        """Save that the head is to replace the file, which is at the earlier `state`."""
         return self._save(changed(header, state=state, needs_scan=True))
 
     def mark_restored(self, header: IndexHeader, main: str, change_counter: int) -> IndexHeader:
@@ -193,7 +227,10 @@ class LocalIndex(FileLock):
         return self._save(changed(self.identify(header, main), change_counter=change_counter))
 
     def disown(self, header: IndexHeader) -> IndexHeader:
-        """Save that the file does not come from the state of `header`, which `reclaim` takes back."""
+        """Save that the file does not come from the state of `header`.
+
+        `reclaim` undoes it.
+        """
         return self._save(changed(header, identity=None, needs_scan=True))
 
     def reclaim(self, header: IndexHeader) -> IndexHeader:
@@ -201,24 +238,28 @@ class LocalIndex(FileLock):
         return self._save(header)
 
     def begin_rebuild(self, header: IndexHeader, position: WalPosition | None, change_counter: int) -> IndexHeader:
-        """Save that the entries of this state are about to be made anew."""
+        """Save that the entries of this state are about to be rebuilt."""
         return self._save(changed(header, position=position, change_counter=change_counter, needs_scan=True))
 
     def begin_rebased(self, header: IndexHeader, txid: int, state: int) -> IndexHeader:
-        """Save that a log is to begin anew at `txid`, with a file that is not in its place yet."""
+        """Save that a new log is to begin at `txid`, with a file that is not in place yet."""
         return self._save(changed(header, txid=txid, state=state, needs_scan=True))
 
     def record_identity(self, header: IndexHeader, main: str) -> IndexHeader:
-        """Save what the main file at `main` is now."""
+        """Save the present identity of the main file at `main`."""
         return self._save(self.identify(header, main))
 
     def add_in_doubt(self, header: IndexHeader, post_hash: int, *, main: str, change_counter: int) -> IndexHeader:
-        """Save that txid + 1, with the state `post_hash`, is about to be put: the last intent is the attempt."""
+        """Save that txid + 1, with the state `post_hash`, is about to be put.
+
+        The last in-doubt attempt is this one.
+        """
         if header.txid == 0:
-            # Should the answer be lost and the WAL be gone by the next open, this tells that the file has gone on from what was stored.
+            # If the answer is lost and the WAL is removed before the next open, this identity
+            # proves that the file continues from what was stored.
             header = changed(self.identify(header, main), change_counter=change_counter, needs_scan=True)
         last = header.in_doubt[-1] if header.in_doubt else None
-        if last is None or not last.attempt or last.post_hash != post_hash:  # else it is the same attempt, once more
+        if last is None or not last.attempt or last.post_hash != post_hash:  # else it is a retry of the same attempt
             header = header.with_intent(Attempt(post_hash, secrets.randbits(63) + 1))
         return self._save(header)
 
@@ -241,9 +282,14 @@ class LocalIndex(FileLock):
         change_counter: int,
         noted: Sequence[Attempt] = (),
     ) -> IndexHeader:
-        """Follow a segment that is stored: page hashes first, then the header that counts on them. `noted` stays in doubt."""
+        """Update the index from a stored segment.
+
+        Page hashes are written first, then the header that depends on them.
+
+        The attempts in `noted` stay in doubt.
+        """
         if edge.whole:
-            self._save(header.needing_scan())  # killed while the old entries go: scan
+            self._save(header.needing_scan())  # a process killed while the old entries are replaced must scan
             failpoint("within record")
         self.pages.record(pgnos, hashes, edge.post)
         self.pages.remove(edge.db_size + 1, header.db_size, edge.post)
@@ -262,43 +308,57 @@ class LocalIndex(FileLock):
         )
 
     def advance_page_objects(self, header: IndexHeader, upto: int | None = None) -> IndexHeader:
-        """Save that page objects were put: of all commits up to `upto` (None: as `header` says)."""
+        """Save that the page objects of all commits up to `upto` were put.
+
+        None: up to the view txid of `header`.
+        """
         view_txid = header.view_txid if upto is None else upto
         return self._save(changed(header, view_txid=view_txid, view_size=max(header.view_size, header.db_size)))
 
     def postpone_page_objects(self, header: IndexHeader, *, view_size: int | None = None) -> IndexHeader:
-        """Save that the page objects of all commits join the backlog. `view_size`: there may be objects up to there."""
+        """Save that the page objects of all commits join the backlog.
+
+        Args:
+            header: the header to change.
+            view_size: page objects may exist up to this page number.
+        """
         if view_size is not None:
             header = changed(header, view_size=view_size)
         return self._save(header.pages_postponed(header.txid))
 
     def advance_backlog(self, header: IndexHeader, before: Backlog, cursor: int, db_size: int) -> IndexHeader:
-        """Save that the pages of the backlog `before` were put up to `cursor`, of `db_size` pages."""
+        """Save that the pages of the backlog `before` were put up to `cursor`.
+
+        `db_size` is the size of the database in pages at that state.
+        """
         backlog = header.backlog
         if backlog == before:
             backlog = before._replace(cursor=cursor) if cursor <= db_size else None
         return self._save(changed(header, view_size=max(header.view_size, db_size), backlog=backlog))
 
     def record_sweep(self, header: IndexHeader) -> IndexHeader:
-        """Save that there is no page object past the end."""
+        """Save that no page object exists past the end of the database."""
         return self._save(changed(header, view_size=header.db_size))
 
     def clear(self) -> None:
-        """Forgets everything: the next look at the database is a scan."""
+        """Clear the index: the next batch or open scans the database."""
         os.ftruncate(self._fd, 0)
 
     def sync(self) -> None:
-        """Makes what was written durable."""
+        """Make what was written durable."""
         os.fsync(self._fd)
 
     @staticmethod
     def peek(path: str) -> IndexHeader | None:
-        """As `load`, of the index at `path`, without its lock: for a look that must not wait."""
+        """Do as `load`, for the index at `path`, without its lock and without saving.
+
+        For readers that must not wait.
+        """
         return _with_file(path, os.O_RDONLY, _header)
 
     @staticmethod
     def peek_header(path: str) -> IndexHeader | None:
-        """As `peek`, without what the last seal says."""
+        """Do as `peek`, without the last WAL reset record."""
         return _with_file(path, os.O_RDONLY, lambda fd: _read(fd)[0])
 
     @staticmethod
@@ -309,13 +369,19 @@ class LocalIndex(FileLock):
         *,
         is_last: bool,
     ) -> None:
-        """Writes the next seal of the index at `path`, if there is one. For the holder of SQLite's write lock, who alone does so.
+        """Write the next WAL reset record of the index at `path`, if the index exists.
 
-        `judge` is given the header as it stands, and the identity of the file at `main`, and answers (position after it, covered,
-        witnessed), or None to leave everything as it is. A header that cannot be read is answered by a seal that asks for a scan.
+        The caller must hold SQLite's write lock, so that it is the only writer of records. If the
+        header cannot be read, the record requests a scan.
 
-        `is_last`: the WAL goes, and from here on the identity alone tells whether the file was written to. It is worth waiting, for some
-        milliseconds, until the identity is settled: the lock that is held keeps writers out.
+        Args:
+            path: the index.
+            main: the main file.
+            judge: called with the present header and the identity of the file at `main`. It returns
+                (position after the restart, covered, witnessed), or None to write nothing.
+            is_last: the WAL is removed, and from then on the identity alone shows whether the file
+                was written to. It is worth waiting some milliseconds until the identity is settled:
+                the lock keeps writers out.
         """
 
         def write(fd: int) -> None:
@@ -342,7 +408,10 @@ class LocalIndex(FileLock):
 
     @staticmethod
     def ask_for_scan(path: str) -> None:
-        """A seal that says: whatever the position was, it proves nothing any more. As `leave_seal`."""
+        """Write a WAL reset record that invalidates any position.
+
+        Otherwise as `write_reset_record`.
+        """
 
         def write(fd: int) -> None:
             header, last = _read(fd)
@@ -367,13 +436,17 @@ def _header(fd: int) -> IndexHeader | None:
 
 
 def _identify(path: str, fd: int, main: str, looks: int) -> tuple[Identity | None, bool]:
-    """(identity of the file at `main`, whether it is settled); `fd` is the index at `path`."""
+    """Return (identity of the file at `main`, whether it is settled).
+
+    `fd` is the index at `path`.
+    """
     identity = None
     for look in range(looks):
         if look >= _TICK_LOOKS:
             time.sleep(_LOOK_SECONDS)
         os.utime(fd)
-        # In this order: what is written after the second look is of the witness's tick, or of a later one.
+        # Keep this order: a write after the second stat is of the witness's tick, or of a later
+        # one.
         witness = Identity.of(path)
         identity = Identity.of(main)
         if identity is None or identity.is_settled_by(witness):
@@ -382,7 +455,10 @@ def _identify(path: str, fd: int, main: str, looks: int) -> tuple[Identity | Non
 
 
 def _with_file(path: str, flags: int, function: Callable[[int], R]) -> R | None:
-    """Call `function` with a descriptor of the file at `path`; None when no regular file is there."""
+    """Call `function` with a descriptor of the file at `path`.
+
+    Returns None if it is not a regular file.
+    """
     try:
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
@@ -396,9 +472,9 @@ def _with_file(path: str, flags: int, function: Callable[[int], R]) -> R | None:
 
 
 def _with_own_file(path: str, write: Callable[[int], None]) -> None:
-    """Call `write` with the index at `path`, unless it was replaced by a file of another program.
+    """Call `write` with the index at `path`, unless it is not an index any more.
 
-    Such a file has no header that could be read, so that the next batch finds out anew where the local state stands.
+    Such a file has no readable header. The next batch therefore classifies the local state again.
     """
 
     def checked(fd: int) -> None:

@@ -1,6 +1,8 @@
-"""The local index of a state that is the head, made anew: from the tables of the log alone, or from the local file where that is the head.
+"""Rebuild the local index of a state that is the head.
 
-Either way no more is believed than what gives the head's state hash. The header is returned, not saved.
+The page hashes come from the tables of the log alone, or from the local file if that is the head.
+Either way they are accepted only if they give the head's state hash. The header is returned, not
+saved.
 """
 
 from __future__ import annotations
@@ -31,11 +33,13 @@ _ATTEMPTS: Final = 8
 def rebuild_index_from_log(
     history: RemoteLog, index: LocalIndex, header: IndexHeader, head: Head, edges: Sequence[SegmentInfo], *, width: int
 ) -> IndexHeader:
-    """The head's page hashes, from the tables of a chain of edges; no page is kept. The new header is not saved.
+    """Read the head's page hashes from the tables of a chain of segments.
+
+    No page is kept. The new header is not saved.
 
     Raises:
-        RestoreError: no chain of edges leads to the head.
-        CorruptionError: the hashes are not the head's state.
+        RestoreError: no chain of segments leads to the head.
+        CorruptionError: the hashes do not give the head's state.
     """
     suspects = ExcludedSegments()
     first: CorruptionError | None = None
@@ -75,7 +79,7 @@ def rebuild_index_from_log(
 
 
 class _ChainError(Exception):
-    """`edge` is not sound, or does not follow `before`."""
+    """`edge` is damaged, or does not follow `before`."""
 
     def __init__(self, edge: SegmentInfo, before: SegmentInfo | None, error: CorruptionError) -> None:
         super().__init__(error.message)
@@ -83,7 +87,10 @@ class _ChainError(Exception):
 
 
 def _learn_chain(history: RemoteLog, index: LocalIndex, chain: Sequence[SegmentInfo]) -> int:
-    """Record the page hashes at the end of `chain`. Returns up to where the page view was complete by then."""
+    """Record the page hashes at the end of `chain`.
+
+    Returns the txid up to which the page objects were complete by then.
+    """
     size, state, view_txid = 0, 0, 0
     before: SegmentInfo | None = None
     for edge in chain:
@@ -117,7 +124,10 @@ def _learn_chain(history: RemoteLog, index: LocalIndex, chain: Sequence[SegmentI
 def rebuild_index_from_file(
     local: LocalDatabase, history: RemoteLog, index: LocalIndex, header: IndexHeader, head: Head, edges: Sequence[SegmentInfo]
 ) -> IndexHeader:
-    """The local file is the head: its own pages give the index. Only what the page view has missed is asked of the log."""
+    """Rebuild the index from the pages of the local file, which is the head.
+
+    Only the pages whose page objects are missing are read from the log.
+    """
     last = newest(edges)
     found = history.header(last.pre, last.post)
     view_txid = min(found.view_txid, head.txid) if found is not None else 0
@@ -138,7 +148,10 @@ def rebuild_index_from_file(
 
 
 def _note_missed(history: RemoteLog, index: LocalIndex, chain: Sequence[SegmentInfo], head: Head) -> bool:
-    """Which pages the edges of `chain` changed last. False when one of them is gone."""
+    """Record which segments of `chain` changed each page last.
+
+    Returns False if one of them is gone.
+    """
     for edge in chain:
         segment = history.segment(edge.pre, edge.post)
         if segment is None:

@@ -1,16 +1,24 @@
-"""Where a local state stands in a history, told by content: its hash, its place in a WAL, and what the local index remembers.
+"""Classify a local state against the history of its database.
 
-    HEAD      its state hash is the head's
-    EARLIER   a segment lists its state hash, or its place in the WAL: a power loss, an old image of the machine
-    DESCENDS  it came from the head by local commits: the local index stood at the head, on the same inode, page 1's change counter has
-              not gone back, and the WAL goes on where the index left it, or there was none and the file is, by its recorded
-              identity, the one that was left; or the WAL begins with the very frames that the head's commit ended with, or lies,
-              as the next one after that, upon a main file that is the head
-    UNKNOWN   anything else
+The evidence is the content: the state hash, the position in the WAL, and the records of the local
+index.
 
-DESCENDS is asked before EARLIER: local commits may have led back to bytes that have been there before, and no old image and no old
-backup has what proves the descent (a WAL, a recorded identity, a recorded state). An old backup beside a newer WAL is told by the scan
-that follows: a page has changed that the WAL has no frame of. Then it is EARLIER after all, if it is.
+    AT_HEAD   the state hash is that of the head
+    BEHIND    a segment lists the state hash, or the position in the WAL: after a power loss, or in an
+              old disk image
+    AHEAD     the local state came from the head by local commits. Either the local index was at the head:
+              the inode is the same, and the change counter of page 1 has not gone back. In addition the
+              WAL continues at the index's position, or there was no WAL and the recorded identity still
+              matches the file. Or the WAL begins with the same frames with which the commit of the head
+              ended. Or it is the next WAL after that one, and the main file below it is the head
+    DIVERGED  anything else
+
+AHEAD is checked before BEHIND: local commits may have led back to bytes of an earlier state. An old
+disk image or an old backup does not have the evidence for AHEAD: a WAL, a recorded identity or a
+recorded state.
+
+An old backup beside a newer WAL can pass for AHEAD. The scan that follows detects it: a page has
+changed that has no frame in the WAL. The state is then looked up as BEHIND after all.
 """
 
 from __future__ import annotations
@@ -39,11 +47,13 @@ __all__ = ["Lineage", "LocalState", "Place", "classify", "earlier_txid", "local_
 
 logger = get_logger(__name__)
 
-_MOST_RESTARTS: Final = 1 << 16  # of the WAL by programs that leave no seal; a random salt passes once in 65,536 times
+# Restarts of the WAL by programs that leave no WAL reset record. Salt 1 is random in a new WAL;
+# it passes this check once in 65,536 times.
+_MOST_RESTARTS: Final = 1 << 16
 
 
 class Lineage(Enum):
-    """How a local state that is not empty stands to a history."""
+    """Relation of a local state, which is not empty, to a history."""
 
     AT_HEAD = auto()
     BEHIND = auto()
@@ -52,7 +62,10 @@ class Lineage(Enum):
 
 
 class Place(NamedTuple):
-    """The relation of a local state to a history; of an EARLIER one its txid, if the log tells it."""
+    """The relation of a local state to a history.
+
+    `txid`: the txid of a state that is BEHIND, if the log lists it.
+    """
 
     relation: Lineage
     txid: int | None = None
@@ -60,7 +73,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LocalState:
-    """The local state: its hash, its end in the WAL, page size in bytes, size in pages, page 1's change counter."""
+    """The local state: state hash, position in the WAL, sizes and change counter.
+
+    `page_size` is in bytes, `db_size` in pages. `change_counter` is that of page 1.
+    """
 
     state: int
     position: WalPosition | None
@@ -70,10 +86,15 @@ class LocalState:
 
 
 def local_state(local: LocalDatabase, known: IndexHeader | None) -> LocalState:
-    """The local state, by a scan; `known`, an index that can be believed, spares it when nothing is pending.
+    """Return the local state, found by a scan.
+
+    Args:
+        local: the local database.
+        known: an index header that is proved. It makes the scan unnecessary when nothing is
+            pending.
 
     Raises:
-        SnapshotLost, CorruptionError: as `LocalDatabase.pages`.
+        SnapshotInvalidated, CorruptionError: as `LocalDatabase.pages`.
     """
     with local.snapshot() as tip:
         shape = local.shape(tip)
@@ -97,10 +118,22 @@ def classify(
     remote_id: bytes,
     width: int,
 ) -> Place:
-    """The place of `found` in the history with `edges` and `head`; `index` is locked and of `home`, `width` requests go at once.
+    """Return the place of `found` in the history.
+
+    Segments that are damaged are skipped with a warning.
+
+    Args:
+        found: the local state.
+        head: the head of the history.
+        edges: all segments of the history.
+        local: the local database.
+        index: the local index, which is locked.
+        history: the log.
+        remote_id: an index with another remote id is not used.
+        width: how many requests are made at once.
 
     Raises:
-        StoreError: the history could not be read. (Segments that are damaged are passed over, with a warning.)
+        StoreError: the history could not be read.
     """
     if (found.state, found.page_size, found.db_size) == (head.state, head.page_size, head.db_size):
         return Place(Lineage.AT_HEAD)
@@ -115,9 +148,11 @@ def classify(
     txid = earlier_txid(found, segments_reaching(edges, head.txid), history, width)
     if txid is not None:
         return Place(Lineage.BEHIND, txid)
-    header = _header_of(index, remote_id)  # that took its time, and whoever restarts the WAL leaves a seal without asking for the lock
+    # Load it again: the search took time, and a WAL restart writes its WAL reset record without the
+    # index's lock.
+    header = _header_of(index, remote_id)
     if header is not None and header.index_state is IndexState.BEING_REPLACED and header.state == found.state:
-        return Place(Lineage.BEHIND)  # a fast-forward was cut off after its WAL had gone
+        return Place(Lineage.BEHIND)  # a fast-forward was interrupted after its WAL was removed
     if header is not None and _descends(found, head, header, local):
         return Place(Lineage.AHEAD)
     return Place(Lineage.AHEAD if _continues(head, ended, local) else Lineage.DIVERGED)
@@ -129,23 +164,32 @@ def _header_of(index: LocalIndex, remote_id: bytes) -> IndexHeader | None:
 
 
 def _end_of(head: Head, edges: Sequence[SegmentInfo], history: RemoteLog) -> WalPosition | None:
-    """Where the head's commit ended in the WAL that it was made in; None when its segment does not tell."""
+    """Return the WAL position at which the commit of the head ended.
+
+    Returns None if its segment does not list it.
+    """
     last = newest(edges)
     header = history.header(last.pre, last.post)
     return header.positions[-1] if header is not None and header.post == head.txid and header.positions else None
 
 
 def _outruns(found: LocalState, ended: WalPosition | None, local: LocalDatabase) -> bool:
-    """Does the local WAL hold the head's commit, and more after it? Then it goes on from there, even if it leads back to the very bytes
-    of an earlier state: no old image and no old backup has such a WAL."""
+    """Return whether the local WAL holds the head's commit, and later commits.
+
+    The local state then continues from the head, even if it has the same bytes as an earlier state.
+    An old disk image or an old backup does not have such a WAL.
+    """
     if ended is None or found.position is None:
         return False
     return 0 < ended.frame < found.position.frame and _begins_with(ended, local)
 
 
 def _was_left_so(found: LocalState, head: Head, header: IndexHeader, local: LocalDatabase) -> bool:
-    """Is this the very file that the index, at the head, saw its WAL go into with commits that are not stored? They may have led back
-    to the bytes of an earlier state, too."""
+    """Return whether the file is as its removed WAL left it, with unstored commits.
+
+    The index was at the head at that time. The commits may have led back to the bytes of an earlier
+    state.
+    """
     if (header.txid, header.state) != (head.txid, head.state):
         return False
     gone = header.needs_scan and header.position is None and found.position is None
@@ -153,19 +197,27 @@ def _was_left_so(found: LocalState, head: Head, header: IndexHeader, local: Loca
 
 
 def _is_known_pending(found: LocalState, head: Head, header: IndexHeader) -> bool:
-    """Return whether the index tells that this very state was reached from the head by local commits.
+    """Return whether the index recorded this state as pending after the head.
 
-    An attempt to store it failed, or a close left it pending. Whatever became of timestamps and WAL, the content is proof enough. (A file
-    that is about to be made the head by a reset has no identity in the index.)
+    An attempt to store the state failed, or a close left it pending. The content is sufficient
+    evidence, whatever happened to the timestamps and the WAL. A file that a reset is about to make
+    the head has no identity in the index.
     """
     is_at_head = (header.txid, header.state) == (head.txid, head.state)
     return is_at_head and header.identity is not None and any(found.state == intent.post_hash for intent in header.in_doubt)
 
 
 def earlier_txid(found: LocalState, edges: Iterable[SegmentInfo], history: RemoteLog, width: int) -> int | None:
-    """Return the txid that `edges`, the newest first, list for the local state; None if they do not list it.
+    """Return the txid that `edges` list for the local state, or None.
 
-    A place in a WAL tells the segment that holds the commit. Its end is returned.
+    A position in a WAL identifies the segment that holds the commit. The txid at the end of that
+    segment is returned.
+
+    Args:
+        found: the local state.
+        edges: the segments, newest first.
+        history: the log.
+        width: how many requests are made at once.
     """
     for header in _listed(list(edges), history, width):
         txids = [commit.txid for commit in header.commits if commit.post == found.state]
@@ -179,7 +231,10 @@ def earlier_txid(found: LocalState, edges: Iterable[SegmentInfo], history: Remot
 
 
 def _listed(edges: Sequence[SegmentInfo], history: RemoteLog, width: int) -> Iterator[SegmentHeader]:
-    """Headers that list all that those of `edges` do. A merged edge spares those that it was merged from, if it is sound."""
+    """Yield headers that list everything that the headers of `edges` list.
+
+    A merged segment that is sound replaces those that it was merged from.
+    """
 
     def load(edge: SegmentInfo) -> SegmentHeader | None:
         try:
@@ -188,7 +243,7 @@ def _listed(edges: Sequence[SegmentInfo], history: RemoteLog, width: int) -> Ite
             logger.warning("%s", error.message)
             return None
 
-    # A long snapshot lists but the end of what it spans.
+    # A long snapshot lists only the end of the txids that it spans.
     telling = [edge for edge in edges if edge.pre or edge.post <= LISTED_ROWS]
     outer = maximal_segments(telling)[::-1]
     for edge, header in zip(outer, pool.ordered(load, outer, width), strict=True):
@@ -202,10 +257,11 @@ def _listed(edges: Sequence[SegmentInfo], history: RemoteLog, width: int) -> Ite
 
 
 def _descends(found: LocalState, head: Head, header: IndexHeader, local: LocalDatabase) -> bool:
-    """Return whether the index stood at the head, and this very file provably went on from there.
+    """Return whether the index was at the head, and this file continues from there.
 
-    What proves it is the WAL that goes on, or the recorded identity. Without either an old backup, copied over the file, looks the same
-    as a file that another program has written to: the change counter seldom moves in WAL mode.
+    The proof is a WAL that continues, or the recorded identity. Without either, an old backup that
+    was copied over the file looks the same as a file that another program has written to. The
+    change counter seldom moves in WAL mode.
     """
     now = Identity.of(local.path)
     if header.identity is None or now is None or (header.txid, header.state) != (head.txid, head.state):
@@ -218,23 +274,26 @@ def _descends(found: LocalState, head: Head, header: IndexHeader, local: LocalDa
     if header.successor is not None and position is not None:
         wal = local.wal.header()
         if wal is not None and wal.position() == header.successor:
-            return True  # each restart since then was seen, and nothing of it is stored yet
+            return True  # every restart since then left a record, and no commit after it is stored
     if known is None:
-        # The WAL had gone. One that is there now lies upon the file as it was left, or upon the head.
+        # There was no WAL. One that exists now was started on the file as it was then, or on the
+        # head.
         return header.identifies(local.path) or (position is not None and _is_head_without_wal(head, local))
     if position is None:
-        return False  # the WAL, which held what the position tells, is gone without a seal
-    restarts = (position.salt1 - known.salt1) & 0xFFFFFFFF  # salt 1 increments at each restart, and is random in a new WAL
+        return False  # the WAL that contained the position was removed without a WAL reset record
+    restarts = (position.salt1 - known.salt1) & 0xFFFFFFFF  # salt 1 is incremented at each restart; in a new WAL it is random
     if restarts:
         return restarts <= _MOST_RESTARTS
     return _begins_with(known, local)
 
 
 def _continues(head: Head, ended: WalPosition | None, local: LocalDatabase) -> bool:
-    """Does the local WAL begin with the very frames that the head's commit ended with, or lie upon the head as the next WAL?
+    """Return whether the local WAL continues from the commit of the head.
 
-    The latter it does when the first commit to a restarted WAL was not stored, and the local index was lost, or older on the disk, with
-    the power.
+    It does if it begins with the same frames with which the commit of the head ended. It also does
+    if it is the next WAL after that one, and the main file is the head. The second case occurs when
+    the first commit to a restarted WAL was not stored. In addition, a power loss destroyed the
+    local index, or left an older one on disk.
     """
     if ended is None:
         return False
@@ -245,7 +304,10 @@ def _continues(head: Head, ended: WalPosition | None, local: LocalDatabase) -> b
 
 
 def _is_head_without_wal(head: Head, local: LocalDatabase) -> bool:
-    """Return whether the main file alone, of which the WAL has changed nothing yet, is the head."""
+    """Return whether the main file alone is the head.
+
+    It is not if a checkpoint of its WAL has begun.
+    """
     with local.read_transaction():
         tip = local.tip()
         if tip.header is None or tip.backfilled or tip.header.page_size != head.page_size:

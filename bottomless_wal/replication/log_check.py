@@ -1,15 +1,23 @@
-"""Does the log still lead to its head? Objects may expire, or be deleted, below a head that goes on, and no commit would notice.
+"""Check that the log still leads to its head.
 
-    open     a look at the keys, and at the segment with which the way to the head begins: a few requests
-    daily    a thorough look, by the upkeep's thread: every segment on the way, and its body; also at once where the open found no way
-    mend     no way is there: the local file, at the state of a txid that is stored, becomes a snapshot, the new base of the log
+Objects may expire, or be deleted, below a head that commits continue from. No commit would detect
+that.
+
+    open     check the keys, and the first segment of the chain to the head: a few requests
+    daily    a thorough check by the upkeep's thread: every segment of the chain, and its body; also at once if
+             the open found no chain
+    mend     if there is no chain: the local file, at the state of a stored txid, becomes a snapshot, the new
+             base of the log
 
 Invariants:
 
-* A gap is an error that names the first missing or wrong object. It stays in `LogCheck.error`, and so in `status()`, until it is mended.
-* The snapshot is read within a read transaction of its own, outside the index's lock: commits go on. It is stored only if the pages that
-  were read give the state hash that the log has at that txid.
-* A way that was torn by somebody who prunes at that moment is not a gap: the log is listed anew before one is reported.
+* A gap is an error that names the first missing or wrong object. It stays in `LogCheck.error`, and
+  so in `status()`, until it is mended.
+* The snapshot is read in a read transaction of its own, outside the index's lock, so commits
+  continue. It is stored only if the pages that were read give the state hash that the log has at
+  that txid.
+* A chain that pruning by another process interrupts at that moment is not a gap. The log is listed
+  again before a gap is reported.
 """
 
 from __future__ import annotations
@@ -41,7 +49,7 @@ __all__ = ["Finding", "LogCheck", "find_gap"]
 
 logger = get_logger(__name__)
 
-_LISTED: Final = 1000  # objects: one request
+_LISTED: Final = 1000  # objects that one request lists
 _LOOKS: Final = 3
 _WAYS: Final = 8
 _WIDTH: Final = 4
@@ -49,22 +57,23 @@ _ATTEMPTS: Final = 10
 
 
 def _on() -> None:
-    """Pause for nothing."""
+    """Do nothing: continue without a pause."""
 
 
 class Finding(Enum):
-    """What the last look at the log has found."""
+    """The result of the last check of the log."""
 
     SOUND = auto()
-    OPEN = auto()  # too many objects for an open to look at: a thorough look should come soon
+    OPEN = auto()  # too many objects for an open to check: a thorough check should follow soon
     GAP = auto()
 
 
 class LogCheck:
-    """Looks at the log of one open database and mends it. `reader` makes a second view of the local file.
+    """Check the log of one open database, and mend it.
 
-    `finding` is that of the last look; `error` the gap that a thorough look has found, until it is mended; `repairs` counts the snapshots
-    that mended one.
+    `reader` opens a second reader of the local file. `finding` is the result of the last check.
+    `error` is the gap that a thorough check has found, until it is mended. `repairs` counts the
+    snapshots that mended a gap.
     """
 
     def __init__(self, replicator: Replicator, reader: Callable[[], LocalDatabase]) -> None:
@@ -76,10 +85,11 @@ class LogCheck:
         self.finding = Finding.SOUND
 
     def at_open(self, listed: Sequence[SegmentInfo] | None, txid: int) -> None:
-        """Look whether a way leads to the head, by few requests.
+        """Check with few requests whether a chain leads to the head.
 
         Args:
-            listed: all segments of the log, as the open has just listed them; None if they are too many for one request.
+            listed: all segments of the log, as the open has just listed them; None if they are too
+                many for one request.
             txid: the head's.
 
         Raises:
@@ -91,12 +101,16 @@ class LogCheck:
             logger.info("%s: whether its log leads to txid %d is looked at thoroughly", self._history.name, txid)
 
     def run(self, throttle: Callable[[], None] = _on) -> None:
-        """Look thoroughly, and mend what is found. `breathe` is called often, and may raise what ends it.
+        """Check thoroughly, and mend a gap that is found.
+
+        Args:
+            throttle: called often; an exception that it raises ends the check.
 
         Raises:
-            BottomlessError: the log could not be read, or not be mended; `error` tells the gap.
+            BottomlessError: the log could not be read, or not be mended; `error` has the gap.
         """
-        # Where an open had too many objects before it, keys and base tell enough: the segments are looked at once a day.
+        # If the open had too many objects to check, keys and base are sufficient here. The segments
+        # are checked once a day.
         self.error = find_gap(self._history, throttle, is_thorough=self.finding is not Finding.OPEN)
         self.finding = Finding.SOUND if self.error is None else Finding.GAP
         if self.error is None:
@@ -110,7 +124,10 @@ class LogCheck:
             logger.warning("%s: the log was mended by a new snapshot", self._history.name)
 
     def _newest_part(self, txid: int) -> Sequence[SegmentInfo]:
-        """Return the newest snapshot and what follows it; nothing if these, too, are too many for one request."""
+        """Return the newest snapshot and the segments after it.
+
+        Returns nothing if these, too, are too many for one request.
+        """
         edges, _ = self._history.some_edges(limit=_LISTED)
         base = max((edge for edge in edges if edge.pre == 0 and edge.post <= txid), key=lambda edge: edge.post, default=None)
         if base is None:
@@ -135,7 +152,7 @@ class LogCheck:
         try:
             for attempt in range(_ATTEMPTS):
                 with contextlib.ExitStack() as held:
-                    # The order of the locks: SQLite's write lock, then the index's.
+                    # Lock order: SQLite's write lock, then the index's.
                     writers_wait = attempt >= _ATTEMPTS // 2
                     quiet = held.enter_context(reader.no_writers()) if writers_wait else None
                     found = self._pinned_state(reader, held)
@@ -152,7 +169,10 @@ class LogCheck:
         )
 
     def _pinned_state(self, reader: LocalDatabase, held: contextlib.ExitStack) -> tuple[IndexHeader, WalState] | None:
-        """Store what is pending, then pin in `reader` the state that the index is at. None: a commit came in between."""
+        """Store what is pending, then hold a snapshot of that state in `reader`.
+
+        Returns None if a commit came in between.
+        """
         replicator = self._replicator
         with replicator.view.locked_to_commit(), replicator.index.locked():
             try:
@@ -166,10 +186,13 @@ class LogCheck:
                 return None
 
     def _store(self, reader: LocalDatabase, header: IndexHeader, tip: WalState, throttle: Callable[[], None]) -> bool:
-        """Store the pinned state as the segment 0 -> txid. False: the local files changed meanwhile.
+        """Store the state of the snapshot as the segment 0 -> txid.
+
+        Returns False if the local files changed meanwhile.
 
         Raises:
-            ReplicationError: there is such a segment, which is not sound: the state after the next commit can be stored.
+            ReplicationError: the segment exists, and is not sound. The state after the next commit
+                can be stored.
         """
         history, state = self._history, 0
         key = keys.segment_key(history.name, 0, header.txid)
@@ -209,16 +232,19 @@ class LogCheck:
             commits=(CommitRecord(header.txid, header.state, time_ms),),
             body=staged.body,
         )
-        return history.append(made, staged.blocks).created  # else another process was quicker, and the look after this tells
+        # If the key exists, another process stored it first; the check that follows shows whether
+        # it mends the log.
+        return history.append(made, staged.blocks).created
 
 
 # --- looking -----------------------------------------------------------------------------------------------------------
 
 
 def find_gap(history: RemoteLog, throttle: Callable[[], None] = _on, *, is_thorough: bool = True) -> RestoreError | None:
-    """Return why the head of `history` cannot be restored, or None when every segment on some way to it is there and fits.
+    """Return why the head of `history` cannot be restored.
 
-    Pages are not read: `verify` with `deep` does that.
+    Returns None if every segment of some chain to the head exists and fits. Pages are not read:
+    `verify` with `deep` does that.
 
     Raises:
         StoreError: the log could not be read.
@@ -282,10 +308,13 @@ def _first_wrong(
 
 
 def _sound_header(history: RemoteLog, edge: SegmentInfo) -> SegmentHeader | str:
-    """Return the header of `edge`, or what is missing: the segment itself, or the body that it names.
+    """Return the header of `edge`, or a message that names what is missing.
+
+    Missing is the segment itself, or the body that it names.
 
     Raises:
-        CorruptionError: it is damaged. StoreError.
+        CorruptionError: it is damaged.
+        StoreError: it could not be read.
     """
     found = history.header(edge.pre, edge.post)
     if found is None:
@@ -299,7 +328,7 @@ def _sound_header(history: RemoteLog, edge: SegmentInfo) -> SegmentHeader | str:
 
 def _gap_in(history: RemoteLog, edges: Sequence[SegmentInfo]) -> str:
     reached = 0
-    for edge in edges:  # in the order of their keys
+    for edge in edges:  # listed in key order
         if edge.pre <= reached < edge.post:
             reached = edge.post
     return f"the log has a gap after txid {reached} (missing object {keys.segment_key(history.name, reached, reached + 1)})"

@@ -1,20 +1,24 @@
-"""The page view: the latest committed content of every page, one object each, written behind the log.
+"""Put the page objects: one object with the latest content of every page.
 
-    commit n stored, ack=pages ──► put its pages, n = view txid ──► (killed, or failed, in between: n joins the backlog)
-    ack=log, ack=local         ──► filled in turns, beside the commits (`page_object_writer`), or at a checkpoint (pages=checkpoint)
-    initial, reset             ──► backlog of the whole database, filled in the background
+They are written after the log.
+
+    commit n stored, ack=pages ──► put its pages, n = view txid ──► (killed or failed in between: n joins the backlog)
+    ack=log, ack=local         ──► put in turns, beside the commits (`page_object_writer`), or at a checkpoint (pages=checkpoint)
+    initial, reset             ──► backlog of the whole database, put in the background
 
 Invariants:
 
-* Nothing is put that is not in the log: a page is put only while its hash is the one that the local index recorded from a stored
-  segment. A page that has changed locally since is passed over, and stays due: the commit that carries the change puts it, or, if it
-  was changed back before it was stored, so that no commit carries it, a later turn does.
-* One operation per key at a time: whoever puts or deletes page objects holds the *view lock*, `<db>-bottomless-view`, taken before the
-  index's. A turn of `page_object_writer` lets go of the index while its requests are under way, so that commits go on.
-* "The view is complete up to v" (`IndexHeader.view_complete`) means: the object of every page that has not changed since v is current.
-  It is never claimed early. The log alone is authoritative.
-* Objects past the end of a shrunken database are swept later, off the commit path, where a late DELETE cannot hit a page that
-  has come back.
+* Only what is in the log is put. A page is put only while its hash is the one that the local index
+  recorded from a stored segment. A page that has changed locally since is skipped, and stays due.
+  The commit that carries the change puts it. If the page was changed back before the change was
+  stored, no commit carries it, and a later turn puts it.
+* Only one operation per key runs at a time. Putting or deleting page objects requires the *view
+  lock*, `<db>-bottomless-view`, which is taken before the index's lock. A turn of
+  `page_object_writer` releases the index's lock during its requests, so that commits continue.
+* "The view is complete up to v" (`IndexHeader.view_complete`) means: the object of every page that
+  has not changed since v is current. It is never claimed early. Only the log is authoritative.
+* Objects past the end of a database that has shrunk are deleted later, off the commit path. There a
+  late DELETE cannot hit a page that has come back.
 """
 
 from __future__ import annotations
@@ -43,7 +47,10 @@ __all__ = ["LOCK_SUFFIX", "PageObjects", "Turn"]
 logger = get_logger(__name__)
 
 LOCK_SUFFIX: Final = "-view"
-"""Of the view lock's file: behind the index's name. The file is empty, and gone after the last close."""
+"""Suffix of the view lock's file, after the index's name.
+
+The file is empty, and is removed by the last close.
+"""
 
 _ENTRIES_AT_ONCE: Final = 16384
 _MISSED_PAGES: Final = 1024
@@ -51,7 +58,10 @@ _MISSED_BYTES: Final = 16 << 20
 
 
 class Turn(NamedTuple):
-    """Pages of the backlog that are to be put now: as they were at the state that `header` tells. `cursor`: where the next turn goes on."""
+    """Pages of the backlog to put now, as of the state in `header`.
+
+    The next turn starts at `cursor`.
+    """
 
     pages: list[Page]
     header: IndexHeader
@@ -60,7 +70,10 @@ class Turn(NamedTuple):
 
 
 class PageObjects:
-    """Writes the page objects of one database. Every method but `put_turn` expects the local index to be locked by the caller."""
+    """Write the page objects of one database.
+
+    The caller must hold the local index's lock, except for `put_turn`.
+    """
 
     def __init__(self, config: Config, local: LocalDatabase, index: LocalIndex, history: RemoteLog) -> None:
         self.lock = FileLock(index.path + LOCK_SUFFIX, beside=local.path)
@@ -72,9 +85,18 @@ class PageObjects:
     def put(
         self, header: IndexHeader, pages: Iterable[Page], *, guard: Callable[[], None] = lambda: None, passed: Sequence[int] = ()
     ) -> IndexHeader:
-        """Puts the pages of the commit that the index has just recorded, when somebody waits for them (ack=pages); else a turn does.
+        """Put the pages of the commit that the index has just recorded.
 
-        `guard` is called just before; `passed`, when all is put, has the pages that could not be had. Raises whatever `guard` does, and:
+        This happens only with ack=pages, where the committer waits for it. Otherwise a turn does
+        it.
+
+        Args:
+            header: the index's header, at that commit.
+            pages: the pages of the commit.
+            guard: called just before the first page is put. Its exceptions propagate.
+            passed: read after all pages are put: the pages that could not be read.
+
+        Raises:
             ReplicationError: the commit is in the log, but not all of its page objects are stored.
         """
         if self.config.ack != "pages":
@@ -95,13 +117,18 @@ class PageObjects:
         return self.index.advance_page_objects(header, header.txid)
 
     def postpone(self, header: IndexHeader) -> IndexHeader:
-        """The commit just recorded carries the whole database: its page objects are put in the background."""
+        """Leave the page objects of the commit just recorded to the background.
+
+        The commit carries the whole database.
+        """
         if self.config.pages == "commit":
             return self.index.postpone_page_objects(header, view_size=UNKNOWN_SIZE)
         return header
 
     def catch_up(self, header: IndexHeader) -> IndexHeader:
-        """Puts what commits the view has missed, for somebody may be waiting for it (nothing unless ack=pages). Call it pinned.
+        """Put the page objects that earlier commits have missed, if ack=pages.
+
+        A committer may be waiting for them. Call it within a read transaction.
 
         Raises:
             ReplicationError: as `put`.
@@ -112,25 +139,36 @@ class PageObjects:
         return header
 
     def has_missed(self, header: IndexHeader) -> bool:
-        """Are there commits whose page objects nobody has put, nor left to the backlog (never unless ack=pages)?"""
+        """Return whether page objects of commits were neither put nor left to the backlog.
+
+        This is never so unless ack=pages.
+        """
         return self.config.ack == "pages" and header.view_txid < header.txid
 
     def behind(self, header: IndexHeader) -> bool:
-        """Is there anything to put?"""
+        """Return whether there are pages to put."""
         return self.config.pages != "off" and (header.backlog is not None or header.view_txid < header.txid)
 
     def locked_to_commit(self) -> contextlib.AbstractContextManager[None]:
-        """The view lock, where commits put page objects themselves (ack=pages). To be taken before the index's."""
+        """Hold the view lock if commits put page objects themselves (ack=pages).
+
+        Take it before the index's lock.
+        """
         return self.lock.locked() if self.config.ack == "pages" else contextlib.nullcontext()
 
     def choose(self, header: IndexHeader, tip: WalState, *, most: int) -> Turn | None:
-        """Up to `most` pages of the backlog, and of what commits have left until now, to be put next. Call it pinned.
+        """Choose up to `most` pages to put next.
+
+        They are of the backlog, and of what commits have left until now.
+
+        Call it within a read transaction.
 
         Raises:
-            SnapshotLost: see `LocalDatabase.page`.
+            SnapshotInvalidated: see `LocalDatabase.page`.
         """
         if header.backlog is None:
-            # A pass has a fixed end: pages that change meanwhile wait for the next, or no pass would ever come to its end.
+            # A pass has a fixed end. Pages that change meanwhile wait for the next pass; otherwise
+            # no pass would ever end.
             header = self.index.postpone_page_objects(header)
         backlog = header.backlog
         if backlog is None:
@@ -147,33 +185,48 @@ class PageObjects:
                     break
         passed: list[int] = []
         pages = list(self._current(header, tip, chosen, passed))
-        # What is ahead of the log locally may be back again before it is stored: then no commit carries it, and it is this one's to put.
+        # A skipped page may be changed back before the change is stored. Then no commit carries it,
+        # and this backlog must put it.
         return Turn(pages, header, backlog, min(passed, default=cursor))
 
     def put_turn(self, turn: Turn) -> None:
-        """Puts them: with the view locked, and not the index. Raises StoreError: they were not all stored."""
+        """Put the pages of `turn`. The caller holds the view lock, and not the index's.
+
+        Raises:
+            StoreError: not all of them were stored.
+        """
         self._put(turn.header, turn.pages)
         failpoint("after fill")
 
     def advance(self, header: IndexHeader, turn: Turn) -> IndexHeader:
-        """They are put. (Where the backlog was begun anew meanwhile, so are they: they are put once more.)"""
+        """Record that the pages of `turn` were put.
+
+        If the backlog was restarted meanwhile, they are put again.
+        """
         return self.index.advance_backlog(header, turn.backlog, turn.cursor, turn.header.db_size)
 
     def finish(self, header: IndexHeader) -> None:
-        """Puts what the last commits have left, unless it is much: that joins the backlog. Call it pinned.
+        """Put what the last commits have left, or add it to the backlog if it is much.
+
+        Call it within a read transaction.
 
         Raises:
-            StoreError: they were not all stored. SnapshotLost: see `LocalDatabase.page`.
+            StoreError: not all of them were stored.
+            SnapshotInvalidated: see `LocalDatabase.page`.
         """
         if header.view_txid < header.txid:
             self.index.advance_page_objects(self._put_missed(header, upto=header.txid))
 
     def to_sweep(self, header: IndexHeader) -> bool:
-        """May there be page objects past the end?"""
+        """Return whether page objects may exist past the end of the database."""
         return self.config.pages != "off" and header.view_size > header.db_size
 
     def sweep(self, header: IndexHeader) -> None:
-        """Deletes page objects past the end of a database that has shrunk. Raises StoreError."""
+        """Delete page objects past the end of a database that has shrunk.
+
+        Raises:
+            StoreError: the page objects could not be listed or deleted.
+        """
         if not self.to_sweep(header):
             return
         prefix = keys.page_prefix(self.history.name)
@@ -191,7 +244,12 @@ class PageObjects:
         self.index.record_sweep(header)
 
     def _put_missed(self, header: IndexHeader, *, upto: int) -> IndexHeader:
-        """Puts the pages of commits in (view txid, upto]; where they are too many, they join the backlog. The header is not saved."""
+        """Put the pages of the commits in (view txid, upto].
+
+        If they are too many, they join the backlog.
+
+        The header is not saved.
+        """
         if header.view_txid >= upto:
             return header
         passed: list[int] = []
@@ -203,7 +261,10 @@ class PageObjects:
         return header.pages_put(upto)
 
     def _missed(self, header: IndexHeader, after: int, upto: int, passed: list[int]) -> Iterator[Page]:
-        """The pages that commits in (after, upto] changed last, as the log has them; see `_current` for `passed`."""
+        """Yield the pages that commits in (after, upto] changed last, as the log has them.
+
+        See `_current` for `passed`.
+        """
         tip = self.local.tip()
         if self.local.wal.header() != tip.header:
             raise SnapshotInvalidated(f"the WAL of {self.local.path} was restarted")
@@ -214,14 +275,19 @@ class PageObjects:
             yield from self._current(header, tip, chosen, passed)
 
     def _current(self, header: IndexHeader, tip: WalState, chosen: list[tuple[int, int]], passed: list[int]) -> Iterator[Page]:
-        """The chosen pages, but for those that have changed locally since: their numbers join `passed`."""
+        """Yield the chosen pages, except those that have changed locally since.
+
+        The numbers of those are added to `passed`.
+        """
         for pgno, known in chosen:
             data = self.local.page(tip, pgno, header.page_size)
             page = Page(pgno, known, data) if data is not None else None
             if page is not None and page_hash(pgno, page.data) == known:
                 yield page
             elif tip.header is not None and not self.local.unchanged(tip.header):
-                # A pin holds no frames of a WAL that is wholly in the main file: what was read is another page's, and nobody changed this.
+                # A read transaction does not protect the frames of a WAL that is wholly
+                # checkpointed. The frame that was read belongs to another page, and this page did
+                # not change.
                 raise SnapshotInvalidated(f"the WAL of {self.local.path} was restarted while page objects were put")
             else:
                 passed.append(pgno)

@@ -1,9 +1,14 @@
-"""Opening a database: where does the local state stand in the remote history? Git's fast-forward logic.
+"""Open a database: bring the local file and the remote history together.
 
-What there is leads to what is done by the table of `recovery_plan`; `recovery_actions` does it.
+As with Git's fast-forward, the relation of the two decides. `recovery_plan` has the table of
+actions, and `recovery_actions` carries them out.
 
-Invariants: everything happens under the local index's lock; a bucket that cannot be reached is an error, never an empty bucket; whatever
-fails leaves local file and bucket as they were; a file is replaced only by a verified one, and only when nobody has it open.
+Invariants:
+
+* Everything happens under the local index's lock.
+* A bucket that cannot be reached is an error. It never counts as an empty bucket.
+* A failure leaves the local file and the bucket as they were.
+* A file is replaced only by a verified file, and only when no process has it open.
 """
 
 from __future__ import annotations
@@ -37,11 +42,14 @@ __all__ = ["Recovery"]
 logger = get_logger(__name__)
 
 _LOOKS: Final = 10
-_LISTED: Final = 1000  # objects, which one request lists, and in which the whole of a short log is seen
+_LISTED: Final = 1000  # objects that one request lists; a short log is listed completely
 
 
 class Recovery:
-    """Brings one local file and its history together. Every method expects the index of `replicator` to be locked."""
+    """Recovery at open of one database.
+
+    The caller must hold the lock of the index of `replicator`.
+    """
 
     def __init__(self, replicator: Replicator, *, policy: str, progress: Progress | None = None) -> None:
         self.replicator = replicator
@@ -52,16 +60,27 @@ class Recovery:
         self._actions = Actions(replicator, progress)
         self.action: Action | None = None
         self.listed: Sequence[SegmentInfo] | None = None
-        """All segments of the log, as this open has found them; None while they are not listed, or too many to be listed at a resume."""
-        self._distrusted = False  # the index: it was found damaged
+        """All segments of the log, as this open has listed them.
+
+        None before they are listed, or if a resume has found too many to list.
+        """
+        self._distrusted = False  # the index was found damaged
 
     @property
     def goes_on(self) -> bool:
-        """Return whether the log goes on from a head whose way nobody has looked at: not restored, and not stored, by this open."""
+        """Return whether the log continues from a head that this open has not checked.
+
+        The segments that lead to the head were not checked.
+
+        This open has neither restored the head nor stored the whole database.
+        """
         return self.action in (Action.RESUME, Action.CATCH_UP, Action.KEEP_LOCAL)
 
     def run(self, *, reset: bool = False) -> IndexHeader:
-        """Looks, decides and acts (`_run`), and looks again when other processes changed the WAL meanwhile."""
+        """Run the recovery.
+
+        Runs `_run` again if other processes changed the WAL meanwhile.
+        """
         for _ in range(_LOOKS):
             try:
                 return self._run(reset=reset)
@@ -79,11 +98,17 @@ class Recovery:
         raise ReplicationError(f"{self.local.path} kept changing while it was opened", hint="Open it again.")
 
     def _run(self, *, reset: bool) -> IndexHeader:
-        """Carries out the table's row. `reset`: make the local file the head, whatever the relation (never an empty one).
+        """Carry out the row of the table that applies.
+
+        Args:
+            reset: make the local file the head, whatever its relation to the history. Never done
+                with an empty file.
 
         Raises:
-            ConflictError: the policy is `error` and the local file is no state of the history; or it has to be replaced and is open.
-            RestoreError: the head cannot be restored. The local file may be an earlier state of the history, from which nothing leads on.
+            ConflictError: the policy is `error` and the local file is not a state of the history.
+            ConflictError: the local file must be replaced, and a process has it open.
+            RestoreError: the head cannot be restored. No segments may lead from the local file's
+                state to it.
             StoreError, CorruptionError: nothing was changed.
         """
         path = self.local.path
@@ -114,11 +139,12 @@ class Recovery:
     def _remote(self, found: Situation, empty: bool) -> Remote:
         if found.known_head is not None:
             return Remote.HISTORY
-        # A missing bucket must not pass for an empty one.
+        # Listing the page objects fails if the bucket is missing. It must not pass for an empty
+        # one.
         return Remote.PAGES if empty and self._has_pages() else Remote.NOTHING
 
     def _place(self, found: Situation, known: IndexHeader | None) -> Situation:
-        """Find out where the local state stands in the history."""
+        """Classify the local state against the history."""
         local = local_state(self.local, known)
         place = classify(
             local, found.head, found.edges, self.local, self.index, self.history,
@@ -151,7 +177,8 @@ class Recovery:
         try:
             return self._actions.catch_up(found)
         except ConflictError:
-            # It is not a descendant after all.
+            # A page changed that has no frame in the WAL: the local file does not come from the
+            # head after all.
             leading = segments_reaching(found.edges, found.head.txid)
             txid = earlier_txid(found.local, leading, self.history, self.replicator.config.concurrency)
             if txid is not None:
@@ -168,7 +195,7 @@ class Recovery:
     # --- what is known without a scan ----------------------------------------------------------------------------------
 
     def _known_header(self) -> IndexHeader | None:
-        """The index's header, if it can be believed without a scan."""
+        """Return the index's header if it is proved without a scan; None otherwise."""
         header = self.index.load()
         if (
             header is None
@@ -186,11 +213,14 @@ class Recovery:
             tip = self.local.tip()
             found = position_status(self.local, header, tip)
         if header.position is not None and tip.frames < header.position.frame:
-            return None  # a WAL that was cut, until a scan says otherwise
+            return None  # the WAL may have been cut by a power loss: scan
         return header if found in (PositionStatus.CURRENT, PositionStatus.BEHIND) else None
 
     def _still_head(self, header: IndexHeader) -> bool:
-        """Is the index's state the head? Two small requests: the head's own commit edge is never deleted."""
+        """Return whether the index's state is the head.
+
+        This takes two small requests, because the commit segment of the head is never deleted.
+        """
         edges, is_complete = self.history.some_edges(limit=_LISTED)
         if is_complete:
             self.listed = edges
@@ -202,7 +232,10 @@ class Recovery:
         return head == (header.txid, header.state, header.page_size, header.db_size)
 
     def _restarted_since(self, found: LocalState) -> bool:
-        """Another process commits, and restarts the WAL, without asking for our lock: then no position proves anything."""
+        """Return whether another process has restarted the WAL since `found` was read.
+
+        Such a process does not take the index's lock. After a restart no position proves anything.
+        """
         wal, position = self.local.wal.header(), found.position
         if wal is None or position is None:
             return (wal is None) != (position is None)
@@ -216,7 +249,7 @@ class Recovery:
         local, head = found.local, found.head
         gap = find_gap(self.history, is_thorough=False)
         if gap is not None:
-            # No edge before the gap leads on to the head, so `relate` has not looked there.
+            # No segment before the gap leads to the head, so `classify` has not searched those.
             txid = earlier_txid(local, reversed(found.edges), self.history, self.replicator.config.concurrency)
             if txid is not None:
                 return cut_off(self.local.path, f"txid {txid}", gap)

@@ -1,7 +1,12 @@
-"""What an opening does, once it is decided: each action of `recovery_plan` that changes the local file, the index or the log.
+"""Carry out the action that recovery at open has decided on.
 
-Invariants: everything happens under the local index's lock; whatever fails leaves local file and bucket as they were; a file is replaced
-only by a verified one, and only when nobody has it open.
+These are the actions of `recovery_plan`. They change the local file, the index or the log.
+
+Invariants:
+
+* Everything happens under the local index's lock.
+* A failure leaves the local file and the bucket as they were.
+* A file is replaced only by a verified file, and only when no process has it open.
 """
 
 from __future__ import annotations
@@ -37,41 +42,55 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What an opening has found. `head`, `local` and `place` are known where the action needs them."""
+    """The findings of recovery at open.
+
+    The optional fields are set where the action needs them.
+
+    `listed_ms`: when the listing showed `head` as the head, in milliseconds since 1970.
+    """
 
     identity: Identity | None
     edges: Sequence[SegmentInfo]
-    listed_ms: int  # when the head was seen to be the head
+    listed_ms: int
     known_head: Head | None = None
     known_local: LocalState | None = None
     place: Place | None = None
 
     @property
     def head(self) -> Head:
-        """The head of the history."""
+        """Return the head of the history."""
         if self.known_head is None:
             raise AssertionError("this action needs a history")
         return self.known_head
 
     @property
     def local(self) -> LocalState:
-        """The state of the local file."""
+        """Return the state of the local file."""
         if self.known_local is None:
             raise AssertionError("this action needs a local state")
         return self.known_local
 
     @property
     def earlier(self) -> int | None:
-        """The txid of the earlier state that the local file is at, if the log tells it."""
+        """Return the txid of the earlier state that the local file is at.
+
+        Returns None if the log does not list it.
+        """
         return self.place.txid if self.place is not None else None
 
     def now(self, path: str) -> Situation:
-        """The same, after a change to the file at `path` that was made here."""
+        """Return this situation with the present identity of the file at `path`.
+
+        Call it after a change to the file that was made here.
+        """
         return replace(self, identity=Identity.of(path))
 
 
 class Actions:
-    """The actions of an opening. Every method expects the index of `replicator` to be locked."""
+    """The actions of recovery at open.
+
+    The caller must hold the lock of the index of `replicator`.
+    """
 
     def __init__(self, replicator: Replicator, progress: Progress | None) -> None:
         self.replicator = replicator
@@ -81,29 +100,30 @@ class Actions:
         self.progress = progress
 
     def start(self, found: Situation) -> IndexHeader:
-        """Begin with an empty index: the first commit is 0 -> 1."""
-        # Files beside an empty one are SQLite's to judge: another process may be making it a database right now.
+        """Start with an empty index: the first commit is 0 -> 1."""
+        # Leave the files beside an empty database file to SQLite: another process may be creating
+        # the database now.
         if not os.path.exists(self.local.path):
             quarantine_sidecar_files(self.local.path)
         self.replicator.is_paused = True
         return self.index.mark_open(self.replicator.fresh())
 
     def resume(self, header: IndexHeader) -> IndexHeader:
-        """Go on from `header`, which can be believed."""
+        """Continue from `header`, which is proved."""
         self.index.mark_open(header)
         return self.replicator.batch()
 
     def initial(self, found: Situation) -> IndexHeader:
-        """Store the whole local database as the beginning of a log."""
+        """Store the whole local database as the first segment of a log."""
         self._say_what_is_gone()
         self._convert()
         before = self.index.load()
         if before is not None and before.remote_id == self.replicator.remote_id and before.index_state is IndexState.UNPROVED:
-            return self._begin_at(before)  # a restore from page objects alone was cut off
+            return self._begin_at(before)  # a restore from page objects alone was interrupted
         return self.index.mark_open(self.replicator.upload_initial(self.replicator.fresh()))
 
     def catch_up(self, found: Situation) -> IndexHeader:
-        """Store what the local file has beyond the head, if it has anything."""
+        """Store the commits of the local file that follow the head, if there are any."""
         head = found.head
         self._convert()
         header = self.index.load()
@@ -124,12 +144,15 @@ class Actions:
         head = found.head
         failpoint("before reset")
         self._convert()
-        # No identity: should this die half-way, the file must not pass for a descendant of the head.
+        # Without an identity an interrupted reset cannot make the file pass for AHEAD of the head.
         header = self.replicator.fresh().at(head.txid, head.state, head.page_size, 0).needing_scan()
         return self.index.mark_open(self.replicator.upload_reset(header))
 
     def keep_local(self, found: Situation) -> IndexHeader:
-        """The index takes the head's hashes; the next commit then carries every page that differs."""
+        """Keep the local file, and fill the index with the head's page hashes.
+
+        The next commit then carries every page that differs.
+        """
         logger.warning(
             "%s diverged from its history (txid %d): kept as it is; the next commit carries every difference (initial_replication=skip)",
             self.local.path,
@@ -138,23 +161,30 @@ class Actions:
         self._convert()
         self.replicator.is_paused = True
         header = self._learn(self.replicator.fresh(), found)
-        # No identity: until a commit has made it so, the file is no descendant of the head, and the policy is asked again.
+        # Without an identity the file is not AHEAD of the head until a commit is stored. The next
+        # open applies the policy again.
         return self.index.mark_open(header.needing_scan())
 
     def fast_forward(self, found: Situation) -> IndexHeader:
-        """Replace the local file, which is at `found.earlier` (None: a fast-forward was cut off, so it is not known), by the head."""
-        # By its hash the index now says that this is an earlier state (see `lineage`): the place in the WAL, which may be all that told
-        # it, goes before the file does.
+        """Replace the local file, which is an earlier state, by the head.
+
+        The file is at `found.earlier`. None: a fast-forward was interrupted, so the txid is not
+        known.
+        """
+        # The position in the WAL may be the only evidence that this is an earlier state, and it is
+        # lost before the file is replaced. The state hash in the index takes its place (see
+        # `lineage`).
         txid, state = found.earlier, found.local.state
         self.local.close()
         with exclusive_access(self.local.path):
-            pass  # a process that has it open needs the index as it is
+            pass  # fail before the index changes: a process that has the file open needs the index
         header = self.index.mark_being_replaced(self.replicator.unknown(), state)
         self.index.pages.clear()
-        # The main file must be whole by itself before its WAL goes: a crash in between leaves an earlier state, not a torn one.
+        # Checkpoint before the WAL is removed: a crash in between then leaves an earlier state, not
+        # a torn file.
         with self._plain() as connection:
             connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
-            connection.execute("PRAGMA schema_version").fetchall()  # one that has never read checkpoints nothing
+            connection.execute("PRAGMA schema_version").fetchall()  # a connection that has never read checkpoints nothing
             try:
                 connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
             except apsw.BusyError as error:
@@ -168,11 +198,14 @@ class Actions:
         return header
 
     def restore(self, found: Situation) -> IndexHeader:
-        """Put the head in place of an empty or missing local file."""
+        """Restore the head to an empty or missing local file."""
         return self._restore(found)
 
     def _restore(self, found: Situation, header: IndexHeader | None = None, place: str = "") -> IndexHeader:
-        """Put the head in place of the local file, which is at `place` if it is not empty."""
+        """Replace the local file by the head.
+
+        `place` describes the state of a file that is not empty.
+        """
         width, path = self.replicator.config.concurrency, shlex.quote(self.local.path)
         with self._alone(found), scratch(self.local.path, self.index.pages) as into:
             header = header or self.replicator.fresh()
@@ -185,13 +218,14 @@ class Actions:
             return self._put_in_place(into, rebuilt, header, found.listed_ms)
 
     def restore_pages(self, found: Situation) -> IndexHeader:
-        """Put what the page objects hold in place of an empty or missing local file."""
+        """Restore the content of the page objects to an empty or missing local file."""
         with self._alone(found), scratch(self.local.path, self.index.pages) as into:
             header = self.replicator.fresh()
             rebuilt = rebuild_from_pages(self.history, into, width=self.replicator.config.concurrency, progress=self.progress)
             if rebuilt is None:
                 raise StoreError(f"the page objects of {self.history.name!r} vanished while they were looked at", hint="Try again.")
-            # No identity: should this die before the log begins anew, the next open lets it begin, at this very txid.
+            # Without an identity the next open after a crash stores the first segment of the new
+            # log, at this txid.
             header = self.index.begin_rebased(header, rebuilt.txid, rebuilt.state)
             self.local.close()
             replace_atomically(into.path, into.fd, self.local.path)
@@ -201,7 +235,10 @@ class Actions:
     # --- their parts ---------------------------------------------------------------------------------------------------
 
     def _say_what_is_gone(self) -> None:
-        """The bucket holds no history where the index knows one: somebody has deleted it, or an expiry rule has."""
+        """Log an error if the index records a history and the bucket has none.
+
+        The objects of the history were deleted, or have expired.
+        """
         before = self.index.load()
         if before is not None and before.remote_id == self.replicator.remote_id and before.txid:
             logger.error(
@@ -212,7 +249,10 @@ class Actions:
             )
 
     def _convert(self) -> None:
-        """A rollback-journal database becomes a WAL one. Only once it is decided that the local file stays."""
+        """Switch a rollback-journal database to WAL mode.
+
+        Call it only after the decision to keep the local file.
+        """
         self.local.close()
         with self._plain() as connection:
             if connection.execute("PRAGMA journal_mode").get == "wal":
@@ -234,17 +274,22 @@ class Actions:
             connection.close()
 
     def _take_over(self, found: Situation) -> IndexHeader:
-        """The local file is, or descends from, the head, and the index was lost or stale: it is made anew."""
+        """Rebuild an index that was lost or stale.
+
+        The local file is the head, or comes from it.
+        """
         local, head = found.local, found.head
         before = self.index.load()
         header = self.replicator.unknown()
-        # Killed, or cut off from the store, before the entries are there: this header keeps the file's descent, and asks for them.
+        # After a crash or a store error this header keeps the evidence that the file comes from the
+        # head. It also requests that the entries are rebuilt.
         header = self.index.identify(header.at(*head), self.local.path)
         if before is not None and before.remote_id != header.remote_id:
             before = None
         position = before.position if before is not None and before.txid <= head.txid else None
         if before is None and local.state != head.state:
-            # It descends by its WAL, which begins with the head's frames: what differs has a frame beyond them.
+            # The evidence is the WAL, which begins with the head's frames. Every page that differs
+            # has a frame after them.
             last = self.history.header(*newest(found.edges)[:2])
             position = last.positions[-1] if last is not None and last.positions else None
         change_counter = min(local.change_counter, before.change_counter) if before is not None else local.change_counter
@@ -256,7 +301,7 @@ class Actions:
             header = changed(header, proved_ms=found.listed_ms)
         else:
             header = self._learn(header, found)
-        # The scan finds the position, and the difference if there is one.
+        # The scan sets the position, and finds the difference if there is one.
         header = changed(header, needs_scan=True, change_counter=local.change_counter)
         header = self.index.identify(header, self.local.path)
         return self.index.mark_open(self.replicator.upload_difference(header))
@@ -267,7 +312,13 @@ class Actions:
 
     @contextlib.contextmanager
     def _alone(self, found: Situation) -> Iterator[None]:
-        """Nobody has the file open, and it is still what it was when the decision was made."""
+        """Hold exclusive access to the file.
+
+        The file must be unchanged since the decision was made.
+
+        Raises:
+            SnapshotInvalidated: the file has changed.
+        """
         self.local.close()
         with exclusive_access(self.local.path):
             if Identity.of(self.local.path) != found.identity:
@@ -275,7 +326,10 @@ class Actions:
             yield
 
     def _begin_at(self, header: IndexHeader) -> IndexHeader:
-        """The log begins anew with the snapshot edge 0 -> txid of `header`, so that the line of txids goes on."""
+        """Store the first segment of a new log: the snapshot 0 -> txid of `header`.
+
+        The txids continue.
+        """
         return self.index.mark_open(self.replicator.upload_rebased(header))
 
     def _put_in_place(self, into: Scratch, rebuilt: Rebuilt, header: IndexHeader, proved_ms: int) -> IndexHeader:
@@ -291,7 +345,8 @@ class Actions:
             proved_ms=proved_ms,
         )
         header = self.index.identify(header, path)
-        # Until a connection reads, another program can write to it and leave no trace but in its timestamps.
+        # Until a connection of this process reads, a write by another program changes nothing but
+        # the timestamps.
         is_untouched = header.identity is not None and header.identity[1:4] == (
             made.st_ino,
             rebuilt.page_size * rebuilt.db_size,
@@ -309,7 +364,10 @@ class Actions:
 
 
 def cut_off(path: str, place: str, cause: RestoreError) -> RestoreError:
-    """Return why the local file at `path`, which is at `place` of its history, cannot be moved forward."""
+    """Return the error for a local file that cannot be moved to the head.
+
+    The file at `path` is at `place` of its history.
+    """
     quoted = shlex.quote(path)
     return RestoreError(
         f"{path} is at {place} of its history and cannot be moved forward to the head: {cause.message.rstrip('.')}. "

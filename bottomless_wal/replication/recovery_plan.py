@@ -1,15 +1,19 @@
-"""What opening does: where does the local state stand in the remote history? Git's fast-forward logic, as a pure function.
+"""Decide what recovery at open does.
+
+The relation of the local state to the remote history decides.
+
+The logic is Git's fast-forward logic, as a pure function.
 
 | local file | remote | relation | action |
 |---|---|---|---|
-| empty or missing | nothing | - | START: the first commit is 0 -> 1 |
+| empty or missing | nothing | - | CREATE: the first commit is 0 -> 1 |
 | empty or missing | page objects only | - | RESTORE_PAGES |
 | empty or missing | a history | - | RESTORE its head |
-| not empty | no history | - | INITIAL replication: 0 -> 1 is the whole database |
-| not empty | a history | HEAD: the local state is the head's | RESUME |
-| | | EARLIER: it is an earlier state of that history | FAST_FORWARD |
-| | | DESCENDS: it came from the head by local commits | CATCH_UP: the difference is the next commit |
-| | | UNKNOWN | the policy: `error` CONFLICT, `force` RESET, `skip` KEEP_LOCAL |
+| not empty | no history | - | INITIAL_UPLOAD: 0 -> 1 is the whole database |
+| not empty | a history | AT_HEAD: the local state is the head | RESUME |
+| | | BEHIND: it is an earlier state of that history | FAST_FORWARD |
+| | | AHEAD: it came from the head by local commits | CATCH_UP: the difference is the next commit |
+| | | DIVERGED | the policy: `error` CONFLICT, `force` RESET, `skip` KEEP_LOCAL |
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ __all__ = ["POLICY", "Action", "Remote", "decide"]
 
 
 class Remote(Enum):
-    """What the bucket holds of this database."""
+    """What the bucket holds for this database."""
 
     NOTHING = auto()
     PAGES = auto()
@@ -31,7 +35,7 @@ class Remote(Enum):
 
 
 class Action(Enum):
-    """What opening does."""
+    """What recovery at open does."""
 
     CREATE = auto()
     RESTORE = auto()
@@ -49,7 +53,10 @@ POLICY: Final = {"error": Action.CONFLICT, "force": Action.RESET, "skip": Action
 
 
 def decide(empty: bool, remote: Remote, relation: Lineage | None, policy: str) -> Action:
-    """The table above. `relation` is looked at only where there are two states to compare."""
+    """Return the action of the table above.
+
+    `relation` is used only where there are two states to compare.
+    """
     if empty:
         return {Remote.NOTHING: Action.CREATE, Remote.PAGES: Action.RESTORE_PAGES, Remote.HISTORY: Action.RESTORE}[remote]
     if remote is not Remote.HISTORY:

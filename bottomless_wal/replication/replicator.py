@@ -1,18 +1,30 @@
-"""Local commits become stored segments: one batch at a time, under the local index's lock.
+"""Store local commits as segments, one batch at a time.
 
-A batch goes through these states; whoever is killed between two of them leaves what the next batch, in whatever process, mends:
+A batch holds the local index's lock.
 
-    look      settle an attempt whose outcome is unknown; compare the index's position with the wal-index
-    read      the new frames, the last of each page; or, when the position proves nothing, a scan of the whole snapshot
-    intend    post hash and a random attempt number join the intents   killed after: the next batch looks at the log first
-    put       one create-only segment                                  killed after: the stored segment is ours by its intent: adopted
-    record    page hashes, then the index's header                     killed between: as before
-    view      page objects (`page_objects`), then the view txid        killed within: the backlog is put by the next batch
+A batch passes through these states. If the process is killed between two of them, the next batch of
+any process recovers:
 
-Two rules carry the rest. *A position proves itself* (`wal_position`), or everything is scanned. *Own attempts are told by attempt number
-and content* (`fencing`); anything else under the next key is a rival's. The number is drawn anew for each attempt with new content. So a
-second machine that makes the same change at the same moment is a rival, and a copied directory shares with its original only the attempts
-made before the copy: those of one and the same commit.
+    check     resolve an in-doubt attempt; compare the index's position with the wal-index
+    read      read the new frames, the last of each page; if the position proves nothing, scan the whole snapshot
+    record    add an in-doubt attempt to the index:      killed after: the next batch checks the log first
+              post hash and random attempt number
+    put       store one segment, create-only             killed after: the next batch adopts the segment, which
+                                                         is one of the in-doubt attempts
+    update    write page hashes, then the index's header killed between: as before
+    pages     put page objects (`page_objects`), then    killed within: the next batch puts the backlog
+              advance the view txid
+
+Two rules make this correct:
+
+* *A position is used only if it is proved* (`wal_position`). Otherwise the database is scanned.
+* *Own attempts are recognised by attempt number and content* (`fencing`). Any other segment with
+  the next key is from a second writer.
+
+A new attempt number is drawn for each attempt with new content. A second machine that makes the
+same change at the same moment is therefore a second writer. A copied directory shares with its
+original only the attempts made before the copy. Those are attempts to store one and the same
+commit.
 """
 
 from __future__ import annotations
@@ -50,16 +62,24 @@ _SUSPECT_SECONDS: Final = 2.0
 
 
 def remote_id_of(config: Config, name: str) -> bytes:
-    """16 bytes that tell whose history an index belongs to: endpoint, bucket and database name."""
+    """Return 16 bytes that identify the history of an index.
+
+    They are a hash of endpoint, bucket and database name.
+    """
     return hashlib.sha256("\0".join((config.endpoint, config.bucket, name)).encode()).digest()[:16]
 
 
 class IndexAdvanced(SnapshotInvalidated):
-    """The index has moved on (an earlier attempt was adopted): look anew."""
+    """The index has changed because an earlier attempt was adopted.
+
+    Start the batch again.
+    """
 
 
 class Replicator:
-    """The log side of one database. Every method but the constructor expects `index` to be locked by the caller.
+    """Write the log of one database.
+
+    The caller must hold the lock of `index`, except for the constructor.
 
     `on_logged(position)` is called after each stored segment, still under the lock.
     """
@@ -85,22 +105,31 @@ class Replicator:
             local, index, history, self.view, remote_id=self.remote_id, on_logged=lambda position: self.on_logged(position)
         )
         self.on_head: Callable[[int], None] = lambda txid: None
-        """Called with the txid of each segment that was stored here, under the lock: what it does is quick."""
+        """Called with the txid of each segment that this process stored.
+
+        It is called under the lock, so it must be quick.
+        """
         self._sleep = sleep
         self.is_paused = False
-        """Nothing is sent before the next commit, not even by a close: initial_replication=skip, or a new database."""
+        """Whether nothing is sent before the next commit, not even by a close.
+
+        Set for initial_replication=skip and for a new database.
+        """
         self._backfilled: tuple[object, ...] | None = None
         self._suspect: tuple[Identity | None, float] | None = None
 
     # --- the batch -----------------------------------------------------------------------------------------------------
 
     def batch(self) -> IndexHeader:
-        """Stores everything that is committed now: log, and page objects as `pages` says. Returns the index's header.
+        """Store everything that is committed now, and return the index's header.
+
+        This writes the log, and the page objects as the option `pages` requires.
 
         Raises:
-            FencedError: another writer has gone on; this and all later batches fail.
+            FencedError: a second writer has stored a commit; this and all later batches fail.
             FilesLostError: the file at the path is not the one that is open, or it was truncated.
-            ReplicationError: the log is stored, but page objects are not; or the local files kept changing.
+            ReplicationError: the log is stored, but page objects are not; or the local files kept
+                changing.
             StoreError, CorruptionError: the log is not stored; everything stays pending.
         """
         if self.fencing.error is not None:
@@ -124,21 +153,28 @@ class Replicator:
         )
 
     def header(self) -> IndexHeader:
-        """The index's header. Raises IndexCorrupt when there is none of this history."""
+        """Return the index's header.
+
+        Raises:
+            IndexCorrupt: the index has no header of this history, or the file is to be replaced.
+        """
         header = self.index.load()
         if header is None or header.remote_id != self.remote_id or header.index_state is IndexState.BEING_REPLACED:
             raise IndexCorrupt(f"{self.index.path} is missing, damaged, of another history, or of a file that is to be replaced")
-        # Another process may have said so at its own close; here the database is in use.
+        # Another process may have set the flag at its own close; here the database is in use.
         return changed(header, clean=False) if header.clean else header
 
     def fresh(self) -> IndexHeader:
-        """A new header over an empty index; not saved."""
+        """Return a new header over an empty index; it is not saved."""
         self.index.clear()
         failpoint("after clear")
         return self.unknown()
 
     def unknown(self) -> IndexHeader:
-        """A header that tells nothing but whose it is, and looks at no seal that is there already; not saved."""
+        """Return a header with nothing but its remote id; it is not saved.
+
+        It ignores a WAL reset record that exists already.
+        """
         record = self.index.last_reset_record()
         return IndexHeader(self.remote_id, secrets.token_bytes(16), boot_id(), reset_sequence=record.sequence if record is not None else 0)
 
@@ -151,7 +187,9 @@ class Replicator:
                 if found in (PositionStatus.CURRENT, PositionStatus.BEHIND):
                     header = self._refresh_identity(header, tip)
                     if header.in_doubt and tip.frames == (header.position.frame if header.position is not None else 0):
-                        break  # an attempt may still arrive: only a put of the state as it is now tells what the head is
+                        # An in-doubt attempt may still be stored. Only a put of the present state
+                        # shows what the head is.
+                        break
                     header, is_done = self._frames(header, tip)
                     if is_done:
                         return self._catch_up(header)
@@ -162,14 +200,20 @@ class Replicator:
         return self.upload_difference(header)
 
     def _catch_up(self, header: IndexHeader) -> IndexHeader:
-        """The page objects that earlier commits have missed; not over those of a writer that has gone on since."""
+        """Put the page objects that earlier commits have missed.
+
+        Objects of a second writer that has stored a commit since are not overwritten.
+        """
         if self.view.has_missed(header):
             self.fencing.require_head(header)
             return self.view.catch_up(header)
         return header
 
     def _frames(self, header: IndexHeader, tip: WalState) -> tuple[IndexHeader, bool]:
-        """Everything from the position to the tip, commit by commit. (header, False): from there only a scan can tell what changed."""
+        """Store everything from the position to the tip, commit by commit.
+
+        Returns (header, False) when only a scan can find what changed from there on.
+        """
         while header.position is not None and header.position.frame < tip.frames:
             change = stage_frames(self.local, self.index, self.history, header, tip, level=self.config.level)
             if change is None:
@@ -180,29 +224,39 @@ class Replicator:
     # --- scans ---------------------------------------------------------------------------------------------------------
 
     def upload_initial(self, header: IndexHeader) -> IndexHeader:
-        """Store the whole database as the segment 0 -> 1. Its page objects are put in the background."""
+        """Store the whole database as the segment 0 -> 1.
+
+        Its page objects are put in the background.
+        """
         with self._scan() as (record, tip, shape):
             header = header.apply(record)
             return self._commit(header, self._whole(tip, shape, pre=0, post=1), scanned=True, background=True)
 
     def upload_reset(self, header: IndexHeader) -> IndexHeader:
-        """Store the whole database as the next commit, which discards what came before. Its page objects are put in the background."""
+        """Store the whole database as the next commit, which discards the earlier states.
+
+        Its page objects are put in the background.
+        """
         with self._scan() as (record, tip, shape):
             header = header.apply(record)
             change = self._whole(tip, shape, pre=header.txid, post=header.txid + 1, reset=header.txid > 0)
             return self._commit(header, change, scanned=True, background=True)
 
     def upload_rebased(self, header: IndexHeader) -> IndexHeader:
-        """Store the whole database as the segment 0 -> txid of `header`: a log that begins anew, so that the line of txids goes on.
+        """Store the whole database as the segment 0 -> txid of `header`.
 
-        Its page objects are put in the background.
+        This is the first segment of a new log, and the txids continue. Its page objects are put in
+        the background.
         """
         with self._scan() as (record, tip, shape):
             header = header.apply(record)
             return self._commit(header, self._whole(tip, shape, pre=0, post=header.txid), scanned=True, background=True)
 
     def upload_difference(self, header: IndexHeader) -> IndexHeader:
-        """Store the pages that differ from the index as the next commit: all of them at txid 0, or if the page size became another."""
+        """Store the pages that differ from the index as the next commit.
+
+        At txid 0, or if the page size has changed, that is every page.
+        """
         with self._scan() as (record, tip, shape):
             header = header.apply(record)
             change: Change | None
@@ -219,8 +273,12 @@ class Replicator:
 
     @contextlib.contextmanager
     def _scan(self) -> Iterator[tuple[WalResetRecord | None, WalState, DatabaseShape]]:
-        """Hold a snapshot of the database, which is scanned. Gives the seal with it that is to be taken into account."""
-        # Seals up to here speak of what the snapshot will contain; a later one must be looked at.
+        """Hold a snapshot of the database for a scan.
+
+        Yields the WAL reset record to apply, the snapshot and its shape.
+        """
+        # Read the record before the snapshot. Up to here the WAL reset records describe what the
+        # snapshot will contain. A later one must be applied.
         record = self.index.last_reset_record()
         with self.local.snapshot() as tip:
             if self.local.wal.header() != tip.header:
@@ -231,8 +289,8 @@ class Replicator:
         return stage_whole(self.local, self.history, tip, shape, pre=pre, post=post, reset=reset, level=self.config.level)
 
     def _confirm(self, header: IndexHeader, tip: WalState, shape: DatabaseShape) -> IndexHeader:
-        """A scan has found no difference: the state at `tip` is the head."""
-        self.fencing.require_head(header)  # as a put would: a commit that has led back to the head may be waiting for it
+        """Record that a scan has found no difference: the state at `tip` is the head."""
+        self.fencing.require_head(header)  # a put would check it; a commit whose state is the head may wait for this
         header = self.index.confirm(header, position_of(self.local, tip), self.local.path, shape.change_counter)
         self.on_logged(header.position)
         return self._catch_up(header)
@@ -240,10 +298,13 @@ class Replicator:
     # --- put -----------------------------------------------------------------------------------------------------------
 
     def _commit(self, header: IndexHeader, change: Change, *, scanned: bool = False, background: bool = False) -> IndexHeader:
-        """Stores `change` and records it; then the page objects, unless they are left to the `background`.
+        """Store `change` and record it, then put the page objects.
 
-        Commits that together changed nothing are stored, too: an earlier attempt may still arrive, and another writer may have gone on.
-        Only the put, which contends for the next key, tells that the state that is acknowledged is the head.
+        With `background`, the page objects are left to the background.
+
+        Commits that together changed nothing are stored, too. An earlier attempt may still be
+        stored, and a second writer may have stored a commit. Only the put, which competes for the
+        next key, proves that the acknowledged state is the head.
         """
         failpoint("before intent")
         header = self.index.add_in_doubt(header, change.post_hash, main=self.local.path, change_counter=change.change_counter)
@@ -295,9 +356,10 @@ class Replicator:
         return self.view.put(header, change.pages(), guard=lambda: self.fencing.require_recent_head(header))
 
     def note_pending(self) -> None:
-        """Note the state hash of what a close leaves pending: the next open knows by it that the file goes on from the head.
+        """Record the state hash of what a close leaves pending.
 
-        Unlike the other methods it takes the index's lock itself.
+        By this hash the next open recognises that the file continues from the head. Unlike the
+        other methods, this one takes the index's lock itself.
         """
         with self.index.locked():
             header = self.header()
@@ -309,9 +371,11 @@ class Replicator:
     # --- identity ------------------------------------------------------------------------------------------------------
 
     def _refresh_identity(self, header: IndexHeader, tip: WalState) -> IndexHeader:
-        """Follows the main file's change by checkpoints; a change that none explains was made behind our back: scan.
+        """Record the change of the main file by checkpoints.
 
-        A checkpoint writes first and tells afterwards: a change is suspect only when it has stayed unexplained for a while.
+        A change that no checkpoint explains was made by other means than SQLite: scan. A checkpoint
+        writes first and updates the wal-index afterwards. A change is therefore suspect only after
+        it has stayed unexplained for a while.
         """
         identity = Identity.of(self.local.path)
         if identity == header.identity:
@@ -326,7 +390,8 @@ class Replicator:
             logger.warning("%s was changed by other means than SQLite: scanning", self.local.path)
             header = header.needing_scan()
         if _was_cut(header, identity):
-            # A checkpoint cuts the file only where the database has shrunk. Else pages were cut off that no frame may hold.
+            # A checkpoint truncates the file only if the database has shrunk. Otherwise pages were
+            # lost that no frame may hold.
             logger.warning("%s is shorter than it was at txid %d: scanning", self.local.path, header.txid)
             header = header.needing_scan()
         self._backfilled, self._suspect = tip[:3], None
@@ -337,7 +402,10 @@ class Replicator:
 
 
 def _was_cut(header: IndexHeader, identity: Identity | None) -> bool:
-    """Return whether the main file is shorter than it was, and than the database that the index knows."""
+    """Return whether the main file is shorter than before and than the database.
+
+    Both earlier sizes are those that the index records.
+    """
     if header.identity is None or identity is None:
         return False
     return identity.size < min(header.identity.size, header.db_size * header.page_size)

@@ -1,9 +1,15 @@
-"""How the index's position stands to the WAL that is there: a position is believed only if it proves itself.
+"""Compare the index's position with the present WAL.
 
-It does, if the WAL in the file has its salts and the frame it names still carries its checksum. A WAL that was restarted, cut or replaced
-proves nothing, unless a *seal* carried the position across: whoever is about to write a new WAL header, or to truncate or
-delete the WAL, holds SQLite's write lock, and has had everything copied to the main file; it leaves in the index whether the position
-covered all of the old WAL (`seal`). Everything else is scanned.
+A position is used only if it is proved.
+
+It is proved if the WAL in the file has its salts, and the frame that it names still has its
+checksum. A WAL that was restarted, cut or replaced proves nothing, unless a *WAL reset record*
+carried the position across.
+
+The record is written by the connection that is about to write a new WAL header, or to truncate or
+delete the WAL. That connection holds SQLite's write lock, and everything was checkpointed to the
+main file. The record shows whether the position covered all of the old WAL
+(`write_wal_reset_record`). In all other cases the database is scanned.
 """
 
 from __future__ import annotations
@@ -24,16 +30,19 @@ logger = get_logger(__name__)
 
 
 class PositionStatus(Enum):
-    """How the index's position relates to the WAL that is there."""
+    """How the index's position relates to the present WAL."""
 
     CURRENT = auto()
-    BEHIND = auto()  # it is proved, and frames follow it
-    RETRY = auto()  # a WAL header is just being written: look again
-    INVALID = auto()  # it proves nothing: scan
+    BEHIND = auto()  # proved, and frames follow it
+    RETRY = auto()  # a WAL header is being written: read again
+    INVALID = auto()  # not proved: scan
 
 
 def position_status(local: LocalDatabase, header: IndexHeader, tip: WalState) -> PositionStatus:
-    """Does the index's position prove itself in the WAL that is there? Call it pinned."""
+    """Return whether the index's position is proved in the present WAL.
+
+    Call it within a read transaction.
+    """
     if header.needs_scan:
         return PositionStatus.INVALID
     position, wal = header.position, tip.header
@@ -41,8 +50,9 @@ def position_status(local: LocalDatabase, header: IndexHeader, tip: WalState) ->
         return PositionStatus.RETRY
     if wal is None:
         if position is None:
-            # Without a WAL the main file is all there is, and what it was is all that proves it. (Settled or not: since the open looked,
-            # a connection of ours has it open, and nobody writes past the WAL.)
+            # Without a WAL the main file holds everything, and only its identity can prove that it
+            # is unchanged. The identity need not be settled: since the open checked it, an own
+            # connection has the file open, and all writes go to the WAL.
             return PositionStatus.CURRENT if Identity.of(local.path) == header.identity is not None else PositionStatus.INVALID
         return PositionStatus.RETRY if position.frame == 0 else PositionStatus.INVALID
     if position is None:
@@ -50,7 +60,8 @@ def position_status(local: LocalDatabase, header: IndexHeader, tip: WalState) ->
     if (position.salt1, position.salt2) != (wal.salt1, wal.salt2):
         return PositionStatus.RETRY if position.frame == 0 and tip.frames == 0 else PositionStatus.INVALID
     if tip.frames < position.frame:
-        # 0: a restart has begun, and its header is not written yet. Fewer, but some: the WAL was cut by a power loss.
+        # 0 frames: a restart has begun, and its header is not written yet.
+        # Some, but fewer: the WAL was cut by a power loss.
         covered = tip.frames == 0 and not local.wal.continues(position, wal)
         return PositionStatus.CURRENT if covered else PositionStatus.INVALID
     if local.wal.position(wal, position.frame) != position:
@@ -59,7 +70,13 @@ def position_status(local: LocalDatabase, header: IndexHeader, tip: WalState) ->
 
 
 def position_of(local: LocalDatabase, tip: WalState) -> WalPosition | None:
-    """The position that a snapshot at `tip` has. Call it pinned."""
+    """Return the position of a snapshot at `tip`.
+
+    Call it within a read transaction.
+
+    Raises:
+        SnapshotInvalidated: the last frame is not in the WAL any more.
+    """
     wal = tip.header
     if wal is None:
         return None
@@ -70,20 +87,30 @@ def position_of(local: LocalDatabase, tip: WalState) -> WalPosition | None:
 
 
 def write_wal_reset_record(index_path: str, path: str, new: WalHeader | None) -> None:
-    """The WAL is about to lose its frames: leaves behind whether the index's position can be carried across.
+    """Record whether the index's position survives a restart of the WAL.
 
-    Called with SQLite's write lock held, before a new WAL header is written (`new`), or the WAL is truncated or deleted (None). By then
-    everything that was committed is in the main file. It waits for no lock, so for no upload. The position goes across only if it
-    has the salts of the header still in the file and no frame there continues it, and with it the identity of the main file, which
-    nobody writes to between here and the next commit; a batch that is under way meanwhile
-    may have covered more, and the next one then scans for nothing.
+    The WAL is about to lose its frames.
+
+    The caller holds SQLite's write lock, and everything committed is in the main file. No other
+    lock is taken, so this never waits for an upload.
+
+    The position is carried across only if it has the salts of the header still in the file, and no
+    frame there continues it. The identity of the main file is carried across with it: nothing
+    writes to that file between here and the next commit. A batch that runs meanwhile may have
+    covered more. The next batch then scans without need.
+
+    Args:
+        index_path: the index.
+        path: the main file.
+        new: the new WAL header, which is about to be written; None if the WAL is truncated or
+            deleted.
     """
     wal = WalFile(path + "-wal")
 
     def judge(header: IndexHeader, identity: Identity | None) -> tuple[WalPosition | None, bool, bool] | None:
         old = wal.header()
         if new is not None and old is not None and (new.salt1, new.salt2) == (old.salt1, old.salt2):
-            return None  # the same WAL once more: its first transaction was rolled back
+            return None  # the same WAL again: its first transaction was rolled back
         position = header.position
         if old is None:
             covered = position is None and header.identity == identity is not None
@@ -93,7 +120,8 @@ def write_wal_reset_record(index_path: str, path: str, new: WalHeader | None) ->
             covered = wal.position(old, position.frame) == position and not wal.continues(position, old)
         if not covered and not header.needs_scan:
             logger.info("the WAL of %s is restarted before all of it is stored: a scan is needed", path)
-        # What the index last knew of: salts say nothing by themselves, for SQLite may draw them at random for any new WAL.
+        # Compare with the last WAL that the index recorded. Salts alone prove nothing, because
+        # SQLite may draw them at random for any new WAL.
         last = header.successor or position
         known = None if last is None else (last.salt1, last.salt2)
         is_witnessed = known == (None if old is None else (old.salt1, old.salt2))
