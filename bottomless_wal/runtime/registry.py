@@ -1,16 +1,16 @@
-"""Keep the replicas of this process by real path, for all connections and `-wal` files.
+"""Keep the replicas of this process by real path.
 
-    acquire    the first open makes a replica; all opens of one file share it, with the same
-               settings
-    release    the last close ends the replica, and waits; an open of the file meanwhile waits, too
-    hand_over  as `release`, for a connection that is deallocated; takes no lock and does not wait;
-               the closer thread does the rest
+    acquire    the first open makes a replica; all opens of one file share it and its settings
+    release    the last close ends the replica, and waits; an open meanwhile waits, too
+    hand_over  as `release`, for a connection that is deallocated; takes no lock and does not
+               wait; the closer thread does the rest
     fork       the child drops all replicas and closes none
-    exit       all replicas are drained while threads still run; a close after that takes no lock,
-               because a stopped thread may hold it
+    exit       all replicas are drained while threads still run; a close after that takes no
+               lock, because a stopped thread may hold it
 
-Two files of one process that map to one name in one bucket are refused. Between machines,
-create-only writes refuse the second writer.
+Every connection and every `-wal` file finds its replica here. Two files of one process that map
+to one name in one bucket are refused. Between machines, create-only writes refuse the second
+writer.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Registry:
         return list(self._replicas.values())
 
     def acquire(self, path: str, config: Config, connect: Callable[[str], apsw.Connection]) -> Replica:
-        """Return the replica of `path` with one more open counted. Make it if there is none.
+        """Return the replica of `path`, made if there is none, with one more open.
 
         Raises:
             ConfigError: the file is open with other settings, or it cannot be opened here.
@@ -123,10 +123,10 @@ class Registry:
         return made
 
     def borrow(self, path: str) -> Replica | None:
-        """Return the replica of `path`, kept open until `release`, or None if it is not open.
+        """Return the replica of `path` with one more open, or None if it is not open.
 
-        The borrowed open keeps the replica from being closed by the garbage collector, which may run
-        in the borrowing thread.
+        It stays open until `release`. The garbage collector, which may run in the borrowing thread,
+        cannot close it meanwhile.
         """
         if has_exited():
             return None
@@ -138,12 +138,13 @@ class Registry:
             return replica
 
     def release(self, replica: Replica) -> None:
-        """Count one open less. The last one closes the replica, and an open meanwhile waits.
+        """Count one open less, and close the replica after its last open.
 
-        The closer thread closes the replica where waiting could not end:
+        An open of the file meanwhile waits. The closer thread closes the replica where waiting could
+        not end:
 
         - in a thread of this package, which the close would wait for;
-        - in a thread that is inside `acquire`, where a finalizer or a signal handler closes a connection.
+        - in a thread inside `acquire`, where a finalizer or a signal handler closes a connection.
         """
         if is_own_thread() or is_held_here(self._lock):
             self.hand_over(replica)
@@ -258,11 +259,11 @@ registry: Final = Registry()
 
 
 def _leave_by_finalizer() -> None:
-    """Register the exit handlers with multiprocessing, whose children leave by os._exit.
+    """Register the exit handlers with multiprocessing, if it is loaded.
 
-    In these children atexit does not run, but multiprocessing's finalizers do. When a child starts,
-    multiprocessing clears all finalizers, and then calls the functions registered here. If
-    multiprocessing is not loaded, there is nothing to register.
+    Its children leave by os._exit. There atexit does not run, but multiprocessing's finalizers do.
+    When a child starts, multiprocessing clears all finalizers, and then calls the functions that
+    are registered here.
     """
     util = sys.modules.get("multiprocessing.util")
     if util is not None:

@@ -1,4 +1,4 @@
-"""Manage one replicated database of this process, from its first open to its last close.
+"""Manage one replicated database from its first open to its last close.
 
     first open   recovery, under the index's lock until the file is open
     commits      COMMIT_PHASETWO ──► commit worker
@@ -50,7 +50,7 @@ _LOOK_SECONDS: Final = 0.02
 
 
 class Replica:
-    """Replicate the database at `path`, and be the `CommitListener` of the connections to it.
+    """Replicate the database at `path`, as the listener of its connections.
 
     Args:
         path: the main file, with links resolved.
@@ -104,7 +104,7 @@ class Replica:
 
     @contextlib.contextmanager
     def opening(self, *, progress: Progress | None = None, reset: bool = False) -> Iterator[None]:
-        """Recover the database at the first open, and keep the index locked in the context.
+        """Recover the database at the first open, and keep the index locked.
 
         The caller opens the file in the context.
 
@@ -216,7 +216,11 @@ class Replica:
             raise
 
     def on_commit_failed(self, error: BaseException) -> Callable[[], bool]:
-        """Return a function that returns whether the commit ended by `error` is stored by now."""
+        """Return a function that returns whether the failed commit is stored by now.
+
+        Args:
+            error: the error that has ended the commit.
+        """
         if isinstance(error, BottomlessError):
             sequence = error.sequence
         else:
@@ -373,9 +377,9 @@ class Replica:
             logger.warning("%s: not marked as cleanly closed: %s", self.path, error)
 
     def abandon(self) -> None:
-        """Drop the lock files in the child of a fork, without releasing the parent's locks.
+        """Drop the lock files in the child of a fork, and close nothing.
 
-        Nothing is closed.
+        The locks are not released, because they are the parent's.
         """
         self.index.abandon()
         self.replicator.view.lock.abandon()
