@@ -1,1 +1,1 @@
-"""SQLite's side: its files, its WAL, its VFS and its locks. Knows nothing of replication."""
+"""SQLite's files, WAL, VFS and locks. This package imports nothing of the replication."""

@@ -1,16 +1,19 @@
-"""Errors of commits, kept until a caller has received them.
+"""Keep errors of commits until a caller has received them.
 
-SQLite commits an `INSERT ... RETURNING` when its cursor is reset. If the cursor is deallocated, an error of that commit goes to
-`sys.unraisablehook`. An error that is parked for the WAL hook is lost in the same way if no WAL hook runs. So each error of a commit
-is kept here, by connection and file, until it is known that a caller has received it. Otherwise the next statement of the connection
-raises it, or its close. An error is dropped when its commit has been stored in the meantime.
+SQLite commits an `INSERT ... RETURNING` when its cursor is reset. If the cursor is deallocated,
+an error of that commit goes to `sys.unraisablehook`. An error that is parked for the WAL hook is
+lost in the same way if no WAL hook runs. So each error of a commit is kept here, by connection
+and file, until a caller has received it. Otherwise the connection's next statement, or its
+close, raises it. An error is dropped when its commit has been stored in the meantime.
 
-Whether a caller has received an exception is told by its traceback: an exception that reached Python code has the frame of that code
-outermost. One that did not has a frame of our VFS there, or one that APSW made up for its C code.
+The traceback of an exception shows whether a caller has received it. If the exception reached
+Python code, the outermost frame is that of this code. Otherwise the outermost frame is one of
+our VFS, or one that APSW made up for its C code.
 
-No exception is kept alive: its traceback holds the caller's frames, and these the connection, which would never be closed. An error of
-this package reports its own end instead (`BottomlessError.at_end`). Other exceptions cannot; the connection's exec tracer holds them,
-where the garbage collector can see the cycle.
+No exception is kept alive. Its traceback holds the caller's frames, and these the connection,
+which would never be closed. An error of this package reports its own end instead
+(`BottomlessError.at_end`). Other exceptions cannot do that. The connection's exec tracer holds
+them, where the garbage collector can find the cycle.
 """
 
 from __future__ import annotations
@@ -35,11 +38,17 @@ RAISING_MODULE: Final = "bottomless_wal.sqlite.vfs"
 """The module whose frames raise these errors: SQLite calls it."""
 
 _parked: dict[int, dict[str, Parked]] = {}
-"""Connection pointer -> path of the file -> the error of its last commit. Entries go with the file: SQLite uses pointers again."""
+"""Connection pointer -> path of the file -> the error of its last commit.
+
+Entries are removed with the file, because SQLite reuses pointers.
+"""
 
 
 class Parked:
-    """The error of one commit to the file at `path`. `is_stored` tells whether that commit has been stored by now."""
+    """Keep the error of one commit to the file at `path`.
+
+    `is_stored` returns whether that commit has been stored by now.
+    """
 
     def __init__(self, path: str, error: BaseException, is_stored: Callable[[], bool]) -> None:
         self.path = path
@@ -68,7 +77,7 @@ class Parked:
             there = weakref.ref(held)
             self._raised = lambda: found.error if (found := there()) is not None else None
         else:
-            self.is_received = True  # nothing can tell
+            self.is_received = True  # cannot be found out
 
     def _ended(self, error: BaseException) -> None:
         self.is_received = self.is_received or is_received(error)
@@ -89,14 +98,20 @@ class Parked:
 
 
 class _Held:
-    """A strong reference that can be referred to weakly, as most exceptions cannot."""
+    """Hold a strong reference, and allow weak references to itself.
+
+    Most exceptions cannot be referred to weakly.
+    """
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
 
 class _Tracer:
-    """The exec tracer of a connection for which an error is parked. It ends with the next statement, and passes on to the application's."""
+    """Raise parked errors at the next statement of a connection.
+
+    This exec tracer ends with that statement. It then calls the application's tracer.
+    """
 
     def __init__(self, before: ExecTracer | None) -> None:
         self._before = before
@@ -107,7 +122,8 @@ class _Tracer:
         pointer = connection.sqlite3_pointer()
         if sql.lstrip()[:8].upper() == "ROLLBACK":
             if source is connection:
-                # `with connection:` rolls back after its commit has failed, and raises another error with ours as its context.
+                # `with connection:` rolls back after its commit has failed. It then raises another
+                # error, with ours as the context.
                 for parked in waiting(pointer):
                     parked.is_received = True
         else:
