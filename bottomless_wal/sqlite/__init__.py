@@ -1,1 +1,1 @@
-"""SQLite's files, WAL, VFS and locks. This package imports nothing of the replication."""
+"""Access SQLite's files, WAL, VFS and locks, without any replication."""

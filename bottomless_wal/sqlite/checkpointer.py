@@ -66,7 +66,7 @@ class Checkpointer:
 
     def ask(self, frames: int) -> None:
         """Request a checkpoint of a WAL of `frames` frames."""
-        if frames < AUTOCHECKPOINT_FRAMES or is_held_here(self._lock):  # the latter: the garbage collector ran a commit inside this method
+        if frames < AUTOCHECKPOINT_FRAMES or is_held_here(self._lock):  # the collector commits here
             return
         with self._lock:
             if self._stopping or self._clock() < self._not_before:

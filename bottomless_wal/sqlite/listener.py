@@ -73,8 +73,8 @@ class CommitListener(Protocol):
         """Note that a connection has closed the main file. Each open has one close.
 
         Args:
-            is_deallocated: whether the connection is being deallocated. This can happen at any point of
-                the thread's work, so the method must not wait then.
+            is_deallocated: whether the connection is being deallocated, at any point of the thread's
+                work. The method must not wait then.
 
         Raises:
             BottomlessError: it was the last close, and commits were lost.

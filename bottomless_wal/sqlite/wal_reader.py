@@ -19,7 +19,7 @@ __all__ = ["FrameMap", "WalFile"]
 class FrameMap:
     """Map page number -> its last frame, for the frames of one WAL up to `upto`.
 
-    It is a dict while it is small. A dict costs a hundred bytes a page, so that a large transaction
+    It is a dict while it is small. A dict costs a hundred bytes a page, so a large transaction
     uses an array indexed by page number.
     """
 
@@ -67,7 +67,7 @@ class WalFile:
     def __init__(self, path: str) -> None:
         self.path = path
         self._fd = -1
-        self._parsed: tuple[bytes, WalHeader | None] = (b"", None)  # cached: the header is read often, and seldom changes
+        self._parsed: tuple[bytes, WalHeader | None] = (b"", None)  # cached: read often, and seldom changed
 
     def header(self) -> WalHeader | None:
         """Return the header of the file that is at the path now.
