@@ -46,7 +46,7 @@ class _Stage(Enum):
 
 
 class PendingOpen:
-    """The arguments of `connect()` and similar functions, for the one connection opened.
+    """The arguments of `connect()` and similar functions, for one connection.
 
     Only that connection gets them, at most once. A connection that a hook or a signal handler
     opens meanwhile does not.
