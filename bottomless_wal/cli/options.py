@@ -52,7 +52,7 @@ def moment(ctx: click.Context, param: click.Parameter, value: str | None) -> dat
 
 
 def table(columns: list[str], rows: list[list[str]]) -> Any:
-    """Return a table. Columns whose title begins with `>` are aligned to the right."""
+    """Return a table. Columns whose title begins with `>` are right-aligned."""
     from rich import box
     from rich.table import Table
 

@@ -67,7 +67,7 @@ E = TypeVar("E", bound="BottomlessError")
 
 
 class Details(TypedDict, total=False):
-    """The attributes of an error besides its message and its hint. See the module."""
+    """Attributes of an error besides its message and hint. See the module."""
 
     reason: str
     key: str | None
@@ -98,9 +98,12 @@ class BottomlessError(apsw.SQLError):
     is_transient: bool = False
 
     sequence: int = 0
-    """The worker's ticket of the commit that failed with this error. 0: of no commit."""
+    """The worker's ticket of the failed commit. 0: of no commit."""
     at_end: Callable[[BaseException], None] | None = None
-    """Called with the error when it is deallocated, while its traceback still exists."""
+    """Called when the error is deallocated, with the error.
+
+    Its traceback still exists then.
+    """
 
     def __init__(self, message: str, *, hint: str = "", **details: Unpack[Details]) -> None:
         super().__init__(message, hint)
@@ -163,11 +166,14 @@ class BottomlessError(apsw.SQLError):
 
 
 class ConfigError(BottomlessError):
-    """An unknown option, a value that is not allowed, or a name that cannot be stored."""
+    """An unknown option, or a value or a name that is not allowed."""
 
 
 class StoreError(BottomlessError):
-    """The object store refused a request, or could not be reached for `retry_timeout` seconds."""
+    """The store refused a request, or could not be reached.
+
+    A store that could not be reached was retried for `retry_timeout` seconds.
+    """
 
 
 class TransientError(StoreError):
@@ -188,9 +194,10 @@ class ReplicationError(BottomlessError):
 
 
 class FilesLostError(ReplicationError):
-    """The database's file or its WAL was deleted, replaced or truncated while open.
+    """The database's file or its WAL was lost under open connections.
 
-    Commits since then are in files that no open of the path finds.
+    It was deleted, replaced or truncated. Commits since then are in files that no open of the path
+    finds.
     """
 
 

@@ -75,9 +75,10 @@ class FileLock:
             os.close(fd)
 
     def follow(self) -> None:
-        """Give the file, if it is open, the owner, group and mode of the one beside it.
+        """Give the open file the owner, group and mode of the one beside it.
 
-        That file may have been created or changed since.
+        That file may have been created or changed since. If the lock's file is not open, nothing
+        is done.
         """
         if self._fd >= 0:
             follow(self._fd, self._beside)
@@ -88,7 +89,7 @@ class FileLock:
             self._drop()
 
     def remove(self) -> None:
-        """Close the descriptor, and delete the file unless the lock is held elsewhere.
+        """Close the descriptor, and delete the file if the lock is free.
 
         A process that has the file open finds it deleted, and creates it again.
         """
@@ -126,7 +127,10 @@ class FileLock:
             raise occupied(self.path, "a file of another program")
 
     def _is_own(self, fd: int) -> bool:
-        """Return whether this package created the file: a lock's own file is empty."""
+        """Return whether this package created the file.
+
+        A lock's own file is empty.
+        """
         return os.fstat(fd).st_size == 0
 
     def _still_there(self) -> bool:

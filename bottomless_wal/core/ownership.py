@@ -32,7 +32,7 @@ _DENIED_SECONDS: Final = 0.005
 
 
 def occupied(path: str, what: str) -> ConfigError:
-    """Return the error for a path that something else occupies; `what` describes it."""
+    """Return the error for a path that is occupied. `what` describes by what."""
     return ConfigError(
         f"{path} is {what}: bottomless-wal needs this name for a file of its own beside the database",
         hint="Move it away, or rename the database.",

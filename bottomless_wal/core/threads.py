@@ -1,9 +1,9 @@
 """Handle threads of this package, forked children and the interpreter's exit.
 
-own threads   threads that wait are served by those of this package, which must not wait for them
-fork          locks, threads and connections are not usable after a fork: their owners are reset in
-              the child
-exit          once the exit handlers have run, threads stop where they are, and keep their locks
+own threads   Other threads wait for those of this package, which must not wait for them.
+fork          Locks, threads and connections are not usable after a fork. Their owners are reset
+              in the child.
+exit          Once the exit handlers have run, threads stop where they are, and keep their locks.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ It is a list, because Ctrl-C cannot interrupt the handler `EXITED.append`.
 
 
 class UntilCleared:
-    """Suppress errors that arise because the ending interpreter has cleared modules.
+    """Suppress errors that arise after the interpreter has cleared modules.
 
-    A connection that is deallocated so late finds None in place of functions and modules. All other
-    errors are raised. An instance must be reached through an object, because a global name is
-    cleared, too.
+    A connection that is deallocated so late finds None in place of functions and modules. All
+    other errors are raised. An instance must be reached through an object, because a global name
+    is cleared, too.
     """
 
     __slots__ = ()

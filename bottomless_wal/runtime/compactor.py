@@ -50,7 +50,7 @@ __all__ = ["Compactor"]
 logger = get_logger(__name__)
 
 _SMALLEST_SNAPSHOT: Final = 1 << 20  # bytes of commits: below this a snapshot speeds up no restore
-_FIRST_LOOK: Final = 60.0  # seconds from the start of a process to its first look
+_FIRST_LOOK: Final = 60.0  # seconds from the start of a process to its first check
 _RETRY_FIRST: Final = 300.0  # seconds from the first failure of a snapshot to the next attempt
 _LISTINGS: Final = 3
 _PATIENCE: Final = 2.0
@@ -96,8 +96,8 @@ class Compactor:
         self._head = 0
         self._complete = False  # whether a run is complete and has to be merged
         self._turned = 0  # the txid of the head at the last turn
-        # Processes that start together look at different moments. One that ends soon does not look
-        # at all.
+        # Processes that start together check at different moments. One that ends soon does not
+        # check at all.
         self._jitter = random.uniform(0.9, 1.0)
         self._due = clock() + min(_FIRST_LOOK, config.snapshot_interval) * self._jitter
         self._prune_at = clock()
@@ -113,7 +113,10 @@ class Compactor:
         self._listed = False
 
     def opened(self) -> None:
-        """Start the log check at once if the open found no unbroken chain to the head."""
+        """Start the log check at once if the open could not verify the log.
+
+        The open has then not found an unbroken chain to the head.
+        """
         if self._check is not None and self._check.finding is not Finding.SOUND:
             with self._cond:
                 self._is_check_due = True
@@ -305,9 +308,12 @@ class Compactor:
             prune(self._history, retention=config.retention, keep_snapshots=config.keep_snapshots, throttle=self._breathe)
 
     def _breathe(self) -> None:
-        """Rest, so that commits come first. Raise _Stopped when the replica closes.
+        """Rest, so that commits come first.
 
         It is called often, because a close does not wait for it.
+
+        Raises:
+            _Stopped: the replica is being closed.
         """
         if self._stopping:
             raise _Stopped

@@ -72,7 +72,10 @@ _NOTHING_ASKED: Final[Mapping[str, object]] = {}
 
 
 def _take(stage: _Stage, then: _Stage) -> PendingOpen | None:
-    """Return this thread's pending open if it is at `stage`, and set it to `then`."""
+    """Return this thread's pending open if it is at `stage`.
+
+    Its stage becomes `then`.
+    """
     pending: PendingOpen | None = getattr(_thread, "pending", None)
     if pending is None or pending.stage is not stage:
         return None
@@ -101,7 +104,10 @@ def pending_open(
 
 
 class _Opener:
-    """The `DatabaseOpener` of this process. `defaults` are the arguments of `register()`."""
+    """Open databases as the `DatabaseOpener` of this process.
+
+    `defaults` are the arguments of `register()`.
+    """
 
     def __init__(self) -> None:
         self.defaults: dict[str, object] = {}

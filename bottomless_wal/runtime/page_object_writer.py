@@ -308,7 +308,7 @@ class PageObjectWriter:
 
 
 def view_is_missing(path: str, failure: BottomlessError) -> ReplicationError:
-    """Return the error of flush() for a complete log with incomplete page objects."""
+    """Return flush()'s error for a complete log with incomplete page objects."""
     return failure.copy(
         f"everything committed to {path} is in the log, but not all page objects are stored: {failure.message}",
         kind=ReplicationError,

@@ -62,7 +62,7 @@ class Registry:
         return list(self._replicas.values())
 
     def acquire(self, path: str, config: Config, connect: Callable[[str], apsw.Connection]) -> Replica:
-        """Return the replica of `path`, made if there is none, with one more open.
+        """Return the replica of `path` with one more open. Make it if needed.
 
         Raises:
             ConfigError: the file is open with other settings, or it cannot be opened here.
@@ -123,10 +123,10 @@ class Registry:
         return made
 
     def borrow(self, path: str) -> Replica | None:
-        """Return the replica of `path` with one more open, or None if it is not open.
+        """Return the replica of `path` with one more open, or None.
 
-        It stays open until `release`. The garbage collector, which may run in the borrowing thread,
-        cannot close it meanwhile.
+        None: the file is not open. The replica stays open until `release`. The garbage collector,
+        which may run in the borrowing thread, cannot close it meanwhile.
         """
         if has_exited():
             return None
@@ -160,7 +160,7 @@ class Registry:
             raise
 
     def hand_over(self, replica: Replica) -> None:
-        """Count one open less as `release` does, without a lock and without waiting."""
+        """Count one open less as `release` does, without a lock or a wait."""
         replica.dropped.append(None)
         if not has_exited():
             self._handed_over.put(replica)
@@ -197,7 +197,10 @@ class Registry:
             del replica
 
     def _close_unused(self, replica: Replica) -> None:
-        """Close `replica` if it has no open left, and no other thread is closing it."""
+        """Close `replica` if it has no open left.
+
+        Do nothing if another thread is closing it.
+        """
         me = threading.get_ident()
         try:
             with self._lock:

@@ -78,7 +78,7 @@ class Replica:
         self.wals = OpenWals(path)
         self.opens = 0
         self.dropped: deque[None] = deque()
-        """One entry for each open that is over and not yet subtracted from `opens`.
+        """One entry for each finished open not yet subtracted from `opens`.
 
         Appending takes no lock.
         """
@@ -176,7 +176,7 @@ class Replica:
     # --- while it is open ----------------------------------------------------------------------------------------------
 
     def on_commit(self) -> None:
-        """Submit a commit for replication, and wait as `ack` says.
+        """Submit a commit for replication, and wait according to `ack`.
 
         Raises:
             ReplicationError, FencedError, ConflictError: see `CommitWorker.wait`.
@@ -216,7 +216,7 @@ class Replica:
             raise
 
     def on_commit_failed(self, error: BaseException) -> Callable[[], bool]:
-        """Return a function that returns whether the failed commit is stored by now.
+        """Return a function that returns whether the commit is stored by now.
 
         Args:
             error: the error that has ended the commit.
@@ -242,7 +242,7 @@ class Replica:
         LocalIndex.ask_for_scan(self.index.path)
 
     def before_wal_reset(self, new: WalHeader | None) -> None:
-        """Write a WAL reset record, which carries the position across the WAL's restart.
+        """Write a WAL reset record, which carries the position over the reset.
 
         See `wal_position.write_wal_reset_record`.
         """

@@ -31,21 +31,30 @@ class CommitListener(Protocol):
     path: str
     """The main file, with links resolved."""
     look_seconds: float
-    """How many seconds a check of the connection's files is valid. 0: check at each commit."""
+    """How many seconds a check of a connection's files is valid.
+
+    0: check at each commit.
+    """
     wals: OpenWals
-    """The WAL files that the connections of this process have open. The VFS maintains it."""
+    """The WAL files that this process's connections have open.
+
+    The VFS maintains it.
+    """
 
     def on_commit(self) -> None:
-        """Replicate a commit that stands locally. May block until it is acknowledged.
+        """Replicate a commit that stands locally.
 
-        SQLite's write lock is released, and the committer still holds its read lock.
+        The method may block until the commit is acknowledged. SQLite's write lock is released, and
+        the committer still holds its read lock.
 
         Raises:
             BottomlessError: the commit is not acknowledged. The local commit stands.
         """
 
     def on_commit_failed(self, error: BaseException) -> Callable[[], bool]:
-        """Note that the commit has ended with `error`, of `on_commit` or of the VFS.
+        """Note that the commit has ended with `error`.
+
+        The error is from `on_commit` or from the VFS.
 
         Returns:
             A function that returns whether the commit has been stored in the meantime.
@@ -70,11 +79,13 @@ class CommitListener(Protocol):
         """
 
     def on_close(self, *, is_deallocated: bool) -> None:
-        """Note that a connection has closed the main file. Each open has one close.
+        """Note that a connection has closed the main file.
+
+        Each open has one close.
 
         Args:
             is_deallocated: whether the connection is being deallocated, at any point of the thread's
-                work. The method must not wait then.
+                work. Then the method must not wait.
 
         Raises:
             BottomlessError: it was the last close, and commits were lost.
@@ -82,7 +93,10 @@ class CommitListener(Protocol):
 
 
 class DatabaseOpener(Protocol):
-    """Decide which databases are replicated. Its methods are called by any thread."""
+    """Decide which databases are replicated.
+
+    Its methods are called by any thread.
+    """
 
     def open(
         self,
@@ -93,7 +107,7 @@ class DatabaseOpener(Protocol):
         given_path: str,
         is_writable: bool,
     ) -> apsw.VFSFile:
-        """Prepare the main file at `path`, call `open_file`, and return its result.
+        """Prepare the main file at `path`, and return what `open_file` returns.
 
         `open_file` is called while no other process changes the file. If no error is raised, one
         `on_close` of the listener follows.

@@ -5,9 +5,9 @@ of the application that writes would write through the replicator's connections.
 replaces that attribute. It holds the application's list. For an `OwnConnection` its hooks do
 nothing. It adds the hook of this package, set by `run_first`, before the application's.
 
-If the application has assigned another list, the sequence is put back: before a connection of
-ours opens, and when the VFS opens a main file. APSW reads the attribute only after that. (A list
-that another thread assigns between that moment and the reading is used once.)
+If the application has assigned another list, the sequence is put back. This is done before a
+connection of ours opens, and when the VFS opens a main file. APSW reads the attribute only after
+that. (A list that another thread assigns between that moment and the reading is used once.)
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def run_first(hook: Hook) -> None:
 
 
 def keep_hooks() -> None:
-    """Replace a list that the application has assigned to `apsw.connection_hooks`.
+    """Replace a list that the application assigned to `apsw.connection_hooks`.
 
     The sequence of this module takes its place.
     """

@@ -83,16 +83,26 @@ class Parked:
         self.is_received = self.is_received or is_received(error)
 
     def is_due(self) -> bool:
-        """Return whether no caller has received the error, and its commit is still not stored."""
+        """Return whether the error still has to be raised.
+
+        No caller has received it, and its commit is still not stored.
+        """
         error = self._raised()
         return not (self.is_received or (error is not None and is_received(error)) or self._is_stored())
 
     def copy(self) -> BottomlessError:
-        """Return the error anew, as the WAL hook raises it in the statement that committed."""
+        """Return a new copy of the error, for the WAL hook.
+
+        The hook raises it in the statement that committed.
+        """
         return self._error.copy()
 
     def late_copy(self, what: str) -> BottomlessError:
-        """Return the error anew, for a use of the connection after that statement. `what` happened to this use."""
+        """Return a new copy of the error, for a later use of the connection.
+
+        Args:
+            what: what happened to this use.
+        """
         message = f"an earlier commit of this connection was not acknowledged: {self._error.message}"
         return self._error.copy(message, hint=f"{what} {self._error.hint}".strip())
 
@@ -141,12 +151,15 @@ class _Tracer:
 
 
 def park(pointer: int, parked: Parked) -> None:
-    """Keep `parked` for the connection at `pointer`, in place of an earlier error of the same file."""
+    """Keep `parked` for the connection at `pointer`.
+
+    It replaces an earlier error of the same file.
+    """
     _parked.setdefault(pointer, {})[parked.path] = parked
 
 
 def expect(connection: apsw.Connection) -> None:
-    """Let the next statement of `connection` look for its parked errors."""
+    """Raise the parked errors of `connection` at its next statement."""
     before: object = connection.exec_trace
     if not isinstance(before, _Tracer):
         connection.exec_trace = _Tracer(cast("ExecTracer | None", before))
@@ -175,7 +188,7 @@ def take(pointer: int, path: str) -> Parked | None:
 
 
 def drop_others(pointer: int, raised: Parked) -> None:
-    """Log and remove the other errors of the transaction of which `raised` is raised.
+    """Log and remove the other errors of the transaction of `raised`.
 
     The tracer has raised those of earlier transactions before the first statement of this one.
     """
@@ -186,7 +199,7 @@ def drop_others(pointer: int, raised: Parked) -> None:
 
 
 def clear() -> None:
-    """Forget all errors: in the child of a fork they are the parent's."""
+    """Remove all errors: in the child of a fork they are the parent's."""
     _parked.clear()
 
 

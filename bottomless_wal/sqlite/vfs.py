@@ -11,8 +11,8 @@
 | RESERVED on a main file, journal_mode, locking_mode | refused where a write would bypass the WAL |
 | closes a main file | `on_close` |
 
-An error must not be raised in phase two while another schema of the connection, temp included, is
-still writing: it would corrupt that other database permanently. So phase two raises an error only
+An error must not be raised in phase two while another schema of the connection, temp included,
+is still writing. It would corrupt that other database permanently. So phase two raises an error only
 if its schema is the only one in a write transaction. Otherwise the WAL hook raises it, which runs
 after all schemas have finished.
 
@@ -162,7 +162,7 @@ class _MainFile(apsw.VFSFile):
         listener.on_commit()
 
     def _failed(self, listener: CommitListener, error: BaseException, connection: apsw.Connection | None) -> None:
-        """Park the error of a commit. Raise it if no other schema is still writing."""
+        """Park the error of a commit, and raise it if no other schema is writing."""
         if isinstance(error, apsw.Error) and not isinstance(error, BottomlessError):
             # Phase two must not raise SQLite's own codes. BUSY, IOERR and FULL leave a transaction
             # that is neither committed nor rolled back.
@@ -296,7 +296,10 @@ class _WalFile(apsw.VFSFile):
 
 
 class BottomlessVFS(apsw.VFS):
-    """The VFS, registered as `name`. `opener` decides which databases are replicated."""
+    """The VFS, registered as `name`.
+
+    `opener` decides which databases are replicated.
+    """
 
     _until_cleared: Final = UntilCleared()
 
@@ -408,9 +411,10 @@ def _not_looked_at(path: str, cause: apsw.Error) -> ReplicationError:
 
 
 def _refuse(source: object, sql: str, bindings: object) -> bool:
-    """Refuse any statement on a connection that is in phase two, as its exec tracer.
+    """Refuse any statement on a connection that is in phase two.
 
-    SQLite's page cache is not in a state for another statement.
+    This is the connection's exec tracer. SQLite's page cache is not in a state for another
+    statement.
     """
     raise apsw.ThreadingViolationError(
         "this connection is in the middle of a commit: a signal handler or a finalizer cannot execute statements on it"
