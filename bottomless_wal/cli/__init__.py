@@ -1,1 +1,1 @@
-"""The command line: each command calls one library function and shows what it returns."""
+"""Provide the command line: each command calls one library function."""

@@ -1,12 +1,14 @@
-"""The promise, shown: write from several threads, kill -9, lose the files, open the path again, and have every acknowledged row.
+"""Show that every acknowledged row survives a kill and the loss of the files.
 
-    1  an S3 server (rclone, in a temporary directory), or your own (`endpoint`)
-    2  a process of its own writes, and says of each order that its COMMIT has returned
-    3  the objects that have appeared
-    4  SIGKILL in mid-work; the local files are deleted
-    5  the same path is opened again: each acknowledged row, integrity_check, the state hash against the newest segment's
+    1  start an S3 server (rclone, in a temporary directory), or use your own (`endpoint`)
+    2  a second process writes, and reports each order when its COMMIT has returned
+    3  list the objects that are stored
+    4  SIGKILL the process during its work, and delete the local files
+    5  open the same path again: check each acknowledged row, integrity_check, and the state hash
+       against the newest segment's
 
-Everything local is in a temporary directory; of your own bucket the demo's objects are deleted at the end.
+All local files are in a temporary directory. At the end the demo's objects are deleted from your
+own bucket.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-_PATIENCE: Final = 120.0  # seconds for everything, on the slowest of machines and servers
+_PATIENCE: Final = 120.0  # seconds until all orders are acknowledged, on the slowest machines and servers
 _SHOWN: Final = 4
 _FOREIGN: Final = ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_CA_BUNDLE")
 
@@ -55,7 +57,7 @@ class _Order:
 
 @dataclass(slots=True)
 class _Story:
-    """What has happened so far; `wrong` is what should not have."""
+    """The progress of the demo. `wrong` lists the checks that failed."""
 
     speaker: Console
     options: dict[str, Any]
@@ -79,14 +81,20 @@ class _Story:
 
 
 class _Failed(Exception):
-    """The demo cannot go on."""
+    """The demo cannot continue."""
 
 
 def run(options: Mapping[str, object], *, threads: int = 4, orders: int = 120, keep: bool = False) -> bool:
-    """Plays the demo on stdout. `options` are those of `connect`; without `endpoint` the embedded server is used. True if all went well.
+    """Run the demo on stdout, and return whether all checks passed.
+
+    Args:
+        options: those of `connect`. Without `endpoint` the embedded server is used.
+        threads: writing threads.
+        orders: commits before the kill.
+        keep: leave the demo's objects in the bucket.
 
     Raises:
-        BottomlessError: the server cannot be started, or not be reached.
+        BottomlessError: the server cannot be started or reached.
     """
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -112,7 +120,7 @@ def run(options: Mapping[str, object], *, threads: int = 4, orders: int = 120, k
 def _prepare(story: _Story, stack: contextlib.ExitStack, *, keep: bool) -> None:
     os.mkdir(os.path.dirname(story.path))
     if "endpoint" in story.options:
-        story.chapter(f"Your own server: {configured(story.options).endpoint}")  # refused, unsaid, where it carries a password
+        story.chapter(f"Your own server: {configured(story.options).endpoint}")  # an endpoint with a password is refused before it is shown
         story.options["database_id"] = f"demo-{secrets.token_hex(4)}"
         if not keep:
             stack.callback(_delete_objects, story)
@@ -124,13 +132,16 @@ def _prepare(story: _Story, stack: contextlib.ExitStack, *, keep: bool) -> None:
         story.options |= {"endpoint": server.endpoint, "bucket": "demo", "database_id": "", "create_bucket": True}
         story.say(f"  rclone serve s3 at {server.endpoint}, in {time.monotonic() - began:.1f} s")
         story.say("  (it does not know create-only writes: each commit looks before it writes, which costs a request)", style="dim")
-    # The demo is about what is promised by default, whatever the environment says.
+    # The demo shows the default guarantees, whatever the environment sets.
     story.options |= {"ack": "pages", "pages": "commit"}
 
 
 @contextlib.contextmanager
 def _environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """The embedded server's settings, and none of the user's, which are for another one."""
+    """Set the embedded server's environment in the context.
+
+    The user's own settings are removed, because they are for another server.
+    """
     before = dict(os.environ)
     for name in before:
         if name in _FOREIGN or (name.startswith(ENV_PREFIX) and name != ENV_PREFIX + "LOG"):
@@ -162,10 +173,10 @@ def _write_and_kill(story: _Story, threads: int, orders: int) -> None:
         writer.stdin.write(json.dumps({"path": story.path, "options": story.options, "threads": threads}) + "\n")
         writer.stdin.flush()
         took = _follow(story, writer.stdout, orders)
-        # The threads are in the middle of transactions, uploads and page objects: this is the moment.
+        # The threads are inside transactions, uploads and page objects: kill the process now.
         writer.send_signal(signal.SIGKILL)
         killed = time.monotonic()
-        # What it said before it died counts too.
+        # Orders that it reported before it was killed count, too.
         for line in writer.stdout:
             if line.endswith("\n"):
                 _hear(story, json.loads(line))
@@ -184,7 +195,11 @@ def _write_and_kill(story: _Story, threads: int, orders: int) -> None:
 
 
 def _follow(story: _Story, lines: Iterator[str], orders: int) -> float:
-    """Until so many orders were acknowledged; seconds from the first to the last."""
+    """Wait until so many orders are acknowledged.
+
+    Returns:
+        The seconds from the first order to the last.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     end = time.monotonic() + _PATIENCE
@@ -265,7 +280,7 @@ def _come_back(story: _Story) -> None:
         _check_rows(story, connection)
         story.check(connection.execute("PRAGMA integrity_check").get == "ok", "PRAGMA integrity_check: ok")
         story.check(connection.execute("PRAGMA foreign_key_check").fetchall() == [], "PRAGMA foreign_key_check: ok")
-        api.flush(connection)  # page objects that the kill has cut off are put again
+        api.flush(connection)  # the kill may have interrupted page objects: they are PUT again
     finally:
         connection.close()
     head = story.head
@@ -306,7 +321,7 @@ def _check_rows(story: _Story, connection: apsw.Connection) -> None:
 
 
 def _state_of(path: str, page_size: int) -> int:
-    """The state hash of a closed file, computed from its bytes alone."""
+    """Return the state hash of a closed file, computed from its bytes alone."""
     with open(path, "rb") as file:
         return state_hash(page_size, enumerate(iter(lambda: file.read(page_size), b""), 1))
 

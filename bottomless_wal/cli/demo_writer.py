@@ -1,12 +1,12 @@
-"""The demo's victim: a shop that takes orders from several threads, and tells of each one when its COMMIT has returned.
+"""Take orders in several threads, and report each when its COMMIT has returned.
 
-It runs as a process of its own (`python -m bottomless_wal.cli.demo_writer`), reads its task as JSON from stdin and writes lines of JSON:
+The demo kills this process, which never ends by itself. It runs as
+`python -m bottomless_wal.cli.demo_writer`, reads its task as JSON from stdin and writes lines of
+JSON:
 
     {"ready": seconds}                            the tables, customers and products are stored
     {"order": id, "token": text, "items": n}      this order was acknowledged
-    {"error": text}                               something went wrong, and it gives up
-
-It never ends by itself: it is killed.
+    {"error": text}                               something failed, and the process ends
 """
 
 from __future__ import annotations
@@ -79,23 +79,23 @@ def _take_orders(path: str) -> None:
             connection.execute('INSERT INTO items("order", product, count) VALUES (?, ?, 1)', (order, product))
         connection.execute("UPDATE products SET sold = sold + 1 WHERE id = ?", (random.randint(1, PRODUCTS),))
         connection.execute("COMMIT")
-        # Only now: what was said here must never be lost.
+        # Only after COMMIT: an order that is reported here must never be lost.
         _say(order=order, token=token, items=count)
 
 
 def _work(path: str) -> None:
     try:
         _take_orders(path)
-    except BaseException as error:  # noqa: BLE001  (it is told, and the process ends)
+    except BaseException as error:  # noqa: BLE001  (it is reported, and the process ends)
         _say(error=str(error))
         os._exit(1)
 
 
 def main() -> None:
-    """Works until it is killed."""
+    """Take orders until the process is killed."""
     task = json.loads(sys.stdin.readline())
     path = task["path"]
-    configure_logging("error")  # the demo itself tells what else there is to tell
+    configure_logging("error")  # the demo itself shows everything else
     api.register(**task["options"])
     began = time.monotonic()
     try:
@@ -106,7 +106,7 @@ def main() -> None:
     _say(ready=time.monotonic() - began)
     for _ in range(task["threads"]):
         threading.Thread(target=_work, args=(path,), daemon=True).start()
-    sys.stdin.read()  # ends when the parent does
+    sys.stdin.read()  # the pipe ends when the parent process does
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The commands about what the bucket keeps: list it, count it, keep it short, forget what is old. As in `cli`: one library call each."""
+"""Define the commands about the stored log: list, count, compact and prune it.
+
+As in `cli`, each command calls one library function.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def list_(options: dict[str, str], database: str | None, everything: bool, json:
         hidden = set() if database is not None else {"edges"}
         rows = [{**{name: getattr(row, name) for name in row.__slots__ if name not in hidden}, "segments": row.segments} for row in found]
         if states is not None:
-            # (first, last) of each run of txids that can be restored
+            # `restorable`: (first, last) of each run of txids that can be restored
             told = {"restorable": states.ranges, "snapshots": states.snapshots, "commits": states.commits}
             rows = [{**row, **told} for row in rows]
         click.echo(as_json(rows))
@@ -225,7 +228,7 @@ def _show_effort(report: admin.CompactionReport | admin.SnapshotReport | admin.P
 
 
 def _told(report: Any, *more: str) -> dict[str, Any]:
-    """A report's fields, and some of its properties."""
+    """Return a report's fields, and the properties that `more` names."""
     return {name: getattr(report, name) for name in (*more, *report.__slots__)}
 
 

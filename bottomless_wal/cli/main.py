@@ -1,7 +1,14 @@
-"""The command line: each command calls one library function and shows what it returns.
+"""Provide the command line: each command calls one library function.
 
-Exit codes: 0 it went well; 1 a problem was found (`verify`, `doctor`, `demo`, `compact`); 2 the command or a setting cannot be meant; 3 an
-error; 130 interrupted. Results go to stdout (with `--json` nothing else does), everything else to stderr.
+Exit codes:
+
+- 0: success;
+- 1: a problem was found (`verify`, `doctor`, `demo`, `compact`);
+- 2: the command or a setting is not valid;
+- 3: an error;
+- 130: interrupted.
+
+Results go to stdout, and everything else to stderr. With `--json` stdout has only the result.
 """
 
 from __future__ import annotations
@@ -35,14 +42,14 @@ _STATES: Final = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "fail
 
 
 class _Faces(click.Group):
-    """Errors become a message, a hint and an exit code; nobody is shown a traceback."""
+    """Turn errors into a message, a hint and an exit code, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             try:
                 return super().invoke(ctx)
             finally:
-                logs.drain(_LOG_SECONDS)  # what the command has logged stands above its error
+                logs.drain(_LOG_SECONDS)  # the command's log lines must precede its error
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
         except KeyboardInterrupt:
@@ -52,7 +59,7 @@ class _Faces(click.Group):
             ctx.exit(USAGE if isinstance(error, ConfigError) else FAILED)
         except OSError as error:
             if error.errno == errno.EPIPE:
-                raise  # click ends quietly when nobody reads on
+                raise  # click ends without a message when the reader has closed the pipe
             print_error(error)
             ctx.exit(FAILED)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""What the commands have in common: exit codes, the arguments that mean the same everywhere, ages and moments, tables."""
+"""Define exit codes, common arguments, ages, times and tables for the commands."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ DATABASE: Final = click.argument("database", metavar="DB", type=click.Path(dir_o
 
 
 def json_option(command: C) -> C:
-    """The option `--json`, as the argument `json`."""
+    """Add the option `--json` to a command, as the argument `json`."""
     return click.option("--json", "json", is_flag=True, help="The result as JSON, on stdout.")(command)
 
 
 def age(ctx: click.Context, param: click.Parameter, value: str) -> float:
-    """Of an option: `90s`, `15m`, `12h` or `30d`, as seconds."""
+    """Parse an option such as `90s`, `15m`, `12h` or `30d`, and return seconds."""
     text = value.strip()
     try:
         seconds = float(text[:-1]) * _UNITS[text[-1:]]
@@ -38,7 +38,10 @@ def age(ctx: click.Context, param: click.Parameter, value: str) -> float:
 
 
 def moment(ctx: click.Context, param: click.Parameter, value: str | None) -> datetime | None:
-    """Of an option: a date and time in ISO 8601; UTC where it does not say."""
+    """Parse an option with a date and time in ISO 8601.
+
+    The time zone is UTC if none is given.
+    """
     if value is None:
         return None
     try:
@@ -49,7 +52,7 @@ def moment(ctx: click.Context, param: click.Parameter, value: str | None) -> dat
 
 
 def table(columns: list[str], rows: list[list[str]]) -> Any:
-    """A table; columns whose title begins with `>` are numbers."""
+    """Return a table. Columns whose title begins with `>` are right-aligned."""
     from rich import box
     from rich.table import Table
 

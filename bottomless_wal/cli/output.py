@@ -1,6 +1,7 @@
-"""How the commands speak: results to stdout, everything about them (progress, log, errors) to stderr; colours and bars for terminals only.
+"""Print results to stdout, and progress, log lines and errors to stderr.
 
-Rich is imported when something is shown: `--help` should not wait for it.
+Colours and progress bars are for terminals only. Rich is imported when it is first used, so that
+`--help` does not wait for it.
 """
 
 from __future__ import annotations
@@ -36,17 +37,20 @@ __all__ = [
 
 LOG_VARIABLE: Final = ENV_PREFIX + "LOG"
 _LEVELS: Final = ("debug", "info", "warning", "error")
-_PIPE_WIDTH: Final = 160  # of tables that nobody looks at in a window
+_PIPE_WIDTH: Final = 160  # characters: the width of tables that are not printed to a terminal
 _HASHES: Final = frozenset({"state_hash", "state"})
 
 
 def on_terminal(stream: TextIO) -> bool:
-    """Does a person look at what is written there?"""
+    """Return whether `stream` is a terminal."""
     return stream.isatty()
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console on stdout, or stderr, as they are now. Texts are taken as they are: no markup, no guessed highlights."""
+    """Return a console on the current stdout or stderr.
+
+    Texts are printed as they are, without markup or highlights.
+    """
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
@@ -56,10 +60,13 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def configure_logging(level: str | None = None) -> None:
-    """The package's log to stderr, from `level` on, or what LIBSQL_BOTTOMLESS_LOG says (warnings if it says nothing).
+    """Send the package's log lines to stderr.
+
+    LIBSQL_BOTTOMLESS_LOG sets the lowest level. Without it, `level` does, or else warnings are
+    logged.
 
     Raises:
-        ConfigError: it says something else than debug, info, warning or error.
+        ConfigError: the variable is not debug, info, warning or error.
     """
     chosen = os.environ.get(LOG_VARIABLE, "").strip().lower() or level or "warning"
     if chosen not in _LEVELS:
@@ -83,7 +90,7 @@ def configure_logging(level: str | None = None) -> None:
 
 
 def print_error(error: BaseException) -> None:
-    """An error as a person wants it: what happened, and what to do now."""
+    """Print what failed, and what to do now."""
     if isinstance(error, BottomlessError):
         message, hint = error.message, error.hint
     else:
@@ -97,7 +104,14 @@ def print_error(error: BaseException) -> None:
 
 @contextlib.contextmanager
 def progress_bar(what: str, *, unit: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A callback (done, expected) that draws a bar on stderr, in bytes (`unit` "bytes") or in so many objects; None when nobody looks."""
+    """Yield a callback (done, expected) that draws a progress bar on stderr.
+
+    It is None if stderr is not a terminal.
+
+    Args:
+        what: the text before the bar.
+        unit: "bytes" for a number of bytes, otherwise the bar counts objects.
+    """
     if not on_terminal(sys.stderr):
         yield None
         return
@@ -117,7 +131,10 @@ def progress_bar(what: str, *, unit: str) -> Iterator[Callable[[int, int], None]
 
 
 def as_json(value: object) -> str:
-    """Any result as JSON. State hashes become 16 hexadecimal digits, times ISO 8601."""
+    """Return any result as JSON.
+
+    State hashes become 16 hexadecimal digits, and times ISO 8601.
+    """
     return json.dumps(_plain(value), indent=2, ensure_ascii=False)
 
 
@@ -145,7 +162,7 @@ def _plain(value: Any, name: str = "") -> Any:
 
 
 def human_bytes(count: float) -> str:
-    """A size a person can read: `4.2 MB`."""
+    """Return a number of bytes with a unit: `4.2 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
@@ -154,10 +171,10 @@ def human_bytes(count: float) -> str:
 
 
 def human_time(moment: datetime | None) -> str:
-    """A moment in UTC, as `--timestamp` takes it, to the second."""
+    """Return a time in UTC to the second, as `--timestamp` accepts it."""
     return "" if moment is None else moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def moment_text(moment: datetime) -> str:
-    """A moment as `--timestamp` takes it, exact to the millisecond, in UTC."""
+    """Return a time in UTC to the millisecond, as `--timestamp` accepts it."""
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

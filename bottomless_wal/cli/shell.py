@@ -1,4 +1,7 @@
-"""APSW's SQLite shell with the VFS registered: `.open file:test.db?vfs=bottomless` works there, and a FILE is opened replicated."""
+"""Run APSW's SQLite shell with the VFS registered.
+
+`.open file:test.db?vfs=bottomless` works there, and a FILE is opened replicated.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,13 @@ __all__ = ["run"]
 
 
 def run(file: str | None, sql: Sequence[str], options: Mapping[str, object]) -> int:
-    """Runs the shell on stdin, or the statements in `sql`; then closes everything, which sends what is pending.
+    """Run the shell on stdin, or the statements in `sql`, and close everything.
 
-    Returns an exit code: 0, or what `.exit` says; 1 when an error ended it (`.bail on`); 3 when commits could not be stored.
+    The close sends what is pending.
+
+    Returns:
+        An exit code: 0, or that of `.exit`; 1 if an error ended the shell (`.bail on`); 3 if commits
+        could not be stored.
 
     Raises:
         BottomlessError, apsw.Error: `file` cannot be opened.
@@ -38,18 +45,18 @@ def run(file: str | None, sql: Sequence[str], options: Mapping[str, object]) -> 
         code = left.code if isinstance(left.code, int) else 0
     except (apsw.Error, shell.Error) as error:
         code = 1
-        if not getattr(error, "_handle_exception_saw_this", False):  # else the shell has shown it
+        if not getattr(error, "_handle_exception_saw_this", False):  # otherwise the shell has printed it
             print_error(error)
-    # Not whatever is open in this process: the replicas have connections of their own, which they need until the end.
+    # Not every connection of this process: the replicas need their own ones until the end.
     return _close({connection, *shell.db_references}) or code
 
 
 def _close(connections: Iterable[apsw.Connection | None]) -> int:
-    """Closes them. 3 when commits stay behind that could not be stored."""
+    """Close the connections. Return 3 if commits could not be stored."""
     replicas = registry.all()
     for connection in connections:
         if connection is not None:
-            with contextlib.suppress(apsw.Error):  # what it could not send is in the replica's last error
+            with contextlib.suppress(apsw.Error):  # an error of the upload is in the replica's last error
                 connection.close(True)
     failed = [error for replica in replicas if (error := replica.worker.last_error) is not None]
     for error in failed:

@@ -1,1 +1,4 @@
-"""Errors, configuration, threads, logs and locks: what every other package stands on. Knows neither SQLite nor storage."""
+"""Provide errors, configuration, threads, logs and locks to all packages.
+
+This package imports neither SQLite's side nor the storage.
+"""

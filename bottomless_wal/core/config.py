@@ -1,15 +1,15 @@
-"""Everything that can be set, parsed once into one frozen `Config`.
+"""Parse all settings once into one frozen `Config`.
 
-One table, `OPTIONS`, gives each option its name, its parser and its meaning. An option has the same name in all four
-places it can come from, in rising precedence:
+One table, `OPTIONS`, gives each option its name, its parser and its meaning. An option has the
+same name in all four places, in rising precedence:
 
 1. the defaults of the table;
 2. the environment: `LIBSQL_BOTTOMLESS_<NAME>`;
 3. keyword arguments of `register()` or `connect()`;
 4. URI parameters: `file:app.db?vfs=bottomless&<name>=<value>`.
 
-A name that is not in the table, or a value its parser refuses, is a `ConfigError` that lists what is known.
-Credentials are no option: they come from boto3's usual chain.
+A name that is not in the table, or a value that its parser refuses, is a `ConfigError`, which
+lists the known names or values. Credentials are not an option: they come from boto3's usual chain.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ __all__ = ["ENV_PREFIX", "OPTIONS", "Config", "Option"]
 
 ENV_PREFIX: Final = "LIBSQL_BOTTOMLESS_"
 
-# Read by the command line alone, and so no option of a database.
+# Only the command line reads them, so they are not options of a database.
 _FACE_VARIABLES: Final = frozenset({"LOG"})
 
-# SQLite's own URI parameters, which pass through untouched.
+# SQLite's own URI parameters, which are not options of this package.
 _SQLITE_PARAMETERS: Final = frozenset({"vfs", "mode", "cache", "psow", "nolock", "immutable", "modeof"})
 
 
@@ -62,12 +62,15 @@ class Config:
         uri: Mapping[str, str] | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> Config:
-        """Merges defaults, environment, `layers` (rising precedence) and URI parameters.
+        """Merge defaults, environment, arguments and URI parameters.
 
-        `environ` defaults to `os.environ`; `uri` may carry SQLite's own parameters, which are passed over.
+        Args:
+            layers: keyword arguments, in rising precedence.
+            uri: parameters of the URI. SQLite's own parameters are skipped.
+            environ: the environment. None for `os.environ`.
 
         Raises:
-            ConfigError: an unknown name or a bad value, in whichever of the four places.
+            ConfigError: an unknown name or a bad value, in any of the four places.
         """
         chosen: dict[str, object] = {}
         for name, text in _from_environment(os.environ if environ is None else environ).items():
@@ -79,7 +82,8 @@ class Config:
             if name not in _SQLITE_PARAMETERS:
                 chosen[name] = _parse(name, text, where="the URI")
         if chosen.get("pages", "commit") != "commit":
-            # ack=pages promises page objects at every commit, which the other two values of `pages` do not write.
+            # ack=pages promises page objects at every commit. The other two values of `pages` do
+            # not write them then.
             if chosen.setdefault("ack", "log") == "pages":
                 raise ConfigError(
                     f"ack=pages waits for page objects, but pages={chosen['pages']} writes none at a commit",
@@ -90,13 +94,16 @@ class Config:
         return cls(**chosen)  # type: ignore[arg-type]  # every value went through its option's parser
 
     def changed(self, **changes: Any) -> Config:
-        """A copy with some fields replaced; no parsing."""
+        """Return a copy with some fields replaced, without parsing."""
         return replace(self, **changes)
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One row of the table: how a value is read from text (or taken as it is), and what it means."""
+    """One row of the table: how a value is parsed, and what it means.
+
+    A value is text, or an object that is taken as it is.
+    """
 
     name: str
     parse: Callable[[object], object]
@@ -151,10 +158,10 @@ def _endpoint(value: object) -> str:
     parts = urllib.parse.urlsplit(text)
     if parts.username or parts.password:
         raise ValueError
-    if parts.scheme in ("http", "https") and parts.hostname and "@" not in text:  # a password with a slash in it is no user info
-        _ = parts.port  # raises ValueError for a port that is no number
+    if parts.scheme in ("http", "https") and parts.hostname and "@" not in text:  # a slash in a password hides it from urlsplit
+        _ = parts.port  # raises ValueError for a port that is not a number
         if set("?#%") & set(text) or {".", ".."} & set(parts.path.split("/")):
-            raise ValueError  # clients and proxies do not agree on where that leads
+            raise ValueError  # clients and proxies resolve these paths differently
         return text.rstrip("/")
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
         return text
@@ -221,7 +228,7 @@ def _parse(name: str, value: object, *, where: str) -> object:
     try:
         return option.parse(value)
     except (ValueError, TypeError):
-        # An endpoint may carry a password: then the value is not repeated.
+        # An endpoint may contain a password. Then the message must not repeat the value.
         is_secret = name == "endpoint" and "@" in str(value)
         shown = "the value" if is_secret else repr(value)
         raise ConfigError(

@@ -1,39 +1,46 @@
-"""One tree of errors; each says what happened, to which object, and what to do now.
+"""Define one tree of errors: what happened, to which object, and what to do now.
 
-    BottomlessError             everything this package raises on purpose
-    ├── ConfigError             an option, a name or a URI that cannot be meant
-    ├── StoreError              the store refused, or could not be reached
-    │   └── TransientError      ... in a way that may pass: these, and only these, are retried
+    BottomlessError             every error that this package raises on purpose
+    ├── ConfigError             an option, a name or a URI that is not valid
+    ├── StoreError              the store refused a request, or could not be reached
+    │   └── TransientError      ... in a way that may pass: only these errors are retried
     ├── ReplicationError        a commit stands locally and is not (wholly) stored: pending
     │   └── FilesLostError      ... in files that are no longer at the database's path
-    ├── FencedError             another writer has gone on: this replica has stopped for good
-    ├── ConflictError           local file and remote history diverged, and the policy is `error`
-    ├── CorruptionError         an object, or a local file, is not what its checksums say
+    ├── FencedError             another writer has extended the log: this replica has stopped
+    ├── ConflictError           local file and remote log diverged, and the policy is `error`
+    ├── CorruptionError         an object, or a local file, does not match its checksums
     └── RestoreError            no verified restore is possible: a gap, a missing or a wrong object
 
-All of them are `apsw.SQLError`, so that a statement, an ATTACH or an open that fails for one of these reasons is also caught by
-`except apsw.Error`, and SQLite sees plain SQLITE_ERROR: a code such as SQLITE_BUSY or SQLITE_FULL, raised after a local
-commit, would leave a transaction that is neither committed nor rolled back.
+All of them are `apsw.SQLError`. So `except apsw.Error` also catches a statement, an ATTACH or an
+open that fails for one of these reasons, and SQLite gets plain SQLITE_ERROR. A code such as
+SQLITE_BUSY or SQLITE_FULL, raised after a local commit, would leave a transaction that is neither
+committed nor rolled back.
 
-Every error has the attributes below, so that no code has to search its message. What is not known is None.
+Every error has the attributes below, so that no code has to parse its message. An attribute whose
+value is not known is None.
 
     message    str         what happened, and to which object
     hint       str         what to do now; may be empty
-    reason     str         what happened, without the name of the object or of the request if `message` begins with it
+    reason     str         what happened, without the name of the object or of the request that
+                           `message` may begin with
     key        str         the key of the object in the store
     other_key  str         the key of a second object, which contradicts the first
     path       str         the local file
     txid       int         the transaction that the error is about: wanted, missing, pending or wrong
-    expected   int or str  what the log, the format or the caller asks for (a state hash, a number of bytes or pages)
+    expected   int or str  what the log, the format or the caller requires (a state hash, a number
+                           of bytes or pages)
     actual     int or str  what was found instead, in the same unit
     option     str         the option of `connect` with a bad value (ConfigError); `actual` is the value
     status     int         the HTTP status of the store's answer
-    code       str         the error code in the store's answer, such as "NoSuchBucket"; without an answer, the name of the client's error
-                           ("NoCredentialsError") or of the operating system's ("ENOSPC")
+    code       str         the error code in the store's answer, such as "NoSuchBucket"; without an
+                           answer, the name of the client's error ("NoCredentialsError") or of the
+                           operating system's ("ENOSPC")
 
-    is_transient  bool     the failure of the store may pass; a StoreError with it was retried until the time was over
+    is_transient  bool     the failure of the store may pass; a StoreError with it was retried until
+                           `retry_timeout` was over
 
-An error that is raised because of another one (a ReplicationError because of a StoreError) has the attributes of that one, too.
+An error that is raised because of another one (a ReplicationError because of a StoreError) also
+has the attributes of that one.
 """
 
 from __future__ import annotations
@@ -60,7 +67,7 @@ E = TypeVar("E", bound="BottomlessError")
 
 
 class Details(TypedDict, total=False):
-    """The attributes of an error besides its message and its hint; see the module."""
+    """Attributes of an error besides its message and hint. See the module."""
 
     reason: str
     key: str | None
@@ -91,9 +98,12 @@ class BottomlessError(apsw.SQLError):
     is_transient: bool = False
 
     sequence: int = 0
-    """The worker's ticket of the commit that this is the error of; 0: of none."""
+    """The worker's ticket of the failed commit. 0: of no commit."""
     at_end: Callable[[BaseException], None] | None = None
-    """Called with the error when it is deallocated, while its traceback is still there."""
+    """Called when the error is deallocated, with the error.
+
+    Its traceback still exists then.
+    """
 
     def __init__(self, message: str, *, hint: str = "", **details: Unpack[Details]) -> None:
         super().__init__(message, hint)
@@ -104,13 +114,19 @@ class BottomlessError(apsw.SQLError):
 
     @classmethod
     def about(cls, subject: str, reason: str, /, *, joint: str = ": ", hint: str = "", **details: Unpack[Details]) -> Self:
-        """Return an error whose message is `subject` (the object, or the request), `joint` and `reason`."""
+        """Return an error with the message `subject`, `joint` and `reason`.
+
+        `subject` is the object, or the request.
+        """
         details.setdefault("reason", reason)
         return cls(f"{subject}{joint}{reason}", hint=hint, **details)
 
     @property
     def details(self) -> Details:
-        """The attributes that are known, besides message, hint and reason: as arguments for another error."""
+        """Return the attributes that are known, as arguments for another error.
+
+        Message, hint and reason are not among them.
+        """
         found: Any = {name: getattr(self, name) for name in _COPIED if getattr(self, name) != getattr(BottomlessError, name)}
         return found  # type: ignore[no-any-return]
 
@@ -121,11 +137,13 @@ class BottomlessError(apsw.SQLError):
     def copy(
         self, message: str | None = None, *, kind: type[BottomlessError] | None = None, hint: str | None = None, **changes: Unpack[Details]
     ) -> BottomlessError:
-        """Return a new error with the attributes of this one: neither raised yet, nor with its cause.
+        """Return a new error with the attributes of this one.
+
+        It was not raised yet, and does not have the cause of this one.
 
         Args:
             message: the new message. It is the new reason, too, unless `changes` has one.
-            kind: the class of the new error, if it is another one.
+            kind: the class of the new error, if it differs.
             hint: the new hint.
             changes: attributes that differ.
         """
@@ -140,7 +158,7 @@ class BottomlessError(apsw.SQLError):
             self.at_end(self)
 
     def __reduce__(self) -> tuple[object, ...]:
-        # An error crosses to another process whole, as those of a worker process do.
+        # An error that is pickled, as those of a worker process are, keeps its attributes.
         return _rebuild, (type(self), self.message, self.hint, {**self.details, "reason": self.reason})
 
     def __str__(self) -> str:
@@ -148,15 +166,21 @@ class BottomlessError(apsw.SQLError):
 
 
 class ConfigError(BottomlessError):
-    """An unknown option, a value that is not allowed, or a name that cannot be stored."""
+    """An unknown option, or a value or a name that is not allowed."""
 
 
 class StoreError(BottomlessError):
-    """The object store refused a request, or could not be reached for `retry_timeout` seconds."""
+    """The store refused a request, or could not be reached.
+
+    A store that could not be reached was retried for `retry_timeout` seconds.
+    """
 
 
 class TransientError(StoreError):
-    """A failure of the store that may pass: a lost connection, a timeout, 5xx, SlowDown. The only kind that is retried."""
+    """A failure of the store that may pass. Only these errors are retried.
+
+    Examples are a lost connection, a timeout, 5xx and SlowDown.
+    """
 
     is_transient = True
 
@@ -164,31 +188,45 @@ class TransientError(StoreError):
 class ReplicationError(BottomlessError):
     """The local commit stands but is not (wholly) stored.
 
-    It stays pending: the next commit, `flush()` or the next open sends it. Do not repeat the statement.
+    It stays pending: the next commit, `flush()` or the next open sends it. Do not repeat the
+    statement.
     """
 
 
 class FilesLostError(ReplicationError):
-    """The database's file or its WAL was deleted, replaced or truncated under connections that have it open.
+    """The database's file or its WAL was lost under open connections.
 
-    What was committed since stands in files that no open of the path finds.
+    It was deleted, replaced or truncated. Commits since then are in files that no open of the path
+    finds.
     """
 
 
 class FencedError(BottomlessError):
-    """Another writer has extended the history: this replica stops, and never overwrites."""
+    """Another writer has extended the log.
+
+    This replica stops, and never overwrites.
+    """
 
 
 class ConflictError(BottomlessError):
-    """The local file is no state of the remote history, and `initial_replication` is `error`. Nothing was changed."""
+    """The local file is not a state of the remote log. Nothing was changed.
+
+    The option `initial_replication` is `error`.
+    """
 
 
 class CorruptionError(BottomlessError):
-    """Bytes that are not what their format or checksum says. `key` names the object in the store, or `path` the local file."""
+    """Bytes do not match their format or checksum.
+
+    `key` is the object in the store, or `path` the local file.
+    """
 
 
 class RestoreError(BottomlessError):
-    """The wanted state cannot be rebuilt, and verified, from what the store holds. No local file was changed."""
+    """The requested state cannot be rebuilt and verified from the store.
+
+    No local file was changed.
+    """
 
 
 _COPIED: Final = tuple(name for name in Details.__annotations__ if name != "reason")

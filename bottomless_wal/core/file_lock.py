@@ -1,7 +1,8 @@
-"""A lock between processes, on a file that may be deleted or replaced at any time: `flock`, and a look whether it is still the same.
+"""Lock a file that may be deleted or replaced at any time, between processes.
 
-`flock` belongs to an open file description, so that two threads of one object must exclude each other by a mutex. The file of a lock that
-nobody holds may be deleted by anyone; a lock on a deleted file would exclude nobody, so whoever has it opens the path anew.
+`flock` belongs to an open file description, so a mutex must exclude the threads of one object. Any
+process may delete the file of a lock that is not held. A lock on a deleted file would exclude no
+other process. So a process that gets one opens the path again.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ logger = get_logger(__name__)
 
 
 class FileLock:
-    """The lock `path`. The file is created when first locked, with owner, group and mode of the file `beside` it (see `companions`).
+    """The lock at `path`, created when it is first locked.
 
-    Raises OSError as the system does, and ConfigError when a file of another program is at the path.
+    The file gets the owner, group and mode of the file `beside` it (see `ownership`).
+
+    Raises:
+        OSError: as the operating system does.
+        ConfigError: a file of another program is at the path.
     """
 
     def __init__(self, path: str, *, beside: str) -> None:
@@ -34,7 +39,10 @@ class FileLock:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the lock: threads of this object by a mutex, other processes and objects by `flock`. Not re-entrant."""
+        """Hold the lock in the context. Not re-entrant.
+
+        A mutex excludes threads of this object, and `flock` other processes and objects.
+        """
         with self._mutex:
             while True:
                 if self._fd < 0:
@@ -42,7 +50,7 @@ class FileLock:
                 fcntl.flock(self._fd, fcntl.LOCK_EX)
                 if self._still_there():
                     break
-                # Somebody deleted or replaced the file: a lock on the old one excludes nobody.
+                # The file was deleted or replaced: a lock on the old one excludes no other process.
                 self._drop()
             try:
                 yield
@@ -50,32 +58,41 @@ class FileLock:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def require_free(self) -> None:
-        """Refuse a file of another program at the path, before the lock is needed. Create nothing.
+        """Refuse a file of another program at the path. Create nothing.
+
+        Call it before the lock is needed.
 
         Raises:
-            ConfigError: there is one.
+            ConfigError: there is such a file.
         """
         try:
             fd = existing_companion(self.path)
         except (FileNotFoundError, PermissionError):
-            return  # `locked` waits for the mode of a file that is just being created
+            return  # `locked` waits until a file that is being created has its mode
         try:
             self._require_own(fd)
         finally:
             os.close(fd)
 
     def follow(self) -> None:
-        """Give the file, while it is open, owner, group and mode of the one beside it, which may have been created or changed since."""
+        """Give the open file the owner, group and mode of the one beside it.
+
+        That file may have been created or changed since. If the lock's file is not open, nothing
+        is done.
+        """
         if self._fd >= 0:
             follow(self._fd, self._beside)
 
     def close(self) -> None:
-        """Gives the descriptor back; a later `locked` opens the file again."""
+        """Close the descriptor. A later `locked` opens the file again."""
         with self._mutex:
             self._drop()
 
     def remove(self) -> None:
-        """As `close`; the file goes, too, unless somebody holds the lock just now. Whoever has it open finds it gone, and makes it anew."""
+        """Close the descriptor, and delete the file if the lock is free.
+
+        A process that has the file open finds it deleted, and creates it again.
+        """
         with self._mutex:
             try:
                 if self._fd >= 0:
@@ -88,7 +105,10 @@ class FileLock:
                 self._drop()
 
     def abandon(self) -> None:
-        """For the child of a fork: drops the descriptor without unlocking, for the lock is the parent's too."""
+        """Close the descriptor in the child of a fork, without unlocking.
+
+        The lock is the parent's, too.
+        """
         self._mutex = threading.Lock()
         self._drop()
 
@@ -107,7 +127,10 @@ class FileLock:
             raise occupied(self.path, "a file of another program")
 
     def _is_own(self, fd: int) -> bool:
-        """Is this a file that this package created? A lock's own file is empty."""
+        """Return whether this package created the file.
+
+        A lock's own file is empty.
+        """
         return os.fstat(fd).st_size == 0
 
     def _still_there(self) -> bool:

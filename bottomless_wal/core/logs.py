@@ -1,11 +1,15 @@
-"""Log lines, which one thread of its own hands to the logging module.
+"""Hand log lines to the logging module in a thread of its own.
 
-    any thread: logger.warning(...) ──► queue ──► the log thread: handlers, formatters, filters of the application
+    any thread: logger.warning(...) ──► queue ──► the log thread: handlers, formatters, filters
 
-A handler of the application may do anything: wait for a lock of its own, commit to a replicated database, open one. If the worker ran
-it, or a thread that holds a lock of this package, that commit would wait for itself. No commit, open or close waits for the log thread.
-So no line is written by the thread that the line is about, and nothing here takes a lock: not even logging's own, which `isEnabledFor`
-takes, and which an application holds while it configures its handlers.
+A handler of the application may do anything: wait for a lock of its own, or commit to a
+replicated database, or open one. If the worker ran the handler, or a thread that holds a lock of
+this package, that commit would wait for itself. No commit, open or close waits for the log
+thread.
+
+So the thread that a line is about does not write the line, and no function here takes a lock.
+That includes logging's own lock, which `isEnabledFor` takes. An application holds it while it
+configures its handlers.
 
 A line keeps its logger, level, time, place and thread. Its arguments become strings at once.
 """
@@ -25,11 +29,14 @@ from .threads import is_own_thread
 
 __all__ = ["Logger", "defer", "drain", "get_logger", "start"]
 
-_MOST_LINES: Final = 10_000  # in the queue; later ones are counted, so that a handler that hangs does not cost memory without end
+_MOST_LINES: Final = 10_000  # lines in the queue at most: a handler that hangs must not use up the memory
 
 
 class Logger:
-    """The methods of `logging.Logger` that this package uses. None of them waits, or runs code of the application."""
+    """Provide the methods of `logging.Logger` that this package uses.
+
+    None of them waits, or runs code of the application.
+    """
 
     def __init__(self, name: str) -> None:
         self._target = logging.getLogger(name)
@@ -56,7 +63,7 @@ class Logger:
 
     def _hand_over(self, level: int, message: str, args: tuple[object, ...], exc_info: bool) -> None:
         target = self._target
-        # As isEnabledFor decides, without the lock that it takes.
+        # The same decision as isEnabledFor's, without the lock that it takes.
         if target.disabled or target.manager.disable >= level or level < target.getEffectiveLevel():
             return
         frame = sys._getframe(2)
@@ -81,7 +88,10 @@ _Item: TypeAlias = "_Line | logging.LogRecord | _Mark"
 
 
 class _Mark:
-    """A place in the queue; `reached` is free once everything before it is written."""
+    """Mark a place in the queue.
+
+    `reached` is free once every line before it is written.
+    """
 
     def __init__(self) -> None:
         self.reached = threading.Lock()
@@ -89,7 +99,10 @@ class _Mark:
 
 
 class _Deferred(logging.Filter):
-    """Keeps a record of another package from the thread of ours that made it; the log thread handles it."""
+    """Pass a record of another package on to the log thread.
+
+    It does so for records that threads of this package made.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         if not is_own_thread():
@@ -111,9 +124,10 @@ def get_logger(name: str) -> Logger:
 
 
 def defer(*packages: str) -> None:
-    """Have the log thread write the lines that threads of ours make in other `packages`.
+    """Let the log thread write lines that our threads log in other `packages`.
 
-    A filter is seen by the lines of its own logger only. So this is called again after further modules were loaded.
+    A filter applies only to the lines of its own logger. So call this again after further modules
+    are loaded.
     """
     prefixes = tuple(f"{package}." for package in packages)
     for name, logger in list(logging.root.manager.loggerDict.items()):
@@ -122,15 +136,16 @@ def defer(*packages: str) -> None:
 
 
 def start() -> bool:
-    """Start the log thread; False when it does not run and cannot be started.
+    """Start the log thread, and return whether it runs.
 
-    It is started with the first replica: from Python 3.12 on no thread can be started while the interpreter ends.
+    The first replica starts it. From Python 3.12 on, no thread can be started while the interpreter
+    is ending.
     """
     global _writer
     if _writer is not None:
         return True
     if not _starting.acquire(blocking=False):
-        return True  # another thread is about to, or the collector runs within this function
+        return True  # another thread is starting it, or the garbage collector runs inside this function
     try:
         if _writer is None:
             thread = threading.Thread(target=_write, args=(_lines,), name="bottomless log", daemon=True)
@@ -144,7 +159,14 @@ def start() -> bool:
 
 
 def drain(seconds: float) -> bool:
-    """Wait until every line that was logged so far has been handled, for at most so many `seconds`; False when some were not."""
+    """Wait until every line logged so far has been handled.
+
+    Args:
+        seconds: the longest time to wait.
+
+    Returns:
+        False if some lines have not been handled.
+    """
     if _writer is None:
         _write_here()
         return True
@@ -171,7 +193,10 @@ def _write(lines: SimpleQueue[_Item]) -> None:
 
 
 def _write_here() -> None:
-    """Write what is in the queue where no thread can: the interpreter ends, or nothing was opened yet."""
+    """Write the queue in this thread, where the log thread cannot run.
+
+    The interpreter is ending, or no database was opened yet.
+    """
     while True:
         try:
             item = _lines.get_nowait()
@@ -195,13 +220,16 @@ def _handle(item: _Item) -> None:
         if item.target.isEnabledFor(item.level):
             item.target.handle(_record(item))
     except Exception:  # noqa: BLE001
-        # A handler's error is not an error of what the line is about.
+        # A handler's error is not an error of the operation that the line is about.
         if logging.raiseExceptions:
             traceback.print_exc()
 
 
 def _record(line: _Line) -> logging.LogRecord:
-    """Make the record here, too: the application may have a factory of its own."""
+    """Make the log record in the log thread.
+
+    The application may have its own record factory, which must not run in other threads.
+    """
     path, number, function = line.place
     record = line.target.makeRecord(line.target.name, line.level, path, number, line.message, line.args, line.exc_info, function)
     record.thread, record.threadName = line.thread

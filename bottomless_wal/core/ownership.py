@@ -1,11 +1,13 @@
-"""The files beside a database: their owner, group and mode are those of the database, as SQLite does it for `-wal` and `-shm`.
+"""Give the files beside a database its owner, group and mode.
 
     open_companion   opens the index or a lock file; creates it when it is missing
     follow           gives an open file the owner, group and mode of the database
     succeed          gives a restored file those of the file that it is about to replace
 
-The mode is exactly that of the database, whatever the umask. Only root can give a file to another owner; a member of a group can give
-it to that group. A new file beside a missing database has the mode that SQLite gives to a new database: 0644, less the umask.
+SQLite does the same for `-wal` and `-shm`. The mode is exactly that of the database, whatever the
+umask. Only root can give a file to another owner. A member of a group can give a file to that
+group. A new file beside a missing database has the mode that SQLite gives to a new database:
+0644, less the umask.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ _DENIED_SECONDS: Final = 0.005
 
 
 def occupied(path: str, what: str) -> ConfigError:
-    """Return the error for a path that something else occupies; `what` describes it."""
+    """Return the error for a path that is occupied. `what` describes by what."""
     return ConfigError(
         f"{path} is {what}: bottomless-wal needs this name for a file of its own beside the database",
         hint="Move it away, or rename the database.",
@@ -38,11 +40,13 @@ def occupied(path: str, what: str) -> ConfigError:
 
 
 def open_companion(path: str, database: str) -> int:
-    """Open the file at `path`, which stands beside `database`, for reading and writing. Create it when it is missing.
+    """Open the file at `path`, beside `database`, for reading and writing.
+
+    It is created when it is missing.
 
     Raises:
         ConfigError: something other than a regular file is at the path.
-        OSError: as the system does.
+        OSError: as the operating system does.
     """
     denials = 0
     while True:
@@ -51,26 +55,27 @@ def open_companion(path: str, database: str) -> int:
         except FileNotFoundError:
             pass
         except PermissionError:
-            # Another process may have created the file, and not yet given it its mode.
+            # Another process may have created the file, and not yet set its mode.
             denials += 1
             if denials > _DENIALS:
                 raise
             time.sleep(_DENIED_SECONDS)
             continue
         try:
-            # O_CREAT alone is refused, even to root, for a file of another user in a sticky directory (fs.protected_regular).
+            # O_CREAT without O_EXCL is refused, even to root, for a file of another user in a
+            # sticky directory (fs.protected_regular).
             return os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, _mode_beside(database))
         except FileExistsError:
             continue
 
 
 def existing_companion(path: str) -> int:
-    """Open the file at `path` for reading and writing.
+    """Open the existing file at `path` for reading and writing.
 
     Raises:
         ConfigError: something other than a regular file is at the path.
         FileNotFoundError: nothing is at the path.
-        OSError: as the system does.
+        OSError: as the operating system does.
     """
     try:
         fd = os.open(path, _FLAGS)
@@ -89,21 +94,27 @@ def existing_companion(path: str) -> int:
 
 
 def follow(fd: int, database: str) -> None:
-    """Give the open file the owner, group and mode of the file `database`, if there is one, as far as this process may."""
+    """Give the open file the owner, group and mode of the file `database`.
+
+    This is done if there is such a file, and as far as this process has the permission.
+    """
     mine = os.fstat(fd)
     try:
         wanted = os.stat(database)
     except FileNotFoundError:
         return
-    # A hard link may have been planted: root must not give away, or open up, a file that has another name elsewhere.
+    # An attacker may have placed a hard link. Root must not give away, or open up, a file that has
+    # another name elsewhere.
     if mine.st_nlink == 1:
         _adopt_in_doubt(fd, mine, wanted)
 
 
 def succeed(fd: int, path: str) -> None:
-    """Give the open file, which is about to be renamed to `path`, the owner, group and mode of the file there.
+    """Give the open file the owner, group and mode of the file at `path`.
 
-    A new file gets what SQLite gives to a new database. An owner or a group that cannot be kept is logged as a warning.
+    The open file is about to be renamed to `path`. If there is no file at `path`, it gets the mode
+    that SQLite gives to a new database. An owner or a group that cannot be kept is logged as a
+    warning.
     """
     try:
         wanted = os.stat(path)
@@ -148,7 +159,7 @@ def _mode_beside(database: str) -> int:
 
 
 def _kind(mode: int) -> str:
-    """What a file is that is not a regular one; empty for a regular one."""
+    """Return what a file is, or an empty text for a regular file."""
     if stat.S_ISREG(mode):
         return ""
     if stat.S_ISDIR(mode):
@@ -160,7 +171,11 @@ _asking = threading.Lock()
 
 
 def _umask() -> int:
-    """Return the umask. Where the system does not tell it, it is set for a moment: by one thread at a time, or it would stay so."""
+    """Return the umask.
+
+    Where `/proc` does not contain it, the umask is changed for a moment to read it. Only one thread
+    does so at a time, because otherwise the changed umask could stay.
+    """
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:
             for line in file:

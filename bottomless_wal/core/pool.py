@@ -1,16 +1,20 @@
-"""Doing several things at once with plain daemon threads, which work at interpreter exit, when executors refuse to.
+"""Run several jobs at once in daemon threads, also at interpreter exit.
 
-Three rules make it safe to call from anywhere, workers included:
+Executors refuse to start jobs at exit. Three rules make it safe to call the pool from any
+thread, workers included:
 
-- the calling thread takes part, and runs a job that no worker has started itself: progress never waits for a free worker, and
-  where no thread can be started any more (an `atexit` function of Python 3.12) everything is simply done in turn;
-- after the first failure nothing new is started, and the call returns only when nothing it started is still running;
-- a job runs in a copy of its caller's context variables (so a store's `deadline` goes with it).
+- The calling thread takes part, and runs a job itself if no worker has started it. So progress
+  never waits for a free worker. Where no thread can be started any more (an `atexit` function of
+  Python 3.12), the calling thread runs all jobs in turn.
+- After the first failure no new job is started. The call returns only when none of its jobs is
+  still running.
+- A job runs in a copy of its caller's context variables, which includes a store's `deadline`.
 
-The pool takes no lock. Python code runs while a thread holds one, so the garbage collector or a signal handler may commit there; and that
-commit would wait for a worker that needs the same lock.
+The pool takes no lock. Python code runs while a thread holds a lock, so the garbage collector or
+a signal handler may commit there. That commit would wait for a worker that needs the same lock.
 
-Idle workers stay for the next call: eight small uploads at each commit must not cost eight threads. A forked child starts afresh.
+Idle workers stay for the next call: eight small uploads at each commit must not cost eight
+threads. A forked child starts with an empty pool.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ _MOST_THREADS: Final = 64
 
 
 class Pool:
-    """At most `width` worker threads, started when they are first needed."""
+    """Run jobs in at most `width` worker threads, started at first need."""
 
     def __init__(self, width: int, *, name: str = "bottomless") -> None:
         self.width = width
@@ -49,16 +53,18 @@ class Pool:
 
     def after_fork(self) -> None:
         self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        # One entry for each thread that has been started, and for each that waits for a job. Appending and popping need no lock.
+        # One entry for each started thread, and one for each thread that waits for a job. Appending
+        # and popping take no lock.
         self._threads: deque[None] = deque()
         self._idle: deque[None] = deque()
         self._closed = False
 
     def each(self, function: Callable[[T], object], items: Iterable[T], width: int | None = None) -> None:
-        """Calls `function` with every item, up to `width` at a time, in any order.
+        """Call `function` with every item, up to `width` at a time, in any order.
 
-        After the first failure, or when the caller is interrupted, no more items are taken; those being worked on are waited
-        for; then the first error is raised. `items` is consumed as it is needed.
+        After the first failure, or an interruption of the caller, no more items are taken. The
+        call waits for the items that are being worked on. Then it raises the first error. `items`
+        is consumed as it is needed.
         """
         batch = _Batch(function, items)
         helpers = min(self.width if width is None else width, len(items) if isinstance(items, Sized) else _MOST_THREADS) - 1
@@ -72,9 +78,10 @@ class Pool:
             raise batch.error
 
     def ordered(self, function: Callable[[T], R], items: Iterable[T], width: int | None = None) -> Iterator[R]:
-        """`map(function, items)`, worked on by up to `width` threads ahead of the consumer.
+        """Yield `map(function, items)`, computed by up to `width` threads ahead.
 
-        An error is raised in its item's turn, after the results before it. Closing the iterator waits for what is running.
+        An error is raised in its item's turn, after the results before it. Closing the iterator
+        waits for the running jobs.
         """
         ahead = self.width if width is None else width
         if ahead <= 1 or (isinstance(items, Sized) and len(items) == 1):
@@ -97,7 +104,10 @@ class Pool:
                 job.done.wait()
 
     def close(self) -> None:
-        """Lets the workers end when they have done what they have. Who calls the pool later does the work alone."""
+        """Let the workers end when they have done their jobs.
+
+        A later call of the pool runs its jobs in the calling thread alone.
+        """
         self._closed = True
         for _ in range(len(self._threads)):
             self._jobs.put(None)
@@ -108,7 +118,10 @@ class Pool:
         return job
 
     def _submit(self, work: Callable[[], object]) -> None:
-        """Puts `work` before the workers. It may be that nobody comes: callers must be ready to do it themselves."""
+        """Offer `work` to the workers.
+
+        No worker may take it: a caller must be ready to do the work itself.
+        """
         if self._closed:
             return
         if not self._threads:
@@ -118,7 +131,10 @@ class Pool:
         self._jobs.put(work)
 
     def _grow(self) -> None:
-        """Starts one more worker, if the interpreter allows it. Two threads that come here at once may both start one."""
+        """Start one more worker, if the interpreter allows it.
+
+        Two threads that call this at once may both start one.
+        """
         self._threads.append(None)
         if len(self._threads) > self.width:
             self._threads.pop()
@@ -138,16 +154,17 @@ class Pool:
             idle.pop()
             if job is None:
                 return
-            # The workers start each other: whoever submits never waits for a thread to come up.
+            # The workers start each other, so that no submitting thread waits for the start of a
+            # thread.
             if jobs.qsize() > len(idle) and len(self._threads) < self.width and not self._closed:
                 self._grow()
             job()
-            # Holding on to a finished job while idle would keep its pages in memory.
+            # A reference to a finished job would keep its pages in memory while the worker is idle.
             del job
 
 
 class _Batch(Generic[T]):
-    """The state of one `each`: where the items come from, how many are being worked on, and what went wrong first."""
+    """The state of one `each`: its items, its running jobs and its first error."""
 
     def __init__(self, function: Callable[[T], object], items: Iterable[T]) -> None:
         self._function = function
@@ -158,7 +175,7 @@ class _Batch(Generic[T]):
         self.error: BaseException | None = None
 
     def work(self) -> None:
-        """Takes items and works on them until there are no more."""
+        """Take items and work on them until there are no more."""
         while True:
             with self._changed:
                 if self._over:
@@ -184,7 +201,7 @@ class _Batch(Generic[T]):
                         self._changed.notify_all()
 
     def finish(self) -> None:
-        """Takes no more items, and waits until nobody works on one."""
+        """Take no more items, and wait until no thread works on one."""
         with self._changed:
             self._over = True
             while self._running:
@@ -197,7 +214,10 @@ class _Batch(Generic[T]):
 
 
 class _Job(Generic[T, R]):
-    """One call of `ordered`, run by whoever comes first: a worker, or the consumer that wants its result."""
+    """One call of `ordered`.
+
+    A worker runs it, or the consumer that needs its result, whichever comes first.
+    """
 
     def __init__(self, function: Callable[[T], R], item: T) -> None:
         self._call: Callable[[], R] | None = lambda: function(item)
@@ -219,7 +239,7 @@ class _Job(Generic[T, R]):
             self.done.set()
 
     def cancel(self) -> None:
-        """Never starts it, if it has not been started."""
+        """Prevent the job's start, if it has not been started."""
         if self._claim.acquire(blocking=False):
             self._call = None
             self.done.set()
@@ -238,19 +258,22 @@ def _in_context(work: Callable[[], None]) -> Callable[[], None]:
 
 
 def each(function: Callable[[T], object], items: Iterable[T], width: int) -> None:
-    """`Pool.each` with threads that all of the process shares."""
+    """Call `Pool.each` of the pool that the whole process shares."""
     _shared.each(function, items, width)
 
 
 def drain(items: list[T]) -> Iterator[T]:
-    """The items in order, each forgotten by the list when it is given out: what is worked on piece by piece is not kept whole."""
+    """Yield the items in order, and remove each from the list.
+
+    So a list that is worked on piece by piece is not kept whole in memory.
+    """
     items.reverse()
     while items:
         yield items.pop()
 
 
 def ordered(function: Callable[[T], R], items: Iterable[T], width: int) -> Iterator[R]:
-    """`Pool.ordered` with threads that all of the process shares."""
+    """Call `Pool.ordered` of the pool that the whole process shares."""
     return _shared.ordered(function, items, width)
 
 

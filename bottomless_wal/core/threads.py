@@ -1,8 +1,9 @@
-"""What threads, forked children and the interpreter's exit must know of each other.
+"""Handle threads of this package, forked children and the interpreter's exit.
 
-own threads   those of this package serve threads that wait, and must not wait themselves
-fork          locks, threads and connections do not survive a fork in a usable state: their owners are reset in the child
-exit          threads freeze where they are once the exit handlers have run, with the locks that they hold
+own threads   Other threads wait for those of this package, which must not wait for them.
+fork          Locks, threads and connections are not usable after a fork. Their owners are reset
+              in the child.
+exit          Once the exit handlers have run, threads stop where they are, and keep their locks.
 """
 
 from __future__ import annotations
@@ -29,14 +30,17 @@ __all__ = [
 
 
 class ForkAware(Protocol):
-    """Whatever holds locks, threads or connections, none of which survive a fork in a usable state."""
+    """An owner of locks, threads or connections, which a fork makes unusable."""
 
     def after_fork(self) -> None:
-        """Called in the child: forget them, silently, and start afresh."""
+        """Discard them in the child, without a message, and start afresh."""
 
 
 def fork_aware(owner: ForkAware) -> None:
-    """Has `owner.after_fork()` called in every child that this process forks, for as long as `owner` lives."""
+    """Call `owner.after_fork()` in every child that this process forks.
+
+    This ends when `owner` is deallocated.
+    """
     _fork_aware.add(owner)
 
 
@@ -44,18 +48,24 @@ _thread = threading.local()
 
 
 def mark_own_thread() -> None:
-    """Says that the running thread is one of this package: it serves those who wait, and must wait for nobody."""
+    """Mark the running thread as one of this package.
+
+    Other threads wait for it, so it must not wait for any thread.
+    """
     _thread.own = True
 
 
 def is_own_thread() -> bool:
-    """Has the running thread been marked?"""
+    """Return whether the running thread has been marked."""
     return getattr(_thread, "own", False)
 
 
 @contextlib.contextmanager
 def as_own_thread() -> Iterator[None]:
-    """Marks the running thread for a while: it does the worker's part itself, where no thread can be started."""
+    """Mark the running thread in the context.
+
+    It does the worker's part itself, where no thread can be started.
+    """
     before = is_own_thread()
     _thread.own = True
     try:
@@ -65,20 +75,27 @@ def as_own_thread() -> Iterator[None]:
 
 
 def is_held_here(lock: threading.RLock) -> bool:
-    """Does the running thread hold `lock`? Then the garbage collector, or a signal handler, has interrupted it."""
+    """Return whether the running thread holds `lock`.
+
+    Then the garbage collector, or a signal handler, has interrupted that thread.
+    """
     owned: Any = lock
     return bool(owned._is_owned())
 
 
 EXITED: Final[list[None]] = []
-"""Not empty once the exit's handlers have run. A list, because `EXITED.append` is a handler that Ctrl-C cannot interrupt."""
+"""Not empty once the exit handlers have run.
+
+It is a list, because Ctrl-C cannot interrupt the handler `EXITED.append`.
+"""
 
 
 class UntilCleared:
-    """A context that ends quietly what fails because the interpreter, at its end, has cleared the modules that it needs.
+    """Suppress errors that arise after the interpreter has cleared modules.
 
-    A connection that is deallocated so late finds None in place of functions and modules. All other errors pass. An instance has to be
-    reached through an object: a global name is cleared, too.
+    A connection that is deallocated so late finds None in place of functions and modules. All
+    other errors are raised. An instance must be reached through an object, because a global name
+    is cleared, too.
     """
 
     __slots__ = ()
@@ -91,13 +108,16 @@ class UntilCleared:
         kind: object,
         error: BaseException | None,
         traceback: object,
-        is_finalizing: Callable[[], bool] = sys.is_finalizing,  # bound here, for `sys` is cleared as well
+        is_finalizing: Callable[[], bool] = sys.is_finalizing,  # bound here, because `sys` is cleared as well
     ) -> bool:
         return isinstance(error, AttributeError | TypeError) and is_finalizing() and "NoneType" in str(error)
 
 
 def has_exited() -> bool:
-    """Have the exit's handlers run? Threads stop where they are from here on, and never give back the locks that they hold."""
+    """Return whether the exit handlers have run.
+
+    From then on threads stop where they are, and never release the locks that they hold.
+    """
     return bool(EXITED)
 
 

@@ -1,4 +1,4 @@
-"""What an application calls: open a replicated database, flush it, look at it."""
+"""Open a replicated database, flush it, and return its status."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ _BUSY_TIMEOUT_MS: Final = 5000
 
 
 def register(**defaults: object) -> str:
-    """Registers the VFS and returns its name, `bottomless`. May be called again, from any thread; later defaults win.
+    """Register the VFS `bottomless`, and return its name.
 
-    `defaults` are options (docs/reference/configuration.md) for every database that is opened through it. Everything that their
-    endpoint needs later is loaded now, for a process that gives up its privileges after this call.
+    It may be called again, from any thread. Later defaults replace earlier ones. The modules for
+    the defaults' endpoint are loaded now, for a process that drops its privileges after this call.
+
+    Args:
+        defaults: options (docs/reference/configuration.md) of every database opened by the VFS.
 
     Raises:
         ConfigError: an unknown option or a bad value.
@@ -46,14 +49,23 @@ def connect(
     flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE | apsw.SQLITE_OPEN_URI,
     **options: object,
 ) -> apsw.Connection:
-    """Opens the database at `path` (or a `file:` URI): in WAL mode, replicated, ready.
+    """Open a database in WAL mode, replicated.
 
-    `page_size` (bytes) is for a new database; an existing one keeps its own. `progress` is called with (bytes read, bytes
-    expected) while this call restores the database; an error that it raises ends the open. The busy timeout is 5 s.
+    The busy timeout is 5 s.
+
+    Args:
+        path: the main file, or a `file:` URI.
+        page_size: bytes, for a new database. An existing one keeps its page size.
+        progress: called with (bytes read, bytes expected) while this call restores the database. An
+            error that it raises ends the open.
+        flags: SQLite's flags of the open.
+        options: the options of this database (docs/reference/configuration.md).
 
     Raises:
-        ConfigError: an unknown option or a bad value. ConflictError: local file and remote history diverged.
-        StoreError: the bucket cannot be reached. RestoreError, CorruptionError: it holds no sound history.
+        ConfigError: an unknown option or a bad value.
+        ConflictError: local file and remote log diverged.
+        StoreError: the bucket cannot be reached.
+        RestoreError, CorruptionError: the bucket does not hold a valid log.
     """
     install({})
     text = os.fspath(path)
@@ -79,20 +91,27 @@ def connect(
 
 
 def flush(database: apsw.Connection | str | os.PathLike[str], timeout: float | None = None) -> None:
-    """Waits until everything committed is in the log and the page view is complete.
+    """Wait until every commit is in the log and the page objects are complete.
 
-    `database` is an open connection (its `main`), or the path of a file that is open in this process; `timeout` in seconds.
+    Args:
+        database: an open connection (its `main`), or the path of a file open in this process.
+        timeout: seconds. None waits as long as it takes.
 
     Raises:
-        ReplicationError: the store gave up, or the time is over; what is pending stays pending.
-        FencedError, ConflictError: this replica has stopped. ConfigError: not open here.
+        ReplicationError: the store failed, or the timeout is over. What is pending stays pending.
+        FencedError, ConflictError: this replica has stopped.
+        ConfigError: the database is not open here.
     """
     with _borrowed(database) as replica:
         replica.worker.flush(timeout)
 
 
 def status(database: apsw.Connection | str | os.PathLike[str]) -> Status:
-    """Where the replication of `database` (as in `flush`) stands. Sends nothing."""
+    """Return the status of the replication of `database`. Send nothing.
+
+    Args:
+        database: as in `flush`.
+    """
     with _borrowed(database) as replica:
         return status_of(replica)
 

@@ -1,19 +1,29 @@
-"""The writer's own upkeep of its history: compaction, snapshots and retention, in a thread of their own, off the commit path.
+"""Compact, snapshot and prune the log of one open database, off the commit path.
 
     told(txid): a commit is stored ──► txid is a multiple of 64, or a snapshot is overdue ──► a turn
 
-    a turn:  list what is new ──► merge what is complete ──► snapshot, if it is due ──► prune, after a snapshot, at most every hour
+    a turn:  list the new segments ──► merge complete runs ──► store a snapshot, if it is due
+             ──► prune, after a snapshot, at most once an hour
 
-Once a day, whatever `compaction` says, a turn begins with a thorough look whether the log leads to its head (`log_check`); and at once, if
-the open found no way there: then the close waits for the mending.
+A thread of its own does this work. Once a day a turn begins with a thorough check that the log
+leads to its head (`log_check`), whatever `compaction` says. If the open found no unbroken chain
+to the head, the check runs at once, and the close waits for the repair.
 
-Of all processes that write, the one that stored the 64th commit takes the turn. A snapshot is due when the commits since the last one
-outweigh it, or when that one is older than `snapshot_interval` by the server's clock. So snapshots at most double what is written; and a
-page of a commit is written once more at each level that it is merged at.
+Of all processes that write, the one that stored the 64th commit takes the turn. A snapshot is
+due in two cases:
 
-Everything goes through the store and is safe beside other processes, and machines, that do the same. What fails is logged and done by a
-later turn: neither a commit nor a restore depends on anything here. An idle writer sends nothing: what is due waits for a commit. After
-each millisecond of the processor it rests for three, so that commits hardly notice; for less when it falls behind them.
+- the commits since the last snapshot are larger than it;
+- the last snapshot is older than `snapshot_interval` by the server's clock.
+
+So snapshots at most double what is written. A page of a commit is written once more at each
+level that it is merged at.
+
+All changes go through the store, and are safe while other processes and machines do the same. A
+step that fails is logged and done by a later turn. Neither a commit nor a restore depends on this
+work. An idle writer sends nothing: work that is due waits for a commit.
+
+After each millisecond of processor time the thread rests for three, so that commits are hardly
+delayed. It rests for less when it falls behind the commits.
 """
 
 from __future__ import annotations
@@ -39,24 +49,27 @@ __all__ = ["Compactor"]
 
 logger = get_logger(__name__)
 
-_SMALLEST_SNAPSHOT: Final = 1 << 20  # bytes of commits below which a snapshot saves no restore anything
-_FIRST_LOOK: Final = 60.0  # seconds after a process has begun
-_RETRY_FIRST: Final = 300.0  # seconds after a snapshot has failed
+_SMALLEST_SNAPSHOT: Final = 1 << 20  # bytes of commits: below this a snapshot speeds up no restore
+_FIRST_LOOK: Final = 60.0  # seconds from the start of a process to its first check
+_RETRY_FIRST: Final = 300.0  # seconds from the first failure of a snapshot to the next attempt
 _LISTINGS: Final = 3
 _PATIENCE: Final = 2.0
-_GRACE: Final = 1.0  # seconds that a close leaves a turn to come to its end
+_GRACE: Final = 1.0  # seconds that a close gives a turn to finish
 _CHECK_EVERY: Final = 86400.0  # seconds
-_PRUNE_EVERY: Final = 3600.0  # seconds: less than what nobody may delete anyway
-_STRETCH: Final = 0.001  # seconds of the processor at a stretch
-_LAGS: Final = ((1024, 3.0), (8192, 1.0))  # (this far behind at most, for each stretch so many of rest); further behind it does not rest
+_PRUNE_EVERY: Final = 3600.0  # seconds: less than the age below which no segment may be deleted
+_STRETCH: Final = 0.001  # seconds of processor time between two rests
+_LAGS: Final = ((1024, 3.0), (8192, 1.0))  # (commits behind at most, rest as a multiple of the work)
 
 
 class _Stopped(Exception):
-    """The replica closes."""
+    """The replica is being closed."""
 
 
 class Compactor:
-    """Keeps the history of one database short while it is open. `told` may be called from any thread."""
+    """Keep the log of one database short while it is open.
+
+    `told` may be called from any thread.
+    """
 
     def __init__(
         self,
@@ -72,7 +85,7 @@ class Compactor:
         self._check = check
         self._clock = clock
         self._pause = pause or self._rest
-        self._worked = 0.0  # this thread's processor time, until it rested last
+        self._worked = 0.0  # this thread's processor time at its last rest, in seconds
         self._lock = threading.RLock()  # `with` this, not the condition: Ctrl-C could end Condition.__enter__ with the lock held
         self._cond = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
@@ -81,9 +94,10 @@ class Compactor:
         self._running = False
         self._turning = False
         self._head = 0
-        self._complete = False  # is there a run to be merged?
-        self._turned = 0  # the head at the last turn
-        # Processes that begin together look at different moments; one that ends soon, not at all.
+        self._complete = False  # whether a run is complete and has to be merged
+        self._turned = 0  # the txid of the head at the last turn
+        # Processes that start together check at different moments. One that ends soon does not
+        # check at all.
         self._jitter = random.uniform(0.9, 1.0)
         self._due = clock() + min(_FIRST_LOOK, config.snapshot_interval) * self._jitter
         self._prune_at = clock()
@@ -92,21 +106,24 @@ class Compactor:
         self._failures = 0
         self._again_at = 0.0
         self._passed_over: set[tuple[int, int]] = set()
-        # What a turn needs to know of the edges that it does not list again.
+        # The segments that a turn does not list again.
         self._window: Sequence[SegmentInfo] = ()
         self._last: SegmentInfo | None = None
         self._bytes = 0
         self._listed = False
 
     def opened(self) -> None:
-        """The database is open. Where the open did not find a way to the head, look at once."""
+        """Start the log check at once if the open could not verify the log.
+
+        The open has then not found an unbroken chain to the head.
+        """
         if self._check is not None and self._check.finding is not Finding.SOUND:
             with self._cond:
                 self._is_check_due = True
                 self._begin()
 
     def told(self, txid: int) -> None:
-        """The head is `txid` now, and this process has stored it."""
+        """Note that this process has stored the head `txid`."""
         is_check_due = self._check is not None and self._clock() >= self._check_at
         if not self._config.compaction and not is_check_due:
             return
@@ -124,14 +141,18 @@ class Compactor:
             try:
                 thread.start()
             except RuntimeError as error:
-                logger.debug("no upkeep of %s: %s", self._history.name, error)  # the interpreter ends
+                logger.debug("no upkeep of %s: %s", self._history.name, error)  # the interpreter is ending
                 return
             self._thread, self._running = thread, True
         else:
             self._cond.notify_all()
 
     def stop(self) -> None:
-        """Ends the thread. A turn that is under way may come to its end, if that is soon; for a request that hangs nobody waits."""
+        """Stop the thread.
+
+        A turn that is under way may finish, if that is soon. The close does not wait for a request
+        that hangs.
+        """
         with self._lock:
             self._closing = True  # no more rest
             self._cond.notify_all()
@@ -152,7 +173,7 @@ class Compactor:
                     return
                 except Exception as error:
                     if self._stopping:
-                        return  # the store was closed under it
+                        return  # the store was closed during the turn
                     expected = isinstance(error, BottomlessError)
                     logger.warning("upkeep of %s: %s", self._history.name, error, exc_info=not expected)
         finally:
@@ -171,7 +192,7 @@ class Compactor:
                 if self._complete or self._is_check_due or (now >= self._due and self._head > self._turned):
                     self._complete, self._turning = False, True
                     return True
-                self._cond.wait()  # for the next commit: what is due while nobody writes can wait, too
+                self._cond.wait()  # work that is due waits for the next commit
             return False
 
     def _turn(self) -> None:
@@ -195,12 +216,15 @@ class Compactor:
         return self._check is not None and self._check.finding is Finding.GAP
 
     def _look_at_the_log(self, check: LogCheck) -> None:
-        """Look, and mend. What fails is done after a commit some minutes later, or at the next open."""
+        """Check the log, and repair it.
+
+        After a failure the check is done after a commit some minutes later, or at the next open.
+        """
         self._check_at = self._clock() + _RETRY_FIRST
         try:
             check.run(self._breathe)
             self._check_at = self._clock() + _CHECK_EVERY * self._jitter
-            self._listed = False  # the mending may have stored a snapshot
+            self._listed = False  # the repair may have stored a snapshot
         finally:
             with self._cond:
                 self._is_check_due = False
@@ -214,13 +238,16 @@ class Compactor:
         self._window = sorted(edge for edges in (self._window, added) for edge in edges if edge.pre >= begin)
 
     def _look(self, head: int) -> None:
-        """Lists what is new. The window is what the next aligned edges may be merged from."""
+        """List the new segments.
+
+        The window holds the segments that the next aligned segments may be merged from.
+        """
         if self._listed:
             begin = max((edge.post for edge in self._window), default=0)
             new = self._history.edges(since=begin, bodies=True)
             self._window = sorted({edge[:2]: edge for edge in (*self._window, *new)}.values())
         else:
-            # What lies before the last snapshot is needed for a while yet, and only by those who restore what was then.
+            # Segments before the last snapshot are needed only to restore earlier states.
             self._last = max(self._history.snapshots(), key=lambda edge: edge.post, default=None)
             begin = min(self._last.post if self._last is not None else 0, head) // LEVELS[-1] * LEVELS[-1]
             self._window = new = self._history.edges(since=begin, bodies=True)
@@ -230,7 +257,7 @@ class Compactor:
         self._listed = True
 
     def _due_now(self) -> tuple[bool, bool]:
-        """Is a snapshot due because of the commits since the last one, or because of its age?"""
+        """Return whether a snapshot is due: by its commits' size, and by its age."""
         last = self._last
         if last is None:
             return True, False
@@ -245,7 +272,7 @@ class Compactor:
         if self._failures and self._clock() < self._again_at:
             self._due = self._again_at
             return
-        # Another process may have made one.
+        # Another process may have stored a snapshot meanwhile.
         newest = max(self._history.snapshots(), key=lambda edge: edge.post, default=None)
         if newest is not None and (self._last is None or newest.post > self._last.post):
             self._last = newest
@@ -256,7 +283,8 @@ class Compactor:
         target = head if overdue else head // LEVELS[0] * LEVELS[0]
         if not (heavy or overdue) or (self._last is not None and target <= self._last.post):
             return
-        # Where a commit is missing no snapshot will be made before a reset: to look for one costs the reading of all headers.
+        # If a commit is missing, no snapshot can be made before a reset. To find that out again and
+        # again would read the headers of all segments.
         self._failures += 1
         pause = _RETRY_FIRST * 2 ** min(self._failures - 1, 12)
         self._again_at = self._due = self._clock() + min(pause, max(self._config.snapshot_interval, _RETRY_FIRST))
@@ -266,7 +294,7 @@ class Compactor:
 
     def _snapshot(self, target: int) -> None:
         last, level = self._last, self._config.level
-        # What lies before the last one is not needed, and there may be much of it.
+        # Segments before the last snapshot are not needed, and there may be many of them.
         edges: Sequence[SegmentInfo] = [last, *self._history.edges(since=last.post)] if last is not None else self._history.edges()
         if last is not None and plan(edges, target) is None:
             edges = self._history.edges()
@@ -280,7 +308,13 @@ class Compactor:
             prune(self._history, retention=config.retention, keep_snapshots=config.keep_snapshots, throttle=self._breathe)
 
     def _breathe(self) -> None:
-        """Called often: commits come first, and a close does not wait."""
+        """Rest, so that commits come first.
+
+        It is called often, because a close does not wait for it.
+
+        Raises:
+            _Stopped: the replica is being closed.
+        """
         if self._stopping:
             raise _Stopped
         worked = time.thread_time() - self._worked

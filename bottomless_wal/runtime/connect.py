@@ -1,8 +1,11 @@
 """Install the VFS `bottomless`, and open databases through it.
 
-install        registers the VFS and its sibling for connections of our own, with this package's connection hook
-pending_open   what `connect()` asks of the one connection that it opens: SQLite's open has no arguments for it
-_Opener        the `DatabaseOpener` of the VFS: finds out the options, acquires the replica, brings the file up to date
+install        registers the VFS, its sibling for connections of our own, and this package's
+               connection hook
+pending_open   passes the arguments of `connect()` to the one connection that it opens, because
+               SQLite's open has no arguments for them
+_Opener        is the `DatabaseOpener` of the VFS: finds the options, acquires the replica, and
+               brings the file up to date
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ _OWN_VFS_NAME: Final = "bottomless-own"
 
 
 class _Stage(Enum):
-    """How far a `PendingOpen` has come."""
+    """The progress of a `PendingOpen`."""
 
     WAITING = "its main file is not opened yet"
     OPENING = "its main file is being opened"
@@ -43,9 +46,10 @@ class _Stage(Enum):
 
 
 class PendingOpen:
-    """What `connect()` and its relatives ask of the one connection that they open.
+    """The arguments of `connect()` and similar functions, for one connection.
 
-    Only that connection gets it, at most once. A connection that a hook or a signal handler opens meanwhile gets nothing.
+    Only that connection gets them, at most once. A connection that a hook or a signal handler
+    opens meanwhile does not.
     """
 
     def __init__(
@@ -68,7 +72,10 @@ _NOTHING_ASKED: Final[Mapping[str, object]] = {}
 
 
 def _take(stage: _Stage, then: _Stage) -> PendingOpen | None:
-    """Return what is asked in this thread, if it stands at `stage`, and let it stand at `then`."""
+    """Return this thread's pending open if it is at `stage`.
+
+    Its stage becomes `then`.
+    """
     pending: PendingOpen | None = getattr(_thread, "pending", None)
     if pending is None or pending.stage is not stage:
         return None
@@ -80,12 +87,12 @@ def _take(stage: _Stage, then: _Stage) -> PendingOpen | None:
 def pending_open(
     options: Mapping[str, object], *, progress: Progress | None = None, reset: bool = False, page_size: int | None = None
 ) -> Iterator[None]:
-    """In the context, the next database that this thread opens through the VFS gets the arguments.
+    """Pass arguments to the next database that this thread opens through the VFS.
 
     Args:
-        options: between those of `register()` and the URI's.
+        options: rank between those of `register()` and those of the URI.
         progress: called during a restore with the bytes read and the bytes expected.
-        reset: make the local file the head of its history.
+        reset: make the local file the head of its log.
         page_size: bytes, for a new database.
     """
     before = getattr(_thread, "pending", None)
@@ -97,7 +104,10 @@ def pending_open(
 
 
 class _Opener:
-    """The `DatabaseOpener` of this process. `defaults` are the arguments of `register()`."""
+    """Open databases as the `DatabaseOpener` of this process.
+
+    `defaults` are the arguments of `register()`.
+    """
 
     def __init__(self) -> None:
         self.defaults: dict[str, object] = {}
@@ -133,17 +143,19 @@ class _Opener:
         return registry.get(path)
 
 
-_install_lock = threading.RLock()  # a signal handler may open a database while its thread is in `install`
+_install_lock = threading.RLock()  # re-entrant: a signal handler may open a database while its thread is in `install`
 _opener: Final = _Opener()
 _installed: BottomlessVFS | None = None
 _own: OwnVFS | None = None
 
 
 def install(defaults: Mapping[str, object]) -> None:
-    """Register the VFS and the connection hook. A second call only merges `defaults` into those it has.
+    """Register the VFS and the connection hook.
+
+    A second call only merges `defaults` into the existing ones.
 
     Raises:
-        ConfigError: an option that is not known, or a bad value.
+        ConfigError: an unknown option, or a bad value.
     """
     global _installed, _own
     Config.load(defaults, environ={})
@@ -157,12 +169,15 @@ def install(defaults: Mapping[str, object]) -> None:
 
 
 def installed_defaults() -> dict[str, object]:
-    """Return the defaults that `install` was given so far."""
+    """Return the merged defaults of all `install` calls."""
     return dict(_opener.defaults)
 
 
 def connect_own(path: str) -> apsw.Connection:
-    """Open a connection of our own to `path`: through the VFS, so that it sees what is done to the WAL, and not replicated itself."""
+    """Open a connection of our own to `path`, which is not replicated.
+
+    The VFS of our own connections reports what it does to the WAL.
+    """
     return OwnConnection(path, vfs=_OWN_VFS_NAME)
 
 
@@ -171,7 +186,8 @@ def _on_connect(connection: apsw.Connection) -> None:
         _installed.watch(connection)
     pending = _take(_Stage.OPENED, _Stage.DONE)
     if pending is not None and pending.page_size is not None:
-        # Before the application's hooks: one that switches to WAL mode makes a new database, with the page size of the moment.
+        # Before the application's hooks: a hook that switches to WAL mode creates the database,
+        # with the page size of that moment.
         connection.execute(f"PRAGMA page_size={pending.page_size}")
 
 

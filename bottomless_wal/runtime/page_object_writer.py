@@ -1,13 +1,17 @@
-"""The thread that fills the page view behind the log: in turns, beside the commits, which never wait for it.
+"""Write page objects in the background, behind the log.
 
-    a turn:  view lock ─► index lock: choose pages that are in the log, read them ─► (index free) is this still the head? put them
-             ─► index lock: note how far it is ─► both free
+    a turn:  view lock ─► index lock: choose pages that are in the log, and read them
+             ─► index free: check that this is still the head, and PUT the pages
+             ─► index lock: record the progress ─► both free
 
-Whoever is killed, or fails, within a turn leaves the note as it was: its pages are put once more. The order of the locks is view, then
-index; nobody who holds the index's waits for the view's. A page that changes while its object is under way is put again by a later
-turn, which the view lock keeps behind this one.
+The thread works in turns, and commits never wait for it. A process that is killed, or a turn
+that fails, leaves the record unchanged: its pages are PUT once more. The order of the locks is
+view, then index. A thread that holds the index's lock never waits for the view's. If a page
+changes while its object is being stored, a later turn PUTs it again. The view lock keeps that
+turn behind this one.
 
-While commits come, a turn waits `_PAUSE` after the one before, and longer when turns take long; else they follow each other.
+While commits come, a turn waits `_PAUSE` after the one before, and longer when turns take long.
+Otherwise turns follow each other.
 """
 
 from __future__ import annotations
@@ -33,17 +37,18 @@ __all__ = ["PageObjectWriter", "view_is_missing"]
 logger = get_logger(__name__)
 
 _LOOKS: Final = 100
-_PAGES: Final = 16  # of a turn
-_PAUSE: Final = 0.25  # between two turns while commits come, here or in another process ...
-_SHARE: Final = 0.2  # ... and as much longer as leaves a turn no more than this share of the time
-_CONTENDED: Final = 0.003  # who waits that long for the view's lock is not alone
+_PAGES: Final = 16  # pages in one turn
+_PAUSE: Final = 0.25  # seconds between two turns while commits come, in this process or another ...
+_SHARE: Final = 0.2  # ... extended so that turns take no more than this share of the time
+_CONTENDED: Final = 0.003  # seconds: after a longer wait for the view's lock, another process is writing
 
 
 class PageObjectWriter:
-    """Puts page objects in the background. Thread-safe.
+    """Write page objects in the background. Thread-safe.
 
-    `told(ticket, failure)` is called when the view is as complete as the flush `ticket` wanted it, or when a turn has failed (`ticket` 0
-    when no flush waits): then the filler rests until it is told to `follow` again.
+    `told(ticket, failure)` is called when the page objects are as complete as the flush `ticket`
+    requested, or when a turn has failed. `ticket` is 0 if no flush waits. After a failure the
+    thread pauses until `follow` is called.
     """
 
     def __init__(
@@ -71,31 +76,42 @@ class PageObjectWriter:
         self._running = False
         self._stopping = False
         self._wanted = False
-        self._asked = 0  # how often it was wanted: whoever asks during a turn is not forgotten at its end
+        self._asked = 0  # how often a turn was requested: a request during a turn is not lost at its end
         self._held = False
-        self._goal: tuple[int, int] | None = None  # (ticket of a flush, the txid up to which it wants the view complete)
+        self._goal: tuple[int, int] | None = None  # (ticket of a flush, the txid up to which it needs the view complete)
         self._turn_at = 0.0
         self._active_at = -_PAUSE
 
     def is_held_here(self) -> bool:
-        """Is the running thread within a method of this object? The worker may wait for it."""
+        """Return whether the running thread is inside a method of this object.
+
+        The worker may be waiting for that thread.
+        """
         return is_held_here(self._lock)
 
-    # --- told by the worker --------------------------------------------------------------------------------------------
+    # --- called by the worker ------------------------------------------------------------------------------------------
 
     def active(self) -> None:
-        """A commit is being made."""
+        """Note that a commit is being made."""
         self._active_at = self._clock()
 
     def wanted(self) -> None:
-        """There is something to put."""
+        """Note that there are page objects to write."""
         with self._lock:
             self._wanted = True
             self._asked += 1
             self._ensure_thread()
 
     def follow(self, behind: bool, goal: tuple[int, int] | None) -> None:
-        """A batch is stored. With pages=checkpoint the view is behind on purpose, until a checkpoint has asked for it, or a flush."""
+        """Resume after a batch is stored.
+
+        With pages=checkpoint the page objects are behind on purpose, until a checkpoint or a flush
+        requests them.
+
+        Args:
+            behind: whether page objects have to be written.
+            goal: the ticket of a flush, and the txid up to which it needs the view complete.
+        """
         with self._lock:
             self._held = False
             self._wanted = behind and (self._config.pages == "commit" or self._wanted or goal is not None)
@@ -106,35 +122,35 @@ class PageObjectWriter:
                 self._ensure_thread()
 
     def hold(self) -> None:
-        """A batch has failed: no page object is put before one has gone well."""
+        """Pause after a failed batch, until a batch has succeeded."""
         with self._lock:
             self._held = True
 
     def stop(self) -> None:
-        """No further turn is begun."""
+        """Start no further turn."""
         with self._lock:
             self._stopping = True
             self._cond.notify_all()
 
     def join(self) -> None:
-        """Waits until the thread has ended."""
+        """Wait until the thread has ended."""
         with self._lock:
-            # Not by Thread.join(): one that Ctrl-C ends takes the thread for dead, though it goes on (CPython 3.11).
+            # Not Thread.join(): if Ctrl-C ends it, it marks a running thread as ended (CPython 3.11).
             while self._running and self._thread is not threading.current_thread():
                 self._cond.wait(1.0)
 
-    # --- done by the worker, at a close --------------------------------------------------------------------------------
+    # --- called by the worker, at a close ------------------------------------------------------------------------------
 
     def fill_all(self) -> None:
-        """All that pages=checkpoint has left.
+        """Write all page objects that pages=checkpoint has left.
 
         Raises:
-            ReplicationError: not all page objects could be put.
+            ReplicationError: some page objects could not be stored.
         """
         try:
             lost = 0
             with self._index.locked():
-                goal = self._replicator.header().txid  # other processes may commit without end
+                goal = self._replicator.header().txid  # a fixed goal, because other processes may commit without end
             more = goal > 0
             while more:
                 try:
@@ -152,7 +168,10 @@ class PageObjectWriter:
             raise view_is_missing(self._local.path, failure) from failure
 
     def finish(self) -> None:
-        """What the last commits have left of the page view; what is more than that goes on at the next open."""
+        """Write the page objects that the last commits have left.
+
+        A larger backlog is continued at the next open.
+        """
         try:
             with self._view.lock.locked(), self._index.locked():
                 header = self._replicator.header()
@@ -163,7 +182,7 @@ class PageObjectWriter:
             logger.warning("%s: page objects are left to the next open: %s", self._local.path, failure)
 
     def sweep(self) -> None:
-        """Page objects past the end of a database that has shrunk go."""
+        """Delete page objects past the end of a database that has shrunk."""
         try:
             with self._view.lock.locked(), self._index.locked():
                 header = self._replicator.header()
@@ -171,7 +190,7 @@ class PageObjectWriter:
                     self._replicator.fencing.require_head(header)
                     self._view.sweep(header)
         except (StoreError, IndexCorrupt) as failure:
-            # Superfluous objects harm nobody.
+            # Superfluous objects do no harm.
             logger.warning("%s: page objects past its end stay until the next time: %s", self._local.path, failure)
 
     # --- the thread ----------------------------------------------------------------------------------------------------
@@ -182,7 +201,7 @@ class PageObjectWriter:
             try:
                 thread.start()
             except RuntimeError as error:
-                logger.info("the page view of %s is left to the next open: %s", self._local.path, error)  # the interpreter ends
+                logger.info("the page view of %s is left to the next open: %s", self._local.path, error)  # the interpreter is ending
                 return
             self._thread, self._running = thread, True
         self._cond.notify_all()
@@ -198,13 +217,13 @@ class PageObjectWriter:
                 self._cond.notify_all()
 
     def _wait(self) -> bool:
-        """Until a turn is due; False when it is over."""
+        """Wait until a turn is due. Return False when the thread has to end."""
         with self._lock:
             while not self._stopping:
                 left: float | None = None
                 if self._wanted and not self._held:
                     now = self._clock()
-                    # Whoever waits in flush() does so now.
+                    # A waiting flush() is served at once.
                     left = self._turn_at - now if self._goal is None and now - self._active_at < _PAUSE else 0.0
                     if left <= 0:
                         return True
@@ -239,7 +258,12 @@ class PageObjectWriter:
             self._told(goal[0], None)
 
     def _turn(self, most: int, *, goal: int = 0) -> bool:
-        """Puts some of the backlog; is there more (to do for the view to be complete up to `goal`)?"""
+        """Write some of the backlog, and return whether more is left.
+
+        Args:
+            most: the pages of this turn, at most.
+            goal: the txid up to which the view has to be complete. 0 for no goal.
+        """
         view, replicator = self._view, self._replicator
         began = self._clock()
         with view.lock.locked():
@@ -249,20 +273,20 @@ class PageObjectWriter:
                 header = replicator.header()
                 tip = self._local.tip()
                 if self._local.wal.header() != tip.header:
-                    self._pause(0.001)  # a restart is under way
+                    self._pause(0.001)  # SQLite is restarting the WAL
                     return True
                 turn = view.choose(header, tip, most=most)
             if turn is not None:
                 if turn.pages:
                     self._require_head(turn.header)
                 elif turn.cursor <= turn.header.db_size and not goal:
-                    self._pause(0.01)  # what is due is ahead of the log: a batch comes first
+                    self._pause(0.01)  # the next pages are ahead of the log: a batch has to store them first
                 view.put_turn(turn)
                 with self._index.locked():
                     header = replicator.header()
                     header = view.advance(header, turn)
                     if goal and max(turn.backlog.cursor, 1) == turn.cursor <= turn.header.db_size:
-                        # What is due next is ahead of the log, and the process that has committed it may have been killed.
+                        # The next pages are ahead of the log, and the process that committed them may have been killed.
                         header = replicator.batch()
             if goal:
                 return header.view_complete < goal
@@ -271,7 +295,13 @@ class PageObjectWriter:
             return view.behind(header)
 
     def _require_head(self, header: IndexHeader) -> None:
-        """Raises FencedError when the history has gone on without this machine. What looks so may be a commit made here meanwhile."""
+        """Refuse to write page objects of a state that is not the head.
+
+        A newer segment may also be a commit that this machine made meanwhile.
+
+        Raises:
+            FencedError: another writer has extended the history.
+        """
         if self._replicator.fencing.is_recent_head(header) or not self._replicator.history.edges(since=header.txid):
             return
         with self._index.locked():
@@ -279,7 +309,7 @@ class PageObjectWriter:
 
 
 def view_is_missing(path: str, failure: BottomlessError) -> ReplicationError:
-    """What flush() raises when the log is complete and the page view is not."""
+    """Return flush()'s error for a complete log with incomplete page objects."""
     return failure.copy(
         f"everything committed to {path} is in the log, but not all page objects are stored: {failure.message}",
         kind=ReplicationError,

@@ -1,7 +1,9 @@
-"""Load what is otherwise imported late, for a process that later gives up its privileges, its root directory or its packages.
+"""Load modules that are otherwise imported at first use.
 
-`import bottomless_wal` is kept short: what only an open, an upload or the end of a process needs is imported when it is first used. After a
-process has dropped its privileges the files of these modules may be out of reach. `register()` calls `load` for that reason.
+A process may later drop its privileges, or lose its root directory or its packages. Then the files
+of these modules may be out of reach. `register()` calls `load` for that reason. `import
+bottomless_wal` is kept short: modules for an open, an upload or the end of a process are imported
+at first use.
 """
 
 from __future__ import annotations
@@ -19,21 +21,25 @@ __all__ = ["load"]
 logger = get_logger(__name__)
 
 _loaded: Final[set[str]] = set()
-"""The kinds of endpoints (http, https, aws, file) whose store was loaded: it takes a few hundred milliseconds, once."""
+"""The kinds of endpoints (http, https, aws, file) whose store was loaded.
+
+Loading takes a few hundred milliseconds, once.
+"""
 
 
 def load(defaults: dict[str, object]) -> None:
-    """Load what opening, committing, restoring at an open, upkeep, closing and exit need.
+    """Load the modules for all operations of an open database.
 
-    Sends nothing. What cannot be set up is logged only: the open fails with the reason, if it needs it.
+    These are opening, committing, restoring at an open, compaction, closing and exit. Nothing is
+    sent. A failure is only logged: an open that needs the module fails with the reason.
 
     Args:
-        defaults: those of `register()`. They, or the environment, name the endpoint whose store is loaded.
+        defaults: those of `register()`. They, or the environment, set the endpoint.
     """
     from ..replication import recovery  # noqa: F401  (loaded for later)
     from . import compactor  # noqa: F401  (loaded for later)
 
-    for codec in ("ascii", "idna", "latin-1"):  # of boot_id, and of the names of hosts
+    for codec in ("ascii", "idna", "latin-1"):  # for boot_id, and for host names
         codecs.lookup(codec)
     try:
         config = Config.load(defaults)

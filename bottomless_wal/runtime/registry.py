@@ -1,12 +1,16 @@
-"""The replicas of this process, by real path: every connection, and the `-wal` file, finds its own here.
+"""Keep the replicas of this process by real path.
 
-    acquire   the first open makes a replica; all opens of one file share it, with the same settings
-    release   the last close ends it, and waits; whoever opens the file meanwhile waits, too
-    hand_over as `release`, for a connection that is deallocated: takes no lock and waits for nothing; the closer thread does the rest
-    fork      the child drops everything and closes nothing
-    exit      all are drained while threads still run; what is closed after that takes no lock, for a thread that has stopped may hold it
+    acquire    the first open makes a replica; all opens of one file share it and its settings
+    release    the last close ends the replica, and waits; an open meanwhile waits, too
+    hand_over  as `release`, for a connection that is deallocated; takes no lock and does not
+               wait; the closer thread does the rest
+    fork       the child drops all replicas and closes none
+    exit       all replicas are drained while threads still run; a close after that takes no
+               lock, because a stopped thread may hold it
 
-Two files of one process that map to one name in one bucket are refused; between machines create-only writes do it.
+Every connection and every `-wal` file finds its replica here. Two files of one process that map
+to one name in one bucket are refused. Between machines, create-only writes refuse the second
+writer.
 """
 
 from __future__ import annotations
@@ -31,15 +35,15 @@ __all__ = ["Registry", "registry"]
 
 logger = logs.get_logger(__name__)
 
-_LOG_SECONDS: Final = 5.0  # how long an exit waits for the application's handlers to write the last lines
+_LOG_SECONDS: Final = 5.0  # how long an exit waits until the application's handlers have written the last lines
 
 
 class Registry:
-    """The replicas of this process, by real path."""
+    """Keep the replicas of this process, by real path."""
 
     def __init__(self) -> None:
         self._replicas: dict[str, Replica] = {}
-        # Never freed: closing an inherited connection in a child would act on files that are the parent's.
+        # Never freed: closing an inherited connection in the child would act on the parent's files.
         self._inherited: list[Replica] = []
         self._begin()
 
@@ -50,18 +54,19 @@ class Registry:
         self._closer: threading.Thread | None = None
 
     def get(self, path: str) -> Replica | None:
-        """The replica of the file at `path`, if it is open."""
+        """Return the replica of the file at `path`, or None if it is not open."""
         return self._replicas.get(path)
 
     def all(self) -> list[Replica]:
-        """Every open replica."""
+        """Return every open replica."""
         return list(self._replicas.values())
 
     def acquire(self, path: str, config: Config, connect: Callable[[str], apsw.Connection]) -> Replica:
-        """The replica of `path`, made when there is none, with one more open counted.
+        """Return the replica of `path` with one more open. Make it if needed.
 
         Raises:
-            ConfigError: it is open with other settings, or nothing can be opened here. ConflictError: another file maps to its name.
+            ConfigError: the file is open with other settings, or it cannot be opened here.
+            ConflictError: another open file maps to the same name.
         """
         if has_exited():
             raise ConfigError(f"{path} cannot be opened: the interpreter is ending", hint="Open it before the exit.")
@@ -93,7 +98,7 @@ class Registry:
                     self._changed.wait()
             if made is not None and replica is not made:
                 made.store.close()
-            replica.opens += 1  # before anything in which the collector could close the last connection that it has
+            replica.opens += 1  # first: the garbage collector could close the replica's last connection in any later step
             if replica.config != config:
                 self.release(replica)
                 raise ConfigError(
@@ -118,8 +123,11 @@ class Registry:
         return made
 
     def borrow(self, path: str) -> Replica | None:
-        """The replica of `path`, kept open until `release`; None when it is not open. While a thread is inside it, the garbage
-        collector, which may run in that very thread, cannot be the one that closes it."""
+        """Return the replica of `path` with one more open, or None.
+
+        None: the file is not open. The replica stays open until `release`. The garbage collector,
+        which may run in the borrowing thread, cannot close it meanwhile.
+        """
         if has_exited():
             return None
         with self._lock:
@@ -130,10 +138,13 @@ class Registry:
             return replica
 
     def release(self, replica: Replica) -> None:
-        """One open less; the last one closes the replica. Who opens the file meanwhile waits.
+        """Count one open less, and close the replica after its last open.
 
-        The closer thread closes it where waiting could not end: in a thread of ours that the closing would wait for, and in a thread that
-        is in the middle of `acquire` (a finalizer or a signal handler closes a connection there).
+        An open of the file meanwhile waits. The closer thread closes the replica where waiting could
+        not end:
+
+        - in a thread of this package, which the close would wait for;
+        - in a thread inside `acquire`, where a finalizer or a signal handler closes a connection.
         """
         if is_own_thread() or is_held_here(self._lock):
             self.hand_over(replica)
@@ -144,24 +155,27 @@ class Registry:
         try:
             self._close_unused(replica)
         except KeyboardInterrupt:
-            # Ctrl-C ends the wait, not the upload: the closer does what is left, and the exit waits for it.
+            # Ctrl-C ends the wait, not the upload. The closer thread does the rest, and the exit waits for it.
             self._handed_over.put(replica)
             raise
 
     def hand_over(self, replica: Replica) -> None:
-        """As `release`, without a lock and without waiting."""
+        """Count one open less as `release` does, without a lock or a wait."""
         replica.dropped.append(None)
         if not has_exited():
             self._handed_over.put(replica)
 
     def _on_close(self, replica: Replica, is_deallocated: bool) -> None:
         if is_deallocated:
-            self.hand_over(replica)  # nothing may be waited for
+            self.hand_over(replica)  # a deallocation must not wait
         else:
             self.release(replica)
 
     def _start_closer(self) -> None:
-        """Starts it with the first open. Where it cannot be started the interpreter ends, and `exit` closes everything itself."""
+        """Start the closer thread at the first open.
+
+        If it cannot be started, the interpreter is ending, and `exit` closes everything itself.
+        """
         with self._lock:
             if self._closer is None:
                 closer = threading.Thread(target=self._run, args=(self._handed_over,), name="bottomless closes", daemon=True)
@@ -183,7 +197,10 @@ class Registry:
             del replica
 
     def _close_unused(self, replica: Replica) -> None:
-        """Closes it if nothing has it open any more, and no thread is at it."""
+        """Close `replica` if it has no open left.
+
+        Do nothing if another thread is closing it.
+        """
         me = threading.get_ident()
         try:
             with self._lock:
@@ -210,7 +227,7 @@ class Registry:
             self._changed.notify_all()
 
     def after_fork(self) -> None:
-        """In the child: every inherited replica is the parent's."""
+        """Disown every replica in the child of a fork: they are the parent's."""
         self._begin()
         for replica in self._replicas.values():
             replica.abandon()
@@ -218,7 +235,10 @@ class Registry:
         self._replicas = {}
 
     def exit(self) -> None:
-        """At interpreter exit: what is pending is sent while threads still run. An error of one database does not keep the others."""
+        """Close all replicas at the interpreter's exit, while threads still run.
+
+        What is pending is sent. An error of one database does not keep the others from being closed.
+        """
         for replica in self.all():
             if replica.pid == os.getpid():
                 try:
@@ -231,7 +251,10 @@ class Registry:
 
 
 def _is_left(replica: Replica) -> bool:
-    """Return whether the last connection to `replica` is gone, so that it is closed, or is about to be, in another thread."""
+    """Return whether the last connection to `replica` is gone.
+
+    Then another thread is closing the replica, or is about to.
+    """
     return replica.closing or 0 < replica.opens <= len(replica.dropped)
 
 
@@ -239,8 +262,12 @@ registry: Final = Registry()
 
 
 def _leave_by_finalizer() -> None:
-    """Children of multiprocessing leave by os._exit: atexit does not run there, its finalizers do. Without it in the process there is
-    nothing to do; it clears all finalizers when such a child begins, and then calls what was registered."""
+    """Register the exit handlers with multiprocessing, if it is loaded.
+
+    Its children leave by os._exit. There atexit does not run, but multiprocessing's finalizers do.
+    When a child starts, multiprocessing clears all finalizers, and then calls the functions that
+    are registered here.
+    """
     util = sys.modules.get("multiprocessing.util")
     if util is not None:
         util.register_after_fork(registry, lambda owner: _finalize_by(util, owner))
@@ -257,10 +284,11 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-# The last registered runs first. Ctrl-C may end `exit` before its first step, but not a function that is not Python code.
+# The last registered runs first. Ctrl-C may end `exit` before its first step, but it cannot end a
+# handler that is not Python code.
 atexit.register(EXITED.append, None)
 atexit.register(registry.exit)
 _leave_by_finalizer()
 if "multiprocessing.util" in sys.modules and sys.modules["multiprocessing.process"].parent_process() is not None:
-    # Imported by what such a child does: it has begun long ago.
+    # This module was imported in a child of multiprocessing that has already started.
     _finalize_by(sys.modules["multiprocessing.util"], registry)

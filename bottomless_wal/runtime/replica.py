@@ -1,10 +1,10 @@
-"""One replicated database in this process: its parts, and its life from the first open to the last close.
+"""Manage one replicated database from its first open to its last close.
 
-    first open   boot, under the index's lock until the file is open
-    commits      phase two ──► worker
-    last close   drained, our connections closed, the index marked clean
+    first open   recovery, under the index's lock until the file is open
+    commits      COMMIT_PHASETWO ──► commit worker
+    last close   drain the worker, close our own connections, mark the index clean
 
-Who opens and closes it, and what a fork and an exit do to it, is the `registry`'s.
+`registry` decides when a replica is opened and closed, and handles forks and the exit.
 """
 
 from __future__ import annotations
@@ -50,16 +50,20 @@ _LOOK_SECONDS: Final = 0.02
 
 
 class Replica:
-    """The database at `path` (resolved), and the `CommitListener` of the connections to it.
+    """Replicate the database at `path`, as the listener of its connections.
 
-    `connect` opens a connection of our own through the VFS. `release` is called with the replica when a connection of the application has
-    closed it, and with whether that connection is being deallocated.
+    Args:
+        path: the main file, with links resolved.
+        config: the settings of the database.
+        connect: opens a connection of our own through the VFS.
+        release: called when a connection of the application has closed the replica. Its arguments
+            are the replica, and whether that connection is being deallocated.
     """
 
     def __init__(
         self, path: str, config: Config, connect: Callable[[str], apsw.Connection], release: Callable[[Replica, bool], None]
     ) -> None:
-        from ..replication.log_check import LogCheck  # as in `_boot`
+        from ..replication.log_check import LogCheck  # imported late, as in `_boot`
         from .compactor import Compactor
 
         self.path = path
@@ -74,11 +78,14 @@ class Replica:
         self.wals = OpenWals(path)
         self.opens = 0
         self.dropped: deque[None] = deque()
-        """One entry for each open that is over and not yet subtracted from `opens`: appending takes no lock."""
+        """One entry for each finished open not yet subtracted from `opens`.
+
+        Appending takes no lock.
+        """
         self.closing = False
         self.closed_by: int | None = None
-        """The thread that closes it."""
-        self._at_work = False  # is it being opened or closed?
+        """The identifier of the thread that closes the replica."""
+        self._at_work = False  # whether the replica is being opened or closed
         self._closed = False
         self.lifecycle = threading.RLock()
         self.booted = False
@@ -97,10 +104,13 @@ class Replica:
 
     @contextlib.contextmanager
     def opening(self, *, progress: Progress | None = None, reset: bool = False) -> Iterator[None]:
-        """Boots when it is the first time; the index stays locked while the caller opens the file.
+        """Recover the database at the first open, and keep the index locked.
+
+        The caller opens the file in the context.
 
         Raises:
-            BottomlessError: as `Boot.run`; and ConfigError when nothing can be written beside the file.
+            BottomlessError: as `Recovery.run`.
+            ConfigError: no file can be written beside the database.
         """
         with self.lifecycle:
             if self._at_work:
@@ -135,7 +145,7 @@ class Replica:
                 failpoint("after open")
                 yield
                 self.local.opened()
-                # SQLite may just have created the database.
+                # SQLite may just have created the database: the files beside it then take its owner and mode.
                 self.index.follow()
                 self.replicator.view.lock.follow()
             self.booted = True
@@ -159,17 +169,17 @@ class Replica:
         return self._boot().run()
 
     def _boot(self, progress: Progress | None = None) -> Recovery:
-        from ..replication.recovery import Recovery  # what it takes to restore is loaded when a database is opened, not with the package
+        from ..replication.recovery import Recovery  # loaded at the first open: an import of the package stays short
 
         return Recovery(self.replicator, policy=self.config.initial_replication, progress=progress)
 
     # --- while it is open ----------------------------------------------------------------------------------------------
 
     def on_commit(self) -> None:
-        """Replicate a commit, and wait as `ack` says.
+        """Submit a commit for replication, and wait according to `ack`.
 
         Raises:
-            ReplicationError, FencedError, ConflictError: see `Worker.wait`.
+            ReplicationError, FencedError, ConflictError: see `CommitWorker.wait`.
         """
         worker = self.worker
         if has_exited():
@@ -177,7 +187,7 @@ class Replica:
         if self._local:
             if not worker.dirty:
                 worker.submit(must_run=True)
-            # What an outage leaves is sent later; what stands in lost files never is.
+            # Commits left by an outage are sent later. Commits in lost files are never sent.
             failure = worker.fatal or worker.files_lost
             if failure is not None:
                 raise failure.copy()
@@ -190,7 +200,7 @@ class Replica:
             raise
 
     def _wait(self, sequence: int) -> None:
-        # A signal handler or a finalizer commits in the middle of what its thread was doing.
+        # A signal handler or a finalizer may commit while its thread is inside one of these parts.
         if is_own_thread():
             raise self._cannot_wait("it is a thread of the replication")
         if self.local.is_asking():
@@ -206,11 +216,15 @@ class Replica:
             raise
 
     def on_commit_failed(self, error: BaseException) -> Callable[[], bool]:
-        """Return a function that returns whether the commit that has ended with `error` is stored by now."""
+        """Return a function that returns whether the commit is stored by now.
+
+        Args:
+            error: the error that has ended the commit.
+        """
         if isinstance(error, BottomlessError):
             sequence = error.sequence
         else:
-            # The wait was ended by Ctrl-C or by a signal handler, perhaps before the commit was submitted.
+            # Ctrl-C or a signal handler ended the wait, perhaps before the commit was submitted.
             sequence = self.worker.submit()
         return lambda: bool(sequence) and self.worker.has_done(sequence)
 
@@ -221,19 +235,25 @@ class Replica:
         )
 
     def on_file_rewritten(self) -> None:
-        """Let the next batch scan: the main file was written past the WAL (a switch of the journal mode)."""
+        """Request a scan by the next batch.
+
+        The main file was written outside the WAL, by a switch of the journal mode.
+        """
         LocalIndex.ask_for_scan(self.index.path)
 
     def before_wal_reset(self, new: WalHeader | None) -> None:
-        """Leave a seal, by which the position is carried across the restart. See `wal_position.seal`."""
+        """Write a WAL reset record, which carries the position over the reset.
+
+        See `wal_position.write_wal_reset_record`.
+        """
         try:
             write_wal_reset_record(self.index.path, self.path, new)
         except OSError as error:
-            # Without a seal the position proves nothing, and the next batch scans.
+            # Without a WAL reset record the position proves nothing, and the next batch scans.
             logger.warning("%s: no seal could be left: %s", self.path, error)
 
     def on_checkpoint(self, wal_frames: int) -> None:
-        """Let the worker look, and the checkpointer, if the WAL is too long."""
+        """Wake the worker, and request a checkpoint if the WAL is too long."""
         if has_exited():
             return
         self.worker.poke()
@@ -241,13 +261,16 @@ class Replica:
             self.checkpointer.ask(wal_frames)
 
     def on_close(self, *, is_deallocated: bool) -> None:
-        """Count one open less; see `Registry.release` and `Registry.hand_over`."""
+        """Count one open less. See `Registry.release` and `Registry.hand_over`."""
         self._release(self, is_deallocated)
 
     # --- closing -------------------------------------------------------------------------------------------------------
 
     def drain(self) -> None:
-        """Send what is pending and end the worker. What could not be sent is logged and stays pending."""
+        """Send what is pending and stop the worker.
+
+        What could not be sent is logged and stays pending.
+        """
         self.worker.stop(drain=True)
         error = self.worker.last_error
         if isinstance(error, FencedError):
@@ -256,13 +279,17 @@ class Replica:
             logger.error("%s is closed with commits that are not stored: %s", self.path, error.message)
 
     def close(self) -> None:
-        """After the application's last close: drain, let SQLite check-point and delete the WAL, mark the index clean.
+        """Close the replica after the application's last close.
 
-        Whatever fails is logged, and the rest is done all the same: SQLite's own close does not fail either when the disk is full, and
-        leaves the WAL to the next open. Ctrl-C ends it; a second call does what is left.
+        The worker is drained, SQLite checkpoints and deletes the WAL, and the index is marked clean.
+
+        A step that fails is logged, and the other steps are still done. SQLite's own close behaves the
+        same: on a full disk it does not fail, and leaves the WAL to the next open. Ctrl-C ends the
+        close, and a second call does the remaining steps.
 
         Raises:
-            FilesLostError: after all is closed, if commits of ack=local will never be stored. (With another `ack` each has said so.)
+            FilesLostError: commits of ack=local will never be stored. It is raised after everything is
+                closed. With another `ack`, each of these commits has raised it.
         """
         with self.lifecycle:
             if self._at_work or self._closed:
@@ -273,7 +300,7 @@ class Replica:
                 if self.booted:
                     self._close_local()
                 else:
-                    self._try("the upkeep", self.upkeep.stop)  # begun by what a boot had stored before it failed
+                    self._try("the upkeep", self.upkeep.stop)  # a recovery that failed may have stored segments, and started the compactor
                 self._try("the store", self.store.close)
                 self.booted, self._closed = False, True
             finally:
@@ -289,11 +316,12 @@ class Replica:
         stored = drained and self.worker.last_error is None
         if stored and self.opens > len(self.dropped):
             self._try("the checkpoint", self._leave_nothing_to_do)
-        # Nothing was committed here, perhaps: another process has left it, and was killed.
+        # The pending commits may be those of another process, which was killed.
         if not stored and self.worker.fatal is None and self.worker.files_lost is None:
             self._try("the note of what is pending", self.replicator.note_pending)
         failpoint("before close")
-        # A WAL copied into a file that was cut to nothing would look like a database; that of another file is not ours to delete.
+        # Checkpoint only into the file at the path. A WAL copied into a truncated file would look like a
+        # database, and the WAL of another file must not be deleted.
         self._try("the database", lambda: self.local.close(checkpoint=self.local.is_in_place()))
         failpoint("after close")
         if stored:
@@ -302,7 +330,7 @@ class Replica:
         self._try("the page view", self.replicator.view.lock.remove)
 
     def _try(self, what: str, step: Callable[[], None]) -> bool:
-        """Does one step of a close; False when it failed."""
+        """Run one step of a close. Return False if it failed."""
         try:
             step()
         except Exception as error:
@@ -312,11 +340,14 @@ class Replica:
         return True
 
     def _leave_nothing_to_do(self) -> None:
-        """At exit, while the application's connections are still open: whatever closes them later finds nothing to copy, and leaves
-        the main file as the index describes it.
+        """Checkpoint at exit, while the application's connections are still open.
 
-        Not TRUNCATE: a thread that still commits would begin a WAL with random salts (SQLite keeps the count of restarts in each
-        connection), and no longer be known as the one that goes on from here.
+        Then a later close of these connections copies no frames. It leaves the main file as the index
+        describes it.
+
+        The mode is not TRUNCATE. A thread that still commits would start a WAL with random salts,
+        because SQLite keeps the count of restarts in each connection. The position would then not
+        recognise that WAL as the successor of this one.
         """
         try:
             with contextlib.closing(self._connect(self.path)) as connection:
@@ -324,7 +355,7 @@ class Replica:
                 connection.execute("PRAGMA schema_version").fetchall()
                 connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_FULL)
         except (apsw.BusyError, apsw.LockedError) as error:
-            # The application's connections may be busy. The WAL that stays is sound, and the next open looks at it.
+            # The application's connections may be busy. The WAL that stays is valid, and the next open reads it.
             logger.debug("%s: no checkpoint at exit: %s", self.path, error)
 
     def _mark_clean(self) -> None:
@@ -335,16 +366,21 @@ class Replica:
                 if header is None:
                     return
                 if header.position is not None:
-                    # Others have it open, or an exit has left its connections. A WAL proves itself; checkpoints have changed the file.
+                    # Another process has the file open, or the exit has left its connections. The WAL proves its own
+                    # content, but checkpoints have changed the main file: so its identity is recorded anew.
                     header = self.index.identify(header, self.path)
-                # Else it was recorded when the WAL went, under SQLite's lock: a file that is another by now was written to since.
+                # Otherwise the identity was recorded when the WAL was deleted, under SQLite's lock. If the file
+                # has another identity by now, it was written to since.
                 if not header.needs_scan and header.identity == Identity.of(self.path) is not None:
                     self.index.mark_closed(header)
         except (OSError, ConfigError) as error:
             logger.warning("%s: not marked as cleanly closed: %s", self.path, error)
 
     def abandon(self) -> None:
-        """In the child of a fork: let go of the lock without releasing it for the parent, and close nothing."""
+        """Drop the lock files in the child of a fork, and close nothing.
+
+        The locks are not released, because they are the parent's.
+        """
         self.index.abandon()
         self.replicator.view.lock.abandon()
 
@@ -356,9 +392,10 @@ def _hint(error: OSError, path: str) -> str:
 
 
 def _reading_hint(path: str) -> str:
-    """How to read the database at `path` where nothing can be written.
+    """Return how to read the database at `path` where no file can be written.
 
-    SQLite opens a database in WAL mode with `mode=ro` only if its WAL and shared memory exist. With `immutable=1` it ignores the WAL.
+    SQLite opens a database in WAL mode with `mode=ro` only if its WAL and shared memory exist.
+    With `immutable=1` it ignores the WAL.
     """
     if not os.path.exists(path):
         return ""

@@ -1,4 +1,4 @@
-"""Where the replication of one database stands."""
+"""Return the status of the replication of one database."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ __all__ = ["Status", "status_of"]
 @repr_in_hex("state_hash")
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Where the replication of one database stands, in this process.
+    """The status of the replication of one database, in this process.
 
-    `pending_frames` counts committed WAL frames that are not in the log; None when only a scan could tell. `lag` is the age, in seconds, of
-    the oldest such commit that was made here. `log_error` is a gap that was found in the log and is not mended yet; `log_repairs` counts
-    the snapshots that mended one. `requests` and the bytes (`sent` by kind of request) are counted since the database was
-    opened here, `seconds` ago.
+    - `pending_frames` counts committed WAL frames that are not in the log. None: only a scan could
+      find out.
+    - `lag` is the age, in seconds, of the oldest such commit that was made here.
+    - `log_error` is a gap that was found in the log and is not repaired yet.
+    - `log_repairs` counts the snapshots that repaired a gap.
+    - `requests` and the bytes (`sent` by kind of request) are counted since the database was opened
+      here, `seconds` ago.
     """
 
     path: str
@@ -49,7 +52,7 @@ class Status:
 
 
 def status_of(replica: Replica) -> Status:
-    """Return where the replication of `replica` stands. Sends nothing.
+    """Return the status of the replication of `replica`. Send nothing.
 
     Raises:
         ConfigError: the local index is missing or damaged.

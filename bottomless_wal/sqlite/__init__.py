@@ -1,1 +1,1 @@
-"""SQLite's side: its files, its WAL, its VFS and its locks. Knows nothing of replication."""
+"""Access SQLite's files, WAL, VFS and locks, without any replication."""

@@ -1,7 +1,9 @@
-"""The queue at SQLite's write lock: a thread that waits for it is woken when a commit of this process has released the lock.
+"""Queue the threads that wait for SQLite's write lock, and wake them at commits.
 
-SQLite's busy handler sleeps for up to 0.1 s between two attempts, while the lock is free. So the VFS's `xSleep` (`sleep` here) waits in
-this queue instead, and each commit wakes the first thread in it (`call_next`): all together would use up their patience.
+SQLite's busy handler sleeps for up to 0.1 s between two attempts, even if the lock is free. So
+the VFS's `xSleep` (`sleep` here) waits in this queue instead. Each commit of this process wakes
+only the first thread in it (`call_next`). If all woke together, they would use up their busy
+timeouts.
 """
 
 from __future__ import annotations
@@ -16,23 +18,30 @@ from typing import Final
 __all__ = ["call_next", "queue", "sleep"]
 
 queue: Final[deque[threading.Lock]] = deque()
-"""The threads that wait for a commit of this process to release the write lock: a lock each, held until it is their turn. Appending and
-popping need no lock of their own, which the collector, or the exit, could find held for ever."""
+"""The threads that wait for a commit of this process to release the write lock.
+
+Each has a lock here, held until it is woken. Appending and popping take no lock. The garbage
+collector, or the exit, could otherwise find such a lock held for ever.
+"""
 
 _QUEUE_LOOK: Final = 10_000  # microseconds
-_NAP_OVER: Final = 0.005  # seconds between two sleeps that are not of one wait any more
+_NAP_OVER: Final = 0.005  # seconds between two sleeps: after more, the second one belongs to another wait
 
 _now: Final = time.monotonic
 _thread = threading.local()
 
 
 def sleep(microseconds: int) -> int:
-    """Wait in the queue for `microseconds` at most, and return what SQLite is to count as slept.
+    """Wait in the queue, and return the microseconds that SQLite has to count.
 
     APSW's own `xSleep` sleeps while it holds the GIL.
+
+    Args:
+        microseconds: the longest time to wait.
     """
-    # SQLite takes for slept what it has asked for: its patience would be over after some sixty calls, to whatever database they were.
-    # So a thread that was called too early makes up for it the next time, when no commit can call it.
+    # SQLite counts the time that it requested as slept. Its busy timeout would end after some sixty
+    # calls, whatever database they were for. So a thread that was woken early makes up for it at
+    # its next sleep, when no commit can wake it.
     began = _now()
     debt, until = getattr(_thread, "nap", (0.0, 0.0))
     if began - until > _NAP_OVER:
@@ -43,10 +52,10 @@ def sleep(microseconds: int) -> int:
     turn.acquire()
     queue.append(turn)
     try:
-        # In a queue, a thread that looks of its own accord takes the turn of the one that was called.
+        # In a queue, a thread that tries on its own takes the turn of the thread that was woken.
         turn.acquire(timeout=max(microseconds, _QUEUE_LOOK if len(queue) > 1 else 0) / 1e6)
     finally:
-        with contextlib.suppress(ValueError):  # it was called
+        with contextlib.suppress(ValueError):  # the thread was woken
             queue.remove(turn)
     ended = _now()
     _thread.nap = (max(0.0, debt + microseconds / 1e6 - (ended - began)), ended)

@@ -1,9 +1,10 @@
-"""Keeps the WAL from growing without end where SQLite's own passive checkpoints cannot.
+"""Keep the WAL short where SQLite's own passive checkpoints cannot.
 
-Committers that wait for an upload hold read locks, so under load there is always a reader, and a passive checkpoint, however
-complete, never lets the WAL begin anew. Past a few thousand frames a RESTART checkpoint is run by a connection of our own, outside
-the replicator's lock: it holds SQLite's write lock while the readers of the moment leave, for a fraction of a second at most.
-After a commit that failed to replicate no WAL hook runs: then the passive checkpoint is made here too.
+Committers that wait for an upload hold read locks. Under load there is always a reader, so even
+a complete passive checkpoint never lets SQLite restart the WAL. Past a few thousand frames, a
+connection of our own runs a RESTART checkpoint, outside the replicator's lock. It holds SQLite's
+write lock until the current readers have finished, for a fraction of a second at most. After a
+commit that failed to replicate no WAL hook runs. Then this module runs the passive checkpoint.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ logger = get_logger(__name__)
 
 AUTOCHECKPOINT_FRAMES: Final = 1000  # SQLite's default
 RESTART_FRAMES: Final = 4000
-_BUSY_MS: Final = 250  # how long writers may be held up by one attempt, where they wait for uploads anyway ...
+_BUSY_MS: Final = 250  # how long one attempt may block writers, in milliseconds, where they wait for uploads ...
 _BUSY_LOCAL_MS: Final = 30  # ... and where they do not (ack=local)
 _PAUSE_SECONDS: Final = 1.0  # between attempts
 _SHORT_PAUSE_SECONDS: Final = 0.1  # ... once the WAL is twice as long as it should be
@@ -39,7 +40,14 @@ def _close(connection: apsw.Connection | None) -> None:
 
 
 class Checkpointer:
-    """Runs checkpoints of the database that `connect` opens, in a thread of its own. Thread-safe. `local`: with ack=local."""
+    """Run checkpoints of one database in a thread of its own. Thread-safe.
+
+    Args:
+        path: the main file.
+        connect: opens a connection of our own to it.
+        local: whether the database has ack=local.
+        clock: returns seconds.
+    """
 
     def __init__(
         self, path: str, connect: Callable[[], apsw.Connection], *, local: bool = False, clock: Callable[[], float] = time.monotonic
@@ -57,8 +65,8 @@ class Checkpointer:
         self._running = False
 
     def ask(self, frames: int) -> None:
-        """The WAL has `frames` frames: see to it."""
-        if frames < AUTOCHECKPOINT_FRAMES or is_held_here(self._lock):  # the latter: the collector commits within this method
+        """Request a checkpoint of a WAL of `frames` frames."""
+        if frames < AUTOCHECKPOINT_FRAMES or is_held_here(self._lock):  # the collector commits here
             return
         with self._lock:
             if self._stopping or self._clock() < self._not_before:
@@ -69,17 +77,18 @@ class Checkpointer:
                 try:
                     thread.start()
                 except RuntimeError as error:
-                    logger.debug("%s: no checkpoint: %s", self._path, error)  # the interpreter ends
+                    logger.debug("%s: no checkpoint: %s", self._path, error)  # the interpreter is ending
                     return
                 self._thread, self._running = thread, True
             self._cond.notify()
 
     def stop(self) -> None:
-        """Ends the thread and closes its connection."""
+        """Stop the thread, and close its connection."""
         with self._lock:
             self._stopping = True
             self._cond.notify()
-            # Not by Thread.join(): one that Ctrl-C ends takes the thread for dead, though it goes on (CPython 3.11).
+            # Not Thread.join(): if Ctrl-C ends it, it marks a running thread as ended (CPython
+            # 3.11).
             while self._running:
                 self._cond.wait(1.0)
 
@@ -99,11 +108,13 @@ class Checkpointer:
                     if connection is None:
                         connection = self._connect()
                         connection.set_busy_timeout(self._busy_ms)
-                        # A connection that has never read does not know the WAL, and checkpoints nothing.
+                        # A connection that has never read has not opened the WAL, and checkpoints
+                        # nothing.
                         connection.execute("PRAGMA schema_version").fetchall()
                     self._checkpoint(connection, frames)
                 except apsw.Error as error:
-                    # A full disk, or an application that closes all connections: the next time may go better.
+                    # The disk may be full, or the application may be closing its connections. A
+                    # later attempt may succeed.
                     logger.warning("%s: a checkpoint failed: %s", self._path, error)
                     _close(connection)
                     connection = None

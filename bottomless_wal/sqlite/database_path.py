@@ -1,8 +1,10 @@
-"""Which paths may be a replicated database: the name of the file is its name in the bucket.
+"""Check which paths may be a replicated database, which is stored by file name.
 
-through links    links of directories may be followed; a link of the file itself must have the name of the file it leads to. Otherwise
-                 the same path on another machine, without the link, would be another database, and an empty one.
-reserved names   `<db>-bottomless`, `<db>-bottomless-view` and `<db>-bottomless-<16 hex digits>` are files of this package beside <db>.
+links            Links of directories may be followed. A link of the file itself must have the
+                 name of the file it leads to. Otherwise the same path on another machine, without
+                 the link, would be another database, and an empty one.
+reserved names   `<db>-bottomless`, `<db>-bottomless-view` and `<db>-bottomless-<16 hex digits>`
+                 are files of this package beside <db>.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Connections of this package, and the application's connection hooks, which must not run on them.
+"""Open connections of this package, on which the application's hooks do not run.
 
-APSW runs every hook of `apsw.connection_hooks` on every new connection, ours too. A hook of the application that writes would write
-through the replicator's connections. So that attribute is replaced by a sequence that holds the application's list, and that an
-`OwnConnection` iterates to no effect. It adds the hook of this package, which `run_first` names, in front of the application's.
+APSW runs every hook of `apsw.connection_hooks` on every new connection, including ours. A hook
+of the application that writes would write through the replicator's connections. So a sequence
+replaces that attribute. It holds the application's list. For an `OwnConnection` its hooks do
+nothing. It adds the hook of this package, set by `run_first`, before the application's.
 
-The attribute is put back when the application has assigned another list: before a connection of ours opens, and when the VFS opens a
-main file, for APSW reads the attribute only after that. (Assigned by another thread between that moment and the reading, such a list
-is used once.)
+If the application has assigned another list, the sequence is put back. This is done before a
+connection of ours opens, and when the VFS opens a main file. APSW reads the attribute only after
+that. (A list that another thread assigns between that moment and the reading is used once.)
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ _first: Hook | None = None
 
 
 class OwnConnection(apsw.Connection):
-    """A connection of this package to the file at `path`. It runs no hook and makes no checkpoint of its own accord."""
+    """A connection of this package to the file at `path`.
+
+    It runs no hook and no automatic checkpoint.
+    """
 
     def __init__(self, path: str, *, flags: int = apsw.SQLITE_OPEN_READWRITE, vfs: str | None = None) -> None:
         keep_hooks()
@@ -45,14 +49,15 @@ class OwnConnection(apsw.Connection):
 
 
 class _Hooks(_HookList):
-    """The application's hooks, in the very list that it made."""
+    """The application's hooks, in the same list object that the application made."""
 
     def __init__(self, hooks: Iterable[Hook] = ()) -> None:
         super().__init__()
         self.data = hooks if isinstance(hooks, list) else list(hooks)
 
     def __iter__(self) -> Iterator[Hook]:
-        # A signal handler may open a connection of the application while this thread opens one of ours. So each hook is guarded.
+        # While this thread opens a connection of ours, a signal handler may open one of the
+        # application. So each hook is guarded.
         is_opening = getattr(_thread, "opening", False)
         if _first is not None:
             yield _Guarded(_first) if is_opening else _first
@@ -62,7 +67,7 @@ class _Hooks(_HookList):
 
 
 class _Guarded:
-    """A hook that leaves connections of this package alone."""
+    """A hook that skips connections of this package."""
 
     def __init__(self, hook: Hook) -> None:
         self._hook: Final = hook
@@ -73,15 +78,18 @@ class _Guarded:
 
 
 def run_first(hook: Hook) -> None:
-    """Run `hook` on each connection of the application, before the application's own hooks."""
+    """Run `hook` on each connection of the application, before its own hooks."""
     global _first
     _first = hook
     keep_hooks()
 
 
 def keep_hooks() -> None:
-    """Put our sequence in the place of a list that the application has assigned to `apsw.connection_hooks`."""
+    """Replace a list that the application assigned to `apsw.connection_hooks`.
+
+    The sequence of this module takes its place.
+    """
     hooks: object = apsw.connection_hooks
     if not isinstance(hooks, _Hooks):
-        # APSW accepts any sequence; its type stub knows lists only.
+        # APSW accepts any sequence, but its type stub declares a list.
         apsw.connection_hooks = cast("list[Hook]", _Hooks(cast("list[Hook]", hooks)))

@@ -1,16 +1,19 @@
-"""Errors of commits, kept until a caller has received them.
+"""Keep errors of commits until a caller has received them.
 
-SQLite commits an `INSERT ... RETURNING` when its cursor is reset. If the cursor is deallocated, an error of that commit goes to
-`sys.unraisablehook`. An error that is parked for the WAL hook is lost in the same way if no WAL hook runs. So each error of a commit
-is kept here, by connection and file, until it is known that a caller has received it. Otherwise the next statement of the connection
-raises it, or its close. An error is dropped when its commit has been stored in the meantime.
+SQLite commits an `INSERT ... RETURNING` when its cursor is reset. If the cursor is deallocated,
+an error of that commit goes to `sys.unraisablehook`. An error that is parked for the WAL hook is
+lost in the same way if no WAL hook runs. So each error of a commit is kept here, by connection
+and file, until a caller has received it. Otherwise the connection's next statement, or its
+close, raises it. An error is dropped when its commit has been stored in the meantime.
 
-Whether a caller has received an exception is told by its traceback: an exception that reached Python code has the frame of that code
-outermost. One that did not has a frame of our VFS there, or one that APSW made up for its C code.
+The traceback of an exception shows whether a caller has received it. If the exception reached
+Python code, the outermost frame is that of this code. Otherwise the outermost frame is one of
+our VFS, or one that APSW made up for its C code.
 
-No exception is kept alive: its traceback holds the caller's frames, and these the connection, which would never be closed. An error of
-this package reports its own end instead (`BottomlessError.at_end`). Other exceptions cannot; the connection's exec tracer holds them,
-where the garbage collector can see the cycle.
+No exception is kept alive. Its traceback holds the caller's frames, and these the connection,
+which would never be closed. An error of this package reports its own end instead
+(`BottomlessError.at_end`). Other exceptions cannot do that. The connection's exec tracer holds
+them, where the garbage collector can find the cycle.
 """
 
 from __future__ import annotations
@@ -35,11 +38,17 @@ RAISING_MODULE: Final = "bottomless_wal.sqlite.vfs"
 """The module whose frames raise these errors: SQLite calls it."""
 
 _parked: dict[int, dict[str, Parked]] = {}
-"""Connection pointer -> path of the file -> the error of its last commit. Entries go with the file: SQLite uses pointers again."""
+"""Connection pointer -> path of the file -> the error of its last commit.
+
+Entries are removed with the file, because SQLite reuses pointers.
+"""
 
 
 class Parked:
-    """The error of one commit to the file at `path`. `is_stored` tells whether that commit has been stored by now."""
+    """Keep the error of one commit to the file at `path`.
+
+    `is_stored` returns whether that commit has been stored by now.
+    """
 
     def __init__(self, path: str, error: BaseException, is_stored: Callable[[], bool]) -> None:
         self.path = path
@@ -68,35 +77,51 @@ class Parked:
             there = weakref.ref(held)
             self._raised = lambda: found.error if (found := there()) is not None else None
         else:
-            self.is_received = True  # nothing can tell
+            self.is_received = True  # cannot be found out
 
     def _ended(self, error: BaseException) -> None:
         self.is_received = self.is_received or is_received(error)
 
     def is_due(self) -> bool:
-        """Return whether no caller has received the error, and its commit is still not stored."""
+        """Return whether the error still has to be raised.
+
+        No caller has received it, and its commit is still not stored.
+        """
         error = self._raised()
         return not (self.is_received or (error is not None and is_received(error)) or self._is_stored())
 
     def copy(self) -> BottomlessError:
-        """Return the error anew, as the WAL hook raises it in the statement that committed."""
+        """Return a new copy of the error, for the WAL hook.
+
+        The hook raises it in the statement that committed.
+        """
         return self._error.copy()
 
     def late_copy(self, what: str) -> BottomlessError:
-        """Return the error anew, for a use of the connection after that statement. `what` happened to this use."""
+        """Return a new copy of the error, for a later use of the connection.
+
+        Args:
+            what: what happened to this use.
+        """
         message = f"an earlier commit of this connection was not acknowledged: {self._error.message}"
         return self._error.copy(message, hint=f"{what} {self._error.hint}".strip())
 
 
 class _Held:
-    """A strong reference that can be referred to weakly, as most exceptions cannot."""
+    """Hold a strong reference, and allow weak references to itself.
+
+    Most exceptions cannot be referred to weakly.
+    """
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
 
 class _Tracer:
-    """The exec tracer of a connection for which an error is parked. It ends with the next statement, and passes on to the application's."""
+    """Raise parked errors at the next statement of a connection.
+
+    This exec tracer ends with that statement. It then calls the application's tracer.
+    """
 
     def __init__(self, before: ExecTracer | None) -> None:
         self._before = before
@@ -107,7 +132,8 @@ class _Tracer:
         pointer = connection.sqlite3_pointer()
         if sql.lstrip()[:8].upper() == "ROLLBACK":
             if source is connection:
-                # `with connection:` rolls back after its commit has failed, and raises another error with ours as its context.
+                # `with connection:` rolls back after its commit has failed. It then raises another
+                # error, with ours as the context.
                 for parked in waiting(pointer):
                     parked.is_received = True
         else:
@@ -125,12 +151,15 @@ class _Tracer:
 
 
 def park(pointer: int, parked: Parked) -> None:
-    """Keep `parked` for the connection at `pointer`, in place of an earlier error of the same file."""
+    """Keep `parked` for the connection at `pointer`.
+
+    It replaces an earlier error of the same file.
+    """
     _parked.setdefault(pointer, {})[parked.path] = parked
 
 
 def expect(connection: apsw.Connection) -> None:
-    """Let the next statement of `connection` look for its parked errors."""
+    """Raise the parked errors of `connection` at its next statement."""
     before: object = connection.exec_trace
     if not isinstance(before, _Tracer):
         connection.exec_trace = _Tracer(cast("ExecTracer | None", before))
@@ -159,7 +188,7 @@ def take(pointer: int, path: str) -> Parked | None:
 
 
 def drop_others(pointer: int, raised: Parked) -> None:
-    """Log and remove the other errors of the transaction of which `raised` is raised.
+    """Log and remove the other errors of the transaction of `raised`.
 
     The tracer has raised those of earlier transactions before the first statement of this one.
     """
@@ -170,7 +199,7 @@ def drop_others(pointer: int, raised: Parked) -> None:
 
 
 def clear() -> None:
-    """Forget all errors: in the child of a fork they are the parent's."""
+    """Remove all errors: in the child of a fork they are the parent's."""
     _parked.clear()
 
 

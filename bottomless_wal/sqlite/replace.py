@@ -1,4 +1,7 @@
-"""Putting a verified file in the place of a database: only when nobody has it open, and with nothing of the old one left beside it."""
+"""Put a verified file in the place of a database that no connection has open.
+
+No file of the old database is left beside it.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,12 @@ def open_elsewhere(path: str) -> ConflictError:
 
 @contextlib.contextmanager
 def exclusive_access(path: str) -> Iterator[None]:
-    """Holds SQLite's exclusive lock on the file at `path`, if there is one, while it is replaced.
+    """Hold SQLite's exclusive lock on the file at `path`, if there is one.
+
+    The file is replaced in the context.
 
     Raises:
-        ConflictError: a connection, of whatever process, has it open.
+        ConflictError: a connection, of any process, has the file open.
     """
     if not os.path.exists(path):
         yield
@@ -52,9 +57,12 @@ def exclusive_access(path: str) -> Iterator[None]:
 
 
 def quarantine_sidecar_files(path: str) -> None:
-    """Renames leftovers of an earlier file at `path`: beside a restored file a stale WAL would silently open the old database."""
+    """Rename the WAL and the journal that an earlier file at `path` has left.
+
+    Beside a restored file a stale WAL would silently open the old database.
+    """
     for ending in ("-wal", "-journal"):
-        # A symbolic link too, wherever it leads: SQLite would write its WAL through it.
+        # Also a symbolic link, whatever its target: SQLite would write its WAL through it.
         if os.path.lexists(path + ending) and os.lstat(path + ending).st_size == 0:
             os.unlink(path + ending)
         if os.path.lexists(path + ending):
@@ -66,8 +74,15 @@ def quarantine_sidecar_files(path: str) -> None:
 
 
 def replace_atomically(temporary: str, fd: int, path: str) -> None:
-    """Renames the complete and synced file `temporary` (open as `fd`) to `path`, with owner, group and mode of the file it replaces, or
-    those SQLite gives a new one. Call it within `nobody_else`.
+    """Rename the complete and synced file `temporary` to `path`.
+
+    Call it inside `exclusive_access`. The file gets the owner, group and mode of the file that it
+    replaces, or those that SQLite gives a new one.
+
+    Args:
+        temporary: the path of the new file.
+        fd: its open descriptor.
+        path: the main file of the database.
     """
     succeed(fd, path)
     quarantine_sidecar_files(path)

@@ -1,18 +1,22 @@
-"""The VFS `bottomless`: what SQLite does to a main file and its WAL, turned into calls of the database's `CommitListener`.
+"""Provide the VFS `bottomless`, which calls the `CommitListener` of a database.
 
 | SQLite | here |
 |---|---|
 | opens a main file | `DatabaseOpener.open` brings the file up to date, or refuses |
-| COMMIT_PHASETWO of a main file | a commit of whatever kind stands locally, the committer's read lock is still held: `on_commit` |
-| WAL hook | the errors that phase two parked are raised; a passive checkpoint, as SQLite's own hook makes it: `on_checkpoint` |
+| COMMIT_PHASETWO of a main file | `on_commit`: any commit stands, its read lock is still held |
+| WAL hook | raises the errors that phase two parked |
+| WAL hook | runs a passive checkpoint, as SQLite's own hook does: `on_checkpoint` |
 | writes a WAL header, truncates or deletes the WAL | `before_wal_reset` |
 | writes the main file in rollback mode, at the switch to WAL | `on_file_rewritten` |
-| RESERVED on a main file, journal_mode, locking_mode | refused where a write would slip past the WAL |
+| RESERVED on a main file, journal_mode, locking_mode | refused where a write would bypass the WAL |
 | closes a main file | `on_close` |
 
-Where an error may be raised: raising in phase two while another schema of the connection, temp included, is still writing corrupts that
-other database for good. So phase two raises only when its schema is the sole one in a write transaction; else the WAL hook, which runs
-after all schemas are through, raises it. Until a caller has received an error it is parked (`parked`). Connections of our own are opened
+An error must not be raised in phase two while another schema of the connection, temp included,
+is still writing. It would corrupt that other database permanently. So phase two raises an error only
+if its schema is the only one in a write transaction. Otherwise the WAL hook raises it, which runs
+after all schemas have finished.
+
+Until a caller has received an error, it is parked (`parked`). Connections of our own are opened
 through a VFS of their own (`OwnVFS`).
 """
 
@@ -49,19 +53,23 @@ VFS_NAME: Final = "bottomless"
 _WAL_VERSION: Final = b"\x02\x02"  # bytes 18 and 19 of a database in WAL mode
 
 _WATCHED: Final = frozenset({apsw.SQLITE_FCNTL_COMMIT_PHASETWO, apsw.SQLITE_FCNTL_PDB, apsw.SQLITE_FCNTL_PRAGMA})
-_control: Final = apsw.VFSFile.xFileControl  # found once: super() costs as much as the call
+_control: Final = apsw.VFSFile.xFileControl  # looked up once: super() costs as much as the call
 _write: Final = apsw.VFSFile.xWrite
 _getpid: Final = os.getpid
 _now: Final = time.monotonic
 
 _thread = threading.local()
 
-# Connection pointer -> the connection, while it lives. SQLite gives a pointer to a later connection, whose entry replaces the old one.
+# Connection pointer -> the connection, until it is deallocated. SQLite reuses a pointer for a later
+# connection, whose entry replaces the old one.
 _opened: dict[int, weakref.ref[apsw.Connection]] = {}
 
 
 class _MainFile(apsw.VFSFile):
-    """A main file. `listener` None: one of our own connections, or a file that is not replicated."""
+    """A main file of a database.
+
+    `listener` is None for connections of our own, and for a file that is not replicated.
+    """
 
     _until_cleared: Final = UntilCleared()
 
@@ -71,12 +79,13 @@ class _MainFile(apsw.VFSFile):
         self._connection = 0
         self._opened_by: Callable[[], apsw.Connection | None] = lambda: None  # see `_find`
         self._converting = False
-        self._looked = 0.0  # when this connection last looked whether its files are still in their places
+        self._looked = 0.0  # when this connection last checked that its files are in place
         super().__init__("", filename, flags)
         self._read_only = bool(flags[1] & apsw.SQLITE_OPEN_READONLY)
 
     def xFileControl(self, op: int, ptr: int) -> bool:
-        # Every read begins and ends with several that are none of ours: they go on first.
+        # Every read begins and ends with several operations that are not handled here: one test
+        # passes them on.
         if op in _WATCHED:
             if op == apsw.SQLITE_FCNTL_COMMIT_PHASETWO:
                 if self._listener is not None:
@@ -89,7 +98,8 @@ class _MainFile(apsw.VFSFile):
 
     def xLock(self, level: int) -> None:
         if self._read_only and level > apsw.SQLITE_LOCK_SHARED:
-            # SQLite asks for more at the last close, and takes no for an answer; the system's own no would reach the caller as an error.
+            # At the last close SQLite requests a higher lock, and handles BUSY. An error of the
+            # operating system would reach the caller.
             raise apsw.BusyError("opened read-only")
         if level == apsw.SQLITE_LOCK_RESERVED and self._listener is not None:
             _require_process(self._listener.path, self._pid)
@@ -110,7 +120,8 @@ class _MainFile(apsw.VFSFile):
             listener, self._listener = self._listener, None
             if listener is not None and self._pid == os.getpid():
                 opened = _opened.get(self._connection)
-                # A connection is deallocated by the collector, or in the middle of whatever dropped it.
+                # The garbage collector deallocates a connection, or the code that dropped it, at an
+                # arbitrary point.
                 listener.on_close(is_deallocated=opened is not None and opened() is None)
             if late is not None and late.is_due():
                 raise late.late_copy("The connection is closed.")
@@ -125,7 +136,7 @@ class _MainFile(apsw.VFSFile):
             try:
                 self._replicate(listener)
             finally:
-                if connection is not None and connection.exec_trace is _refuse:  # else another thread has set its own meanwhile
+                if connection is not None and connection.exec_trace is _refuse:  # not if another thread has set its own meanwhile
                     connection.exec_trace = before
         except BaseException as error:  # noqa: BLE001 (raised, or parked)
             self._failed(listener, error, connection)
@@ -137,10 +148,11 @@ class _MainFile(apsw.VFSFile):
         if queue:
             call_next()
         now = _now()
-        # With ack=local nobody is told that anything is stored, and a look costs as much as a small commit.
+        # With ack=local no commit is reported as stored, and this check costs as much as a small
+        # commit.
         if self._converting or now - self._looked >= listener.look_seconds:
             self._look(listener)
-            self._looked = now  # last: after an error the next commit looks again
+            self._looked = now  # last: after an error the next commit checks again
         else:
             self._commit(listener)
 
@@ -150,9 +162,10 @@ class _MainFile(apsw.VFSFile):
         listener.on_commit()
 
     def _failed(self, listener: CommitListener, error: BaseException, connection: apsw.Connection | None) -> None:
-        """Park the error of a commit. Raise it if no other schema is still writing."""
+        """Park the error of a commit, and raise it if no other schema is writing."""
         if isinstance(error, apsw.Error) and not isinstance(error, BottomlessError):
-            # SQLite's own codes must not come out of phase two: BUSY, IOERR and FULL leave a transaction that is neither.
+            # Phase two must not raise SQLite's own codes. BUSY, IOERR and FULL leave a transaction
+            # that is neither committed nor rolled back.
             error = _not_looked_at(listener.path, error)
         entry = parked.Parked(listener.path, error, listener.on_commit_failed(error))
         parked.park(self._connection, entry)
@@ -166,10 +179,10 @@ class _MainFile(apsw.VFSFile):
         try:
             raise error
         finally:
-            del error  # its traceback has this frame: a cycle, which the reference count would not end
+            del error  # its traceback has this frame: a cycle, which the reference count would not free
 
     def _look(self, listener: CommitListener) -> None:
-        """A commit, once it is seen that the files are where they should be."""
+        """Check that the files are in place, and then replicate the commit."""
         if self._has_moved():
             raise main_file_lost(listener.path, "deleted or replaced")
         if self._in_wal_mode(listener.path):
@@ -177,7 +190,7 @@ class _MainFile(apsw.VFSFile):
                 raise wal_vanished(listener.path)
             self._commit(listener)
             return
-        # A rollback-mode commit: the switch to WAL itself, which writes page 1 past the WAL.
+        # A commit in rollback mode: the switch to WAL itself, which writes page 1 outside the WAL.
         self._converting = False
         listener.on_file_rewritten()
         if super().xRead(2, 18) != _WAL_VERSION:
@@ -187,17 +200,21 @@ class _MainFile(apsw.VFSFile):
             )
 
     def _has_moved(self) -> bool:
-        """Is the file at the path another one by now, or none?"""
+        """Return whether the path has another file by now, or none."""
         answer = ctypes.c_int(0)
         super().xFileControl(apsw.SQLITE_FCNTL_HAS_MOVED, ctypes.addressof(answer))
         return bool(answer.value)
 
     def _in_wal_mode(self, path: str) -> bool:
-        """Without a `-wal` file it can only be the switch to WAL itself, or somebody deleted the file under us."""
+        """Return whether the commit was made in WAL mode.
+
+        A commit without a `-wal` file is the switch to WAL itself, or the file was deleted while it
+        was open.
+        """
         return not self._converting or os.path.exists(path + "-wal")
 
     def _find(self) -> apsw.Connection | None:
-        """Return the connection that has this file open; None while APSW is still opening it."""
+        """Return the connection that has this file open, or None during its open."""
         found = self._opened_by()
         if found is None:
             for connection in apsw.connections():
@@ -209,7 +226,10 @@ class _MainFile(apsw.VFSFile):
 
     @staticmethod
     def _alone(connection: apsw.Connection | None) -> bool:
-        """Is this the only schema of its connection that is writing? Then raising here harms nobody."""
+        """Return whether no other schema of the connection is writing.
+
+        Then an error can be raised here without damage to another database.
+        """
         if connection is None:
             return False
         states = [connection.txn_state(name) for name in connection.db_names()]
@@ -259,7 +279,8 @@ class _WalFile(apsw.VFSFile):
         super().xTruncate(size)
 
     def xSync(self, flags: int) -> None:
-        # The inherited method syncs while it holds the GIL. The WAL carries no locks: a descriptor of our own is harmless.
+        # The inherited method syncs while it holds the GIL. The WAL has no POSIX locks, which
+        # closing a descriptor of our own would release.
         if self._fd < 0:
             super().xSync(flags)
         else:
@@ -275,7 +296,10 @@ class _WalFile(apsw.VFSFile):
 
 
 class BottomlessVFS(apsw.VFS):
-    """The VFS itself, registered as `name`. `opener` decides which databases are replicated."""
+    """The VFS, registered as `name`.
+
+    `opener` decides which databases are replicated.
+    """
 
     _until_cleared: Final = UntilCleared()
 
@@ -284,7 +308,10 @@ class BottomlessVFS(apsw.VFS):
         super().__init__(name, "")
 
     def watch(self, connection: apsw.Connection) -> None:
-        """Set the WAL hook of a new connection. To be called for each, of whatever VFS: it may attach a database of this one."""
+        """Set the WAL hook of a new connection.
+
+        Call it for each connection, whatever its VFS: it may attach a database of this VFS.
+        """
         _opened[connection.sqlite3_pointer()] = weakref.ref(connection)
         connection.set_wal_hook(self._wal_hook)
 
@@ -307,12 +334,12 @@ class BottomlessVFS(apsw.VFS):
                     listener.before_wal_reset(None)
                 is_reported = True
             if not is_reported:
-                return  # the WAL stays: it proves itself at the next open
+                return  # the WAL stays: its checksums are verified at the next open
         super().xDelete(name, syncdir)
 
     def xFullPathname(self, name: str) -> str:
         resolved = os.path.realpath(name)
-        _thread.typed = (resolved, name)  # SQLite hands only the resolved name on, to the xOpen that follows in this thread
+        _thread.typed = (resolved, name)  # for the xOpen that follows in this thread: it gets only the resolved name
         return resolved
 
     def xSleep(self, microseconds: int) -> int:
@@ -338,7 +365,8 @@ class BottomlessVFS(apsw.VFS):
             try:
                 connection.wal_checkpoint(schema, apsw.SQLITE_CHECKPOINT_PASSIVE)
             except apsw.Error as error:
-                # The commit stands, and is stored: whatever hinders its checkpoint is none of its business (as in SQLite's own hook).
+                # The commit stands and is stored, so an error of its checkpoint must not fail it
+                # (as in SQLite's own hook).
                 logger.debug("checkpoint of %s: %s", schema, error)
             listener = self._opener.find(connection.db_filename(schema))
             if listener is not None:
@@ -347,14 +375,21 @@ class BottomlessVFS(apsw.VFS):
 
 
 class OwnVFS(BottomlessVFS):
-    """The VFS of our own connections: what they do to the WAL is seen, and what they commit is not replicated."""
+    """The VFS of our own connections.
+
+    It reports what they do to the WAL, and does not replicate what they commit.
+    """
 
     def _open_main(self, name: Any, flags: list[int]) -> apsw.VFSFile:
         return _MainFile(name, flags, None)
 
 
 def _require_process(path: str, pid: int) -> None:
-    """Refuse the use of a connection that was inherited by a fork. `pid` is the process that has opened it.
+    """Refuse a connection that was inherited by a fork.
+
+    Args:
+        path: the main file.
+        pid: the process that has opened the connection.
 
     Raises:
         ReplicationError: this is another process.
@@ -376,7 +411,11 @@ def _not_looked_at(path: str, cause: apsw.Error) -> ReplicationError:
 
 
 def _refuse(source: object, sql: str, bindings: object) -> bool:
-    """The exec tracer of a connection that is in phase two: SQLite's cache of pages is not in a state for another statement."""
+    """Refuse any statement on a connection that is in phase two.
+
+    This is the connection's exec tracer. SQLite's page cache is not in a state for another
+    statement.
+    """
     raise apsw.ThreadingViolationError(
         "this connection is in the middle of a commit: a signal handler or a finalizer cannot execute statements on it"
     )
@@ -391,7 +430,7 @@ def _raise_parked(connection: apsw.Connection) -> None:
         waiting[0].raised(error, connection)
         try:
             raise error
-        except BottomlessError:  # noqa: TRY203 (from here on it has a traceback, which tells how far it comes)
+        except BottomlessError:  # noqa: TRY203 (from here on it has a traceback, which shows how far it gets)
             raise
         finally:
             del error  # as in `_failed`

@@ -1,7 +1,7 @@
-"""The file at `<db>-wal` as it is read from beside SQLite, and which of its frames is the last of a page.
+"""Read the file `<db>-wal` beside SQLite, and find the last frame of each page.
 
-The `-wal` file carries no locks: a descriptor of our own harms nobody. What stands in it counts only as far as the wal-index says, which is
-`local_database`'s to know.
+SQLite takes no locks on the `-wal` file, so a descriptor of our own does no harm. The content is
+valid only as far as the wal-index says. `database_reader` reads the wal-index.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ __all__ = ["FrameMap", "WalFile"]
 
 
 class FrameMap:
-    """page number -> its last frame, for the frames of one WAL up to `upto`.
+    """Map page number -> its last frame, for the frames of one WAL up to `upto`.
 
-    A dict while it is small; an array indexed by page number once a transaction is so large that a dict would cost
-    a hundred bytes a page.
+    It is a dict while it is small. A dict costs a hundred bytes a page, so a large transaction
+    uses an array indexed by page number.
     """
 
     _SMALL: Final = 65536
@@ -32,7 +32,7 @@ class FrameMap:
         self._array: array[int] | None = None
 
     def add(self, pgno: int, frame: int) -> None:
-        """Frame `frame` is the newest of page `pgno`."""
+        """Record that `frame` is the newest frame of page `pgno`."""
         if self._array is None:
             self._dict[pgno] = frame
             if len(self._dict) > self._SMALL:
@@ -46,28 +46,34 @@ class FrameMap:
         self._array[pgno] = frame
 
     def get(self, pgno: int) -> int:
-        """The last frame of page `pgno`, 0 when it has none."""
+        """Return the last frame of page `pgno`, or 0 if it has none."""
         if self._array is None:
             return self._dict.get(pgno, 0)
         return self._array[pgno] if pgno < len(self._array) else 0
 
     def pages(self, limit: int) -> array[int]:
-        """The pages up to number `limit` that have a frame, ascending."""
+        """Return the pages up to number `limit` that have a frame, ascending."""
         if self._array is None:
             return array("I", sorted(pgno for pgno in self._dict if pgno <= limit))
         return array("I", (pgno for pgno, at in enumerate(self._array) if at and pgno <= limit))
 
 
 class WalFile:
-    """The file that stands at `<db>-wal` now, for reading. One descriptor, opened anew when the file was replaced."""
+    """Read the file that is at `<db>-wal` now.
+
+    It has one descriptor, which is opened again when the file was replaced.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._fd = -1
-        self._parsed: tuple[bytes, WalHeader | None] = (b"", None)  # it is asked for again and again, and seldom another one
+        self._parsed: tuple[bytes, WalHeader | None] = (b"", None)  # cached: read often, and seldom changed
 
     def header(self) -> WalHeader | None:
-        """The header that stands in the file at the path now; None without a file or without a valid one."""
+        """Return the header of the file that is at the path now.
+
+        None: there is no file, or its header is not valid.
+        """
         self._follow()
         data = self.read(HEADER_SIZE, 0)
         known, header = self._parsed
@@ -77,11 +83,17 @@ class WalFile:
         return header
 
     def read(self, length: int, offset: int) -> bytes:
-        """Bytes of the file last seen by `header`; fewer at its end, none without a file."""
+        """Return bytes of the file last seen by `header`.
+
+        Fewer bytes are returned at its end, and none without a file.
+        """
         return os.pread(self._fd, length, offset) if self._fd >= 0 else b""
 
     def position(self, header: WalHeader, frame: int) -> WalPosition | None:
-        """The position that frame `frame` records now; None when no frame of this WAL stands there."""
+        """Return the position that `frame` records now.
+
+        None: there is no frame of this WAL at that offset.
+        """
         if frame == 0:
             return header.position()
         data = self.read(FRAME_HEADER_SIZE, frame_offset(frame, header.page_size))
@@ -91,7 +103,7 @@ class WalFile:
         return found.position(frame) if (found.salt1, found.salt2) == (header.salt1, header.salt2) else None
 
     def continues(self, position: WalPosition, header: WalHeader) -> bool:
-        """Does the frame after `position` stand there, its checksum going on from the position's?"""
+        """Return whether the next frame continues the checksum of `position`."""
         start = frame_offset(position.frame + 1, header.page_size)
         data = self.read(FRAME_HEADER_SIZE + header.page_size, start)
         if len(data) < FRAME_HEADER_SIZE + header.page_size:
@@ -117,7 +129,7 @@ class WalFile:
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
-        """Closes the descriptor; `header` opens the file again."""
+        """Close the descriptor. `header` opens the file again."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
