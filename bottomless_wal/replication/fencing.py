@@ -60,6 +60,7 @@ class Fencing:
         on_logged: Callable[[WalPosition | None], None],
     ) -> None:
         self.error: FencedError | None = None
+        self._is_unchanged = False  # the fenced state had nothing to store
         self._local = local
         self._index = index
         self._history = history
@@ -176,6 +177,29 @@ class Fencing:
             self._fence(
                 f"{self._local.path} is at txid {header.txid}, and another writer has gone on to {max(edge.post for edge in beyond)}"
             )
+
+    def require_head_though_unchanged(self, header: IndexHeader) -> None:
+        """Check as `require_head`, for a local state that has nothing to store.
+
+        Raises:
+            FencedError: another writer has gone on. `forgive_unchanged` lets an open look again.
+        """
+        try:
+            self.require_head(header)
+        except FencedError:
+            self._is_unchanged = True
+            raise
+
+    def forgive_unchanged(self) -> bool:
+        """Return whether the fenced state had nothing to store; if so, forget the error.
+
+        Only an open may do so: it compares the local file with the new head next, and moves it
+        forward.
+        """
+        if not self._is_unchanged:
+            return False
+        self.error, self._is_unchanged = None, False
+        return True
 
     def require_recent_head(self, header: IndexHeader) -> None:
         """Do as `require_head`, unless this process has just stored the head itself."""

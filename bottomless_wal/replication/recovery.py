@@ -21,7 +21,7 @@ from typing import Final
 
 import apsw
 
-from ..core.errors import BottomlessError, ConflictError, CorruptionError, ReplicationError
+from ..core.errors import BottomlessError, ConflictError, CorruptionError, FencedError, ReplicationError
 from ..core.logs import get_logger
 from ..formats import keys
 from ..history.page_table import IndexCorrupt
@@ -86,6 +86,10 @@ class Recovery:
                 return self._run(reset=reset)
             except SnapshotInvalidated as lost:
                 logger.info("%s: %s: looking again", self.local.path, lost)
+            except FencedError as error:
+                if not self.replicator.fencing.forgive_unchanged():
+                    raise
+                logger.info("%s: looking again: %s", self.local.path, error.reason)
             except IndexCorrupt as lost:
                 logger.warning("%s: looking at the database itself", lost)
                 self._distrusted = True

@@ -290,7 +290,8 @@ class Replicator:
 
     def _confirm(self, header: IndexHeader, tip: WalState, shape: DatabaseShape) -> IndexHeader:
         """Record that a scan has found no difference: the state at `tip` is the head."""
-        self.fencing.require_head(header)  # a put would check it; a commit whose state is the head may wait for this
+        # A put would check it; a commit whose state is the head may wait for this.
+        self.fencing.require_head_though_unchanged(header)
         header = self.index.confirm(header, position_of(self.local, tip), self.local.path, shape.change_counter)
         self.on_logged(header.position)
         return self._catch_up(header)

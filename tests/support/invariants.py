@@ -200,7 +200,7 @@ class Books(RuleBasedStateMachine):
         if answer is None:
             return
         error, text, image = answer
-        process.is_paused = False
+        process.held = False
         image = image if image is not None else self.peek(site)
         if error == "BusyError" and more.get("style") in ("with", "savepoint"):
             # It had read first: then SQLite does not wait while a checkpoint in the background holds the write lock.
@@ -298,7 +298,7 @@ class Books(RuleBasedStateMachine):
             if local is None:
                 assert self.content(image) == self.content(None), "a new database is empty"
                 site.image, site.pending = image, [named(image)]
-                process.is_paused = True
+                process.held = True
                 return
             assert keeps, f"the first open changed the file: {self.story()}"
             self.stored(site)
@@ -312,7 +312,7 @@ class Books(RuleBasedStateMachine):
             assert keeps or (follows and site.loose and known), f"local commits were thrown away: {self.story()}"
             site.image = image
             if policy == "skip" and site.loose and self.line.names[-1] != named(image):
-                process.is_paused = bool(site.pending)  # its descent was not proved
+                process.held = bool(site.pending)  # its descent was not proved
             else:
                 self.stored(site)
         elif follows and not keeps and forgotten:
@@ -330,7 +330,7 @@ class Books(RuleBasedStateMachine):
             if policy == "force":
                 self.stored(site)
             else:
-                process.is_paused = bool(site.pending)
+                process.held = bool(site.pending)
 
     def end_all(self, site: Site) -> None:
         for process in list(site.processes):

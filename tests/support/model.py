@@ -86,7 +86,7 @@ class Model(Books):
         """By hand, or by the collector."""
         process, slot = self.writers()[pick % len(self.writers())]
         could_fail = process.remote.failing
-        held = process.is_paused
+        held = process.held
         answer = self.ask(process, how, slot=slot)
         if answer is None:
             return
@@ -155,7 +155,7 @@ class Model(Books):
         answer = self.ask(process, "signalled", slot=slot, other=other, ops=[op], delay=delay)
         assert answer is not None
         error, text, image = answer
-        process.is_paused = False
+        process.held = False
         image = image if image is not None else self.peek(site)
         assert self.content(image) in contents | {self.content(site.image)}, f"{error} {text}: another content: {self.story()}"
         self.calm, self.idle = self.calm + 1, 0
@@ -210,7 +210,7 @@ class Model(Books):
         answer = self.ask(process, "flush", slot=slot)
         if answer is None:
             return
-        process.is_paused = False
+        process.held = False
         assert named(answer[2]) == named(process.site.image), "a flush changed the database"
         self.follow(process.site)
         if answer[0]:
@@ -261,7 +261,7 @@ class Model(Books):
     def leave(self, pick: int) -> None:
         """The process exits, its connections open."""
         process = self.processes()[pick % len(self.processes())]
-        excused = process.remote.failing or process.is_paused or process.armed or not process.slots
+        excused = process.remote.failing or process.held or process.armed or not process.slots
         self.ask(process, "exit")
         assert process not in process.site.processes
         process.slots.clear()

@@ -302,7 +302,7 @@ class _Process:
         self.slots[slot].execute("BEGIN")
         self.slots[slot].execute("SELECT count(*) FROM sqlite_schema").fetchall()
 
-    def drain(self, slot: int) -> bytes:
+    def let_go(self, slot: int) -> bytes:
         seen = self.slots[slot].serialize("main")
         self.slots[slot].execute("COMMIT")
         return seen
