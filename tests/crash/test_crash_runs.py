@@ -349,7 +349,7 @@ def test_workers_that_are_forked_before_they_open_may_die_and_be_replaced(tmp_pa
 
 
 PRELOADED = """
-import json, os, signal, sys, threading, bottomless_wal
+import faulthandler, json, os, signal, sys, threading, bottomless_wal
 path, options = sys.argv[1], json.loads(sys.argv[2])
 con = bottomless_wal.connect(path, **options)
 con.execute("CREATE TABLE t(x)")
@@ -368,6 +368,7 @@ for n in range(4):
     pid = os.fork()
     if pid == 0:
         signal.alarm(60)
+        faulthandler.dump_traceback_later(20)
         code = 1
         try:
             bottomless_wal.connect(path, **options)
@@ -391,7 +392,7 @@ def test_workers_of_a_preloaded_application_are_refused_and_the_busy_parent_goes
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
     assert done.returncode == 0, done.stderr
     codes, count, there = json.loads(done.stdout)
-    assert codes == [7] * 4
+    assert codes == [7] * 4, done.stderr
     assert count == there > 0
     (tmp_path / "elsewhere").mkdir()
     connection = bottomless_wal.connect(tmp_path / "elsewhere" / "app.db", **options)
